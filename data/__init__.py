@@ -1,0 +1,1 @@
+"""What we learn from: rows of metadata → files → scored, selected shards → batches."""

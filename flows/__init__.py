@@ -1,0 +1,1 @@
+"""WHEN: the order of the stages, how they are launched and recorded. No maths, no parsing."""

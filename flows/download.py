@@ -1,0 +1,41 @@
+"""Metadata to images: which rows are worth asking for, then their original bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from flows.conductor import Outcome, conduct
+from flows.config import PipelineConfig
+from flows.stage import Context, Stage
+
+
+def run(context: Context) -> None:
+    """The stage's body; a second attempt fetches only the shards that are missing."""
+    from data import download as images
+
+    report = images.run(
+        context.path,
+        context.config,
+        processes=context.resources.processes,
+        progress=context.progress,
+    )
+    context.metrics |= report.metrics
+
+
+STAGE = Stage("download", version=1, run=run)
+
+
+@flow(name=STAGE.name, persist_result=True)
+def download(
+    overrides: dict[str, Any] = {},  # noqa: B006
+    force: bool = False,
+    config: PipelineConfig = PipelineConfig(),
+) -> Outcome:
+    """Bring the download up to date.
+
+    * **overrides**: dotted keys, as in `{"download.embedded.max_concepts": 50}`
+    * **force**: discard its output and run it again
+    """
+    return conduct(STAGE, overrides, force, config)

@@ -1,0 +1,47 @@
+"""Both networks to numbers and pictures, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from prefect import flow
+
+from flows import download, filter, launch, train_base, train_upsampler
+from flows.conductor import Outcome, conduct
+from flows.config import PipelineConfig
+from flows.stage import Context, Need, Stage
+
+
+def run(context: Context) -> None:
+    """The stage's body."""
+    launch.stage_process(context, ["gigagan", "evaluate"], out="--out")
+    context.metrics |= json.loads((context.path / "results.json").read_text())["metrics"]
+
+
+def needs(config: PipelineConfig) -> Mapping[str, Need]:
+    """Weights, unseen captions with their pictures, and the similarity model of the filter."""
+    return {
+        "base": Need(train_base.STAGE, "snapshot.safetensors"),
+        "upsampler": Need(train_upsampler.STAGE, "snapshot.safetensors"),
+        "heldout": Need(download.STAGE, "heldout", optional=config.evaluate.captions is not None),
+        "aligner": Need(filter.STAGE, "aligner.safetensors", optional=True),
+    }
+
+
+STAGE = Stage("evaluate", version=1, run=run, needs=needs, scratch=(launch.LOG,), gpu=True)
+
+
+@flow(name=STAGE.name, persist_result=True)
+def evaluate(
+    overrides: dict[str, Any] = {},  # noqa: B006
+    force: bool = False,
+    config: PipelineConfig = PipelineConfig(),
+) -> Outcome:
+    """Bring the evaluation up to date.
+
+    * **overrides**: dotted keys, as in `{"evaluate.seed": 1}`
+    * **force**: discard its output and evaluate again
+    """
+    return conduct(STAGE, overrides, force, config)

@@ -1,0 +1,140 @@
+"""Download → filter → base GAN → upsampler → evaluation, under one MLflow run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from prefect import flow
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.runtime import flow_run
+
+from flows import download, evaluate, filter, progress, train_base, train_upsampler
+from flows.conductor import prefect_tags
+from flows.config import PipelineConfig, StageName
+from flows.stage import MissingInputError, Stage, StageOutput, Store
+from flows.tracking import PIPELINE, Tracker
+
+ALL = list(StageName)
+
+
+def stage(name: StageName) -> Stage:
+    """The stage of that name."""
+    return {
+        StageName.DOWNLOAD: download.STAGE,
+        StageName.FILTER: filter.STAGE,
+        StageName.TRAIN_BASE: train_base.STAGE,
+        StageName.TRAIN_UPSAMPLER: train_upsampler.STAGE,
+        StageName.EVALUATE: evaluate.STAGE,
+    }[name]
+
+
+FLOWS = {
+    StageName.DOWNLOAD: download.download,
+    StageName.FILTER: filter.filter_,
+    StageName.TRAIN_BASE: train_base.train_base,
+    StageName.TRAIN_UPSAMPLER: train_upsampler.train_upsampler,
+    StageName.EVALUATE: evaluate.evaluate,
+}
+
+
+@flow(name=PIPELINE, persist_result=True)
+def full_pipeline(
+    overrides: dict[str, Any] = {},  # noqa: B006
+    stages: list[StageName] = ALL,
+    force: list[StageName] = [],  # noqa: B006
+    config: PipelineConfig = PipelineConfig(),
+) -> dict[str, StageOutput]:
+    """Bring all stages up to date, in order.
+
+    * **overrides**: dotted keys, as in `{"train_base.total_images": 20000}`
+    * **stages**: run only these; what they need must be in the store
+    * **force**: discard the output of these and run them again
+    """
+    config = config.override(overrides)
+    Store(config.store_path).prepare()
+    tracker = Tracker(config.name, config.store_path)
+    run_id = tracker.start_pipeline(
+        str(flow_run.id), config.model_dump(mode="json"), prefect_tags()
+    )
+    create_link_artifact(tracker.run_url(run_id), key="mlflow", description="The run in MLflow.")
+
+    outputs: dict[str, StageOutput] = {}
+    try:
+        with tracker.status_of(run_id):
+            for name in ALL:
+                if name in stages:
+                    outcome = FLOWS[name](force=name in force, config=config)
+                    outputs[name.value] = cast(StageOutput, outcome)  # Prefect unwraps a state
+    finally:
+        create_markdown_artifact(_summary(outputs, tracker, run_id), key="pipeline-summary")
+    return outputs
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a run would do about one stage, and why."""
+
+    stage: str
+    action: str
+    """`skip`, `run`, `resume`, `force` or `missing`."""
+    key: str | None
+    """None while it depends on output that is not there yet."""
+    reason: str
+
+
+def plan(
+    config: PipelineConfig, stages: Sequence[StageName] = ALL, force: Sequence[StageName] = ()
+) -> list[Step]:
+    """What `full_pipeline` would do, without doing it."""
+    store = Store(config.store_path)
+    pending: list[str] = []  # stages whose output may change, so that later keys are open
+    steps = []
+    for name in ALL:
+        if name not in stages:
+            continue
+        this = stage(name)
+        upstream = {need.stage.name for need in this.needs(config).values()}
+        waits_for = [other for other in pending if other in upstream]
+        step = _step(this, config, store, waits_for, name in force)
+        if step.action != "skip":
+            pending.append(this.name)
+        steps.append(step)
+    return steps
+
+
+def _step(
+    this: Stage, config: PipelineConfig, store: Store, waits_for: list[str], force: bool
+) -> Step:
+    if waits_for:
+        reason = f"its key follows from the output of {', '.join(waits_for)}"
+        return Step(this.name, "force" if force else "run", None, reason)
+    try:
+        key = store.resolve(this, config).key
+    except MissingInputError as error:
+        return Step(this.name, "missing", None, str(error))
+    folder = store.directory(this, key)
+    if force:
+        return Step(this.name, "force", key, f"discards {folder}")
+    if store.manifest(this, key) is None:
+        if folder.exists():
+            return Step(this.name, "resume", key, f"unfinished in {folder}")
+        return Step(this.name, "run", key, "never run with this configuration and input")
+    if damage := store.damage(this, key):
+        return Step(this.name, "run", key, damage)
+    return Step(this.name, "skip", key, f"up to date in {folder}")
+
+
+def _summary(outputs: dict[str, StageOutput], tracker: Tracker, run_id: str) -> str:
+    rows = []
+    for name, output in outputs.items():
+        page = tracker.run_url(output.mlflow_run_id) if output.mlflow_run_id else ""
+        headline = progress.figures(output.metrics)
+        rows.append(f"| {name} | `{output.key[:16]}` | {headline} | [run]({page}) |")
+    return (
+        "## Stages\n\n| stage | key | figures | MLflow |\n|:--|:--|:--|:--|\n"
+        + "\n".join(rows)
+        + f"\n\n[Pipeline run in MLflow]({tracker.run_url(run_id)}) · "
+        + f"[compare pipeline runs]({tracker.compare_url()})\n"
+    )

@@ -1,0 +1,183 @@
+"""How far a run has come: bars on a terminal, plain lines elsewhere. Knows nothing of Prefect."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+LINE_EVERY_S = 10.0
+COUNT = re.compile(r"\b([\d,_]+)\s*/\s*([\d,_]+)\b")
+STATES = {"done": "green", "skipped": "cyan", "failed": "red"}
+
+
+class Ending(NamedTuple):
+    """How a stage ended."""
+
+    stage: str
+    state: str
+    """One of `STATES`."""
+    seconds: float
+
+
+class Reporter:
+    """Is told what happens; this one keeps silent."""
+
+    def __init__(self) -> None:
+        self.endings: list[Ending] = []
+
+    def started(self, stage: str, note: str) -> None:
+        """A stage begins."""
+
+    def progress(self, stage: str, what: str, done: int, total: int | None) -> None:
+        """Part of a stage is this far; `total` is None when unknown."""
+
+    def ended(self, stage: str, state: str, seconds: float, note: str) -> None:
+        """A stage is over; `state` is one of `STATES`."""
+        self.endings.append(Ending(stage, state, seconds))
+
+
+class Lines(Reporter):
+    """A line now and then, for logs and pipes."""
+
+    def __init__(self, console: Console):
+        super().__init__()
+        self.console = console
+        self._last: dict[tuple[str, str], tuple[float, int]] = {}
+
+    def live(self) -> AbstractContextManager[object]:
+        """Nothing to draw."""
+        return nullcontext()
+
+    def started(self, stage: str, note: str) -> None:
+        """Print the start."""
+        self.console.print(f"[bold]{stage}[/] started: {escape(note)}", soft_wrap=True)
+
+    def progress(self, stage: str, what: str, done: int, total: int | None) -> None:
+        """Print at most one line in `LINE_EVERY_S` for each part, with rate and time left."""
+        now = time.monotonic()
+        before, seen = self._last.setdefault((stage, what), (now, done))
+        if now - before < LINE_EVERY_S:
+            return
+        self._last[stage, what] = (now, done)
+        rate = max(done - seen, 0) / (now - before)
+        text = f"{stage}: {what} {done:,}" + (f"/{total:,}" if total else "")
+        text += f", {rate:.3g}/s"
+        if total and rate:
+            text += f", {clock((total - done) / rate)} left"
+        self.console.print(escape(text), soft_wrap=True)
+
+    def ended(self, stage: str, state: str, seconds: float, note: str) -> None:
+        """Print the end."""
+        super().ended(stage, state, seconds, note)
+        mark = f"[{STATES[state]}]{state}[/]"
+        text = f"[bold]{stage}[/] {mark} in {clock(seconds)}: {escape(note)}"
+        self.console.print(text, soft_wrap=True)
+
+
+class Bars(Lines):
+    """A live bar for each running part; starts and ends scroll by above."""
+
+    def __init__(self, console: Console):
+        self._live = Progress(
+            TextColumn("[bold]{task.fields[stage]}"),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+        )
+        super().__init__(self._live.console)
+        self._tasks: dict[tuple[str, str], TaskID] = {}
+
+    def live(self) -> AbstractContextManager[object]:
+        """Draw while the block runs."""
+        return self._live
+
+    def progress(self, stage: str, what: str, done: int, total: int | None) -> None:
+        """Move the part's bar; a part that is complete makes room."""
+        key = (stage, what)
+        if key not in self._tasks:
+            self._tasks[key] = self._live.add_task(what, stage=stage, total=total)
+        complete = total is not None and done >= total
+        self._live.update(self._tasks[key], completed=done, total=total, visible=not complete)
+
+    def ended(self, stage: str, state: str, seconds: float, note: str) -> None:
+        """Remove the stage's bars and print its end."""
+        for key in [key for key in self._tasks if key[0] == stage]:
+            self._live.remove_task(self._tasks.pop(key))
+        super().ended(stage, state, seconds, note)
+
+
+class _Rate(ProgressColumn):
+    """Units a second."""
+
+    def render(self, task: Task) -> Text:
+        """Two or three digits."""
+        return Text(f"{task.speed:.3g}/s" if task.speed else "", style="progress.data.speed")
+
+
+_current: ContextVar[Reporter] = ContextVar("reporter", default=Reporter())  # noqa: B039
+
+
+def reporter() -> Reporter:
+    """Who is listening here."""
+    return _current.get()
+
+
+@contextmanager
+def reporting(console: Console) -> Iterator[Reporter]:
+    """Report what the block does on `console`, in the way that suits it."""
+    listener = Bars(console) if console.is_terminal else Lines(console)
+    token = _current.set(listener)
+    try:
+        with listener.live():
+            yield listener
+    finally:
+        _current.reset(token)
+
+
+def from_output(
+    what: str, progress: Callable[[str, int, int | None], None]
+) -> Callable[[str], None]:
+    """A listener to a child's output that reads `12,800/40,000` in a line as progress."""
+
+    def listen(line: str) -> None:
+        if count := COUNT.search(line):
+            done, total = (int(re.sub("[,_]", "", text)) for text in count.groups())
+            progress(what, done, total)
+
+    return listen
+
+
+def clock(seconds: float) -> str:
+    """`75` as `1:15`, short times with a decimal."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def figures(metrics: dict[str, float], most: int = 4) -> str:
+    """The first few headline figures on one line."""
+    return ", ".join(f"{key} {value:.4g}" for key, value in list(metrics.items())[:most])

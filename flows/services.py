@@ -1,0 +1,177 @@
+"""Servers and workers as child processes that leave nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from flows import settings
+from flows.stage import is_alive
+
+HOST = "127.0.0.1"
+WORKER = ["prefect", "worker", "start", "--pool", settings.POOL, "--type", "process"]
+"""The module and arguments of a worker of this machine's pool."""
+READY_S = 120.0
+GRACE_S = 15.0
+
+
+class ServiceError(RuntimeError):
+    """A server cannot start; the message says why."""
+
+
+class Service:
+    """A Python module that runs until it is stopped."""
+
+    def __init__(self, name: str, module: Sequence[str], health: str | None = None):
+        self.name = name
+        self.health = health
+        self.log = settings.RUNS / "logs" / f"{name}.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("w") as log:
+            # A group of its own, so that stopping it takes its workers along.
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *module],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=settings.ROOT,
+                start_new_session=True,
+            )
+
+    def wait_until_ready(self) -> None:
+        """Return once it answers; raises `ServiceError` with its last lines if it does not."""
+        deadline = time.monotonic() + READY_S
+        while self.health and not answers(self.health):
+            ended = self.process.poll() is not None
+            if ended or time.monotonic() > deadline:
+                tail = "\n".join(self.log.read_text().splitlines()[-10:])
+                what = "ended at once" if ended else f"did not answer within {READY_S:.0f} s"
+                raise ServiceError(f"{self.name} {what}; {self.log} ends with:\n{tail}")
+            time.sleep(0.2)
+
+    def stop(self) -> None:
+        """End it and all that it started."""
+        self._signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(GRACE_S)
+        self._signal(signal.SIGKILL)  # for what it left in its group
+        self.process.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+
+@contextmanager
+def running(
+    name: str, module: Sequence[str], health: str | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a service during the block, which begins when it answers."""
+    service = Service(name, module, health)
+    try:
+        service.wait_until_ready()
+        yield service.process
+    finally:
+        service.stop()
+
+
+@contextmanager
+def prefect_api(port: int | None = None) -> Iterator[str]:
+    """The API of a Prefect server: `PREFECT_API_URL`, one of ours that runs, or a new one.
+
+    A new one ends with the block. Sets `PREFECT_API_URL` and `PREFECT_UI_URL`.
+    """
+    given = os.environ.get("PREFECT_API_URL") or _recorded()
+    if given:
+        if not answers(f"{given}/health"):
+            raise ServiceError(
+                f"PREFECT_API_URL is {given}, where no Prefect server answers: "
+                "start it, or unset PREFECT_API_URL"
+            )
+        _announce(given)
+        yield given
+        return
+    port = port or choose_port(4200)
+    api = f"http://{HOST}:{port}/api"
+    module = ["prefect", "server", "start", "--host", HOST, "--port", str(port)]
+    with running("prefect", module, f"{api}/health") as process:
+        _record_file().parent.mkdir(parents=True, exist_ok=True)
+        _record_file().write_text(json.dumps({"api": api, "pid": process.pid}))
+        _announce(api)
+        try:
+            yield api
+        finally:
+            _record_file().unlink(missing_ok=True)
+            for name in ("PREFECT_API_URL", "PREFECT_UI_URL"):
+                os.environ.pop(name, None)
+
+
+def use_running_api() -> None:
+    """Point to the server of `PREFECT_API_URL`, or of another of our commands."""
+    api = os.environ.get("PREFECT_API_URL") or _recorded()
+    if api is None:
+        raise ServiceError(
+            "no Prefect server runs here: start one with `python -m flows ui`, "
+            "or set PREFECT_API_URL"
+        )
+    _announce(api)
+
+
+def choose_port(preferred: int) -> int:
+    """That port if it is free, else any free one."""
+    return preferred if port_is_free(preferred) else free_port()
+
+
+def port_is_free(port: int) -> bool:
+    """Whether a server could listen there."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+        return True
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def answers(url: str) -> bool:
+    """Whether a GET of this address succeeds."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def _record_file() -> Path:
+    return settings.home() / "server.json"
+
+
+def _recorded() -> str | None:
+    """The server on our database that another of our commands runs: two would quarrel."""
+    try:
+        record = json.loads(_record_file().read_text())
+    except FileNotFoundError:
+        return None
+    alive = is_alive(record["pid"]) and answers(f"{record['api']}/health")
+    return record["api"] if alive else None
+
+
+def _announce(api: str) -> None:
+    os.environ["PREFECT_API_URL"] = api
+    os.environ.setdefault("PREFECT_UI_URL", api.removesuffix("/api"))

@@ -1,0 +1,48 @@
+"""Shards to a base generator, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from prefect import flow
+
+from flows import download, filter, launch
+from flows.conductor import Outcome, conduct
+from flows.config import PipelineConfig
+from flows.stage import Context, Need, Stage
+
+SCRATCH = ("checkpoints", launch.LOG)
+
+
+def train(context: Context) -> None:
+    """The body of both training stages; a second attempt goes on from the last checkpoint."""
+    launch.stage_process(context, ["gigagan.training"], out="--run-dir")
+    context.metrics |= json.loads((context.path / "result.json").read_text())
+
+
+def needs(config: PipelineConfig) -> Mapping[str, Need]:
+    """Shards at the generator's resolution, and unseen captions for the probes."""
+    resolution = config.train_base.generator.resolution
+    return {
+        "shards": Need(filter.STAGE, f"shards/{resolution:03d}"),
+        "heldout": Need(download.STAGE, "heldout", optional=True),
+    }
+
+
+STAGE = Stage("train-base", version=1, run=train, needs=needs, scratch=SCRATCH, gpu=True)
+
+
+@flow(name=STAGE.name, persist_result=True)
+def train_base(
+    overrides: dict[str, Any] = {},  # noqa: B006
+    force: bool = False,
+    config: PipelineConfig = PipelineConfig(),
+) -> Outcome:
+    """Bring the base generator up to date.
+
+    * **overrides**: dotted keys, as in `{"train_base.total_images": 20000}`
+    * **force**: discard its output and train again
+    """
+    return conduct(STAGE, overrides, force, config)

@@ -1,0 +1,47 @@
+"""Shards and a base generator to an upsampler, in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prefect import flow
+
+from flows import download, filter, train_base
+from flows.conductor import Outcome, conduct
+from flows.config import PipelineConfig
+from flows.stage import Need, Stage
+
+
+def needs(config: PipelineConfig) -> Mapping[str, Need]:
+    """Shards at the upsampler's output resolution, the base's weights, unseen captions."""
+    resolution = config.train_upsampler.upsampler.resolution
+    return {
+        "shards": Need(filter.STAGE, f"shards/{resolution:03d}"),
+        "base": Need(train_base.STAGE, "snapshot.safetensors"),
+        "heldout": Need(download.STAGE, "heldout", optional=True),
+    }
+
+
+STAGE = Stage(
+    "train-upsampler",
+    version=1,
+    run=train_base.train,
+    needs=needs,
+    scratch=train_base.SCRATCH,
+    gpu=True,
+)
+
+
+@flow(name=STAGE.name, persist_result=True)
+def train_upsampler(
+    overrides: dict[str, Any] = {},  # noqa: B006
+    force: bool = False,
+    config: PipelineConfig = PipelineConfig(),
+) -> Outcome:
+    """Bring the upsampler up to date.
+
+    * **overrides**: dotted keys, as in `{"train_upsampler.total_images": 20000}`
+    * **force**: discard its output and train again
+    """
+    return conduct(STAGE, overrides, force, config)

@@ -1,0 +1,48 @@
+"""The pages of Prefect and MLflow over what was recorded, until Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from flows import services
+from flows.tracking import tracking_uri
+
+
+@contextmanager
+def mlflow_page(store: Path, port: int | None = None) -> Iterator[str]:
+    """MLflow's page: the server of `MLFLOW_TRACKING_URI`, or one of our own on the database."""
+    uri = tracking_uri(store)
+    if uri.startswith(("http://", "https://")):
+        yield uri
+        return
+    store.parent.mkdir(parents=True, exist_ok=True)
+    port = port or services.choose_port(5000)
+    page = f"http://{services.HOST}:{port}"
+    module = ["mlflow", "server", "--host", services.HOST, "--port", str(port), "--workers", "1"]
+    module += ["--backend-store-uri", uri]
+    module += ["--artifacts-destination", str(store.parent / "mlartifacts")]
+    module += ["--allowed-hosts", "localhost:*,127.0.0.1:*"]
+    with services.running("mlflow", module, f"{page}/health"):
+        yield page
+
+
+def serve(
+    store: Path, console: Console, prefect_port: int | None = None, mlflow_port: int | None = None
+) -> None:
+    """Open both pages and wait for Ctrl-C or SIGTERM."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with ExitStack() as stack:
+        api = stack.enter_context(services.prefect_api(prefect_port))
+        page = stack.enter_context(mlflow_page(store, mlflow_port))
+        prefect_page = os.environ.get("PREFECT_UI_URL", api.removesuffix("/api"))
+        console.print(f"Prefect  {prefect_page}\nMLflow   {page}\nCtrl-C ends both.")
+        stop.wait()

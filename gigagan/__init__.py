@@ -1,0 +1,25 @@
+"""Text-to-image GANs: models, losses, training, inference and evaluation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gigagan.inference.sampler import Sampler
+
+__all__ = ["load"]
+
+
+def load(snapshot: str, upsampler: str | None = None, *, device: str = "cpu") -> Sampler:
+    """Open a snapshot (and an upsampler's) for sampling; see `gigagan.inference.sampler.load`."""
+    from gigagan.inference.sampler import load as load_sampler
+
+    return load_sampler(snapshot, upsampler, device=device)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Sampler":
+        from gigagan.inference.sampler import Sampler
+
+        return Sampler
+    raise AttributeError(f"module 'gigagan' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""How good the pictures are: distances between sets, agreement with captions, one result file."""

@@ -1,0 +1,158 @@
+"""Do pictures show what their captions say, and do several of one caption differ?
+
+Pure functions of features or pixels, but for `clip_score`, which runs the model that it names.
+Shape letters: N pictures, P prompts, Z latents per prompt, H W image, C colour, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from gigagan.evaluation.features import Picture, open_rgb
+from gigagan.models import pretrained
+from gigagan.models.openclip import OpenClipText
+
+CLIP_PREFIX = "A photo depicts "
+"""What the GigaGAN authors' evaluator puts before every caption."""
+
+_PROBE_PX = 8
+
+
+def mean_similarity(images_ND: Tensor, texts_ND: Tensor) -> float:
+    """Mean cosine of every picture with its own caption, both as vectors of one space."""
+    return F.cosine_similarity(images_ND.double(), texts_ND.double(), dim=1).mean().item()
+
+
+def recall_at(k: int, images_ND: Tensor, texts_ND: Tensor) -> float:
+    """R@k: share of pictures whose own caption is among the k nearest of all N; chance k / N."""
+    return (_own_ranks(images_ND, texts_ND) <= k).double().mean().item()
+
+
+class ProbeRank(NamedTuple):
+    """Result of `pixel_probe_rank`."""
+
+    median_rank: float
+    """1 if every picture finds its own; the chance is that of unrelated pictures."""
+    chance: float
+
+
+def pixel_probe_rank(generated_NHWC: np.ndarray, real_NHWC: np.ndarray) -> ProbeRank:
+    """Rank of the real picture of the same caption among all N, by coarse layout alone.
+
+    Pictures are pooled to 8×8 pixels, the mean of each set is removed, and cosines are compared.
+    It sees what colour accuracy and encoders do not: one shape for all prompts.
+    """
+    ranks_N = _own_ranks(_probe(generated_NHWC), _probe(real_NHWC))
+    return ProbeRank(ranks_N.median().item(), (len(ranks_N) + 1) / 2)
+
+
+def _probe(pictures_NHWC: np.ndarray) -> Tensor:
+    x_NCHW = torch.from_numpy(np.ascontiguousarray(pictures_NHWC)).permute(0, 3, 1, 2).double()
+    pooled_ND = F.adaptive_avg_pool2d(x_NCHW, _PROBE_PX).flatten(1)
+    return pooled_ND - pooled_ND.mean(dim=0)
+
+
+def _own_ranks(queries_ND: Tensor, keys_ND: Tensor) -> Tensor:
+    """Rank from 1 [N] of key n for query n by cosine; equal keys share the mean of their ranks."""
+    if len(queries_ND) != len(keys_ND):
+        raise ValueError(f"{len(queries_ND)} queries and {len(keys_ND)} keys are not pairs")
+    cosine_NN = F.normalize(queries_ND.double(), dim=1) @ F.normalize(keys_ND.double(), dim=1).T
+    cosine_NN = cosine_NN.round(decimals=12)  # ties must not hang on the order of additions
+    own_N1 = cosine_NN.diagonal()[:, None]
+    above_N = (cosine_NN > own_N1).sum(dim=1)
+    others_level_N = (cosine_NN == own_N1).sum(dim=1) - 1
+    return 1 + above_N + others_level_N / 2
+
+
+def background_colour_accuracy(
+    images_NHWC: np.ndarray, names: Sequence[str], palette: Mapping[str, Sequence[int]]
+) -> float:
+    """Share of pictures whose border is nearest, of all colours in `palette`, to the one named.
+
+    The border's colour is the median of its outermost 1/32 on every side; colours are compared in
+    RGB. Chance is 1 / len(palette). Raises ValueError for a name that the palette lacks.
+    """
+    unknown = set(names) - palette.keys()
+    if unknown:
+        raise ValueError(f"colours {sorted(unknown)} are not in the palette {sorted(palette)}")
+    if len(names) != len(images_NHWC):
+        raise ValueError(f"{len(images_NHWC)} pictures but {len(names)} colour names")
+    colour_names = list(palette)
+    palette_K3 = np.array([palette[name] for name in colour_names], np.float64)
+    _, H, W, _ = images_NHWC.shape
+    width = max(1, H // 32)
+    is_border_HW = np.ones((H, W), bool)
+    is_border_HW[width : H - width, width : W - width] = False
+    border_N3 = np.median(images_NHWC[:, is_border_HW], axis=1)
+    nearest_N = np.square(border_N3[:, None] - palette_K3).sum(axis=2).argmin(axis=1)
+    return float(
+        np.mean([colour_names[i] == name for i, name in zip(nearest_N, names, strict=True)])
+    )
+
+
+def z_sensitivity(images_PZHWC: np.ndarray) -> float:
+    """How far the latent moves a pixel at a fixed prompt: mean standard deviation over z.
+
+    In units of the range [-1, 1]. Near zero the model ignores its latent.
+    """
+    return float((images_PZHWC.astype(np.float64) / 127.5).std(axis=1).mean())
+
+
+def lpips_diversity(images_PZHWC: np.ndarray, distance: nn.Module) -> float:
+    """Mean LPIPS over pairs of pictures of the same prompt; higher is more diverse."""
+    device = next(distance.parameters()).device
+    x_PZCHW = torch.from_numpy(np.ascontiguousarray(images_PZHWC)).permute(0, 1, 4, 2, 3)
+    pairs = list(combinations(range(images_PZHWC.shape[1]), 2))
+    per_prompt = []
+    with torch.no_grad():
+        for x_ZCHW in x_PZCHW:
+            x_ZCHW = x_ZCHW.to(device) / 127.5 - 1
+            first, second = zip(*pairs, strict=True)
+            per_prompt.append(distance(x_ZCHW[list(first)], x_ZCHW[list(second)]).mean().item())
+    return float(np.mean(per_prompt))
+
+
+def clip_score(
+    pictures: Sequence[Picture],
+    captions: Sequence[str],
+    name: str,
+    *,
+    prefix: str = CLIP_PREFIX,
+    device: torch.device | str = "cpu",
+    batch_size: int = 16,
+) -> float:
+    """Mean cosine of picture and caption under an open_clip model, without a factor.
+
+    `name` is `open_clip:ViT-B-32/openai` or the like, and belongs beside the number. Pictures get
+    the model's own preparation: short side by bicubic, centre crop.
+    """
+    text, image = pretrained.text_encoder(name, device), pretrained.image_encoder(name, device)
+    if not isinstance(text, OpenClipText) or image.image_size is None:
+        raise ValueError(f"{name!r} is not a CLIP: a CLIP score needs open_clip:ARCHITECTURE/TAG")
+    total = 0.0
+    for start in range(0, len(pictures), batch_size):
+        batch = pictures[start : start + batch_size]
+        pixels = np.stack([_clip_pixels(picture, image.image_size) for picture in batch])
+        x_NCHW = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)
+        with torch.no_grad():
+            images_ND = F.normalize(image(x_NCHW / 127.5 - 1).pooled_BD.float(), dim=1)
+        texts_ND = text.embed([prefix + c for c in captions[start : start + batch_size]])
+        total += (images_ND * texts_ND).sum().item()
+    return total / len(pictures)
+
+
+def _clip_pixels(picture: Picture, px: int) -> np.ndarray:
+    image = open_rgb(picture)
+    scale = px / min(image.size)
+    width, height = (max(px, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - px) // 2, (height - px) // 2
+    return np.asarray(image.crop((left, top, left + px, top + px)))

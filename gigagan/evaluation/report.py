@@ -1,0 +1,92 @@
+"""Results as files: one JSON, grids of pictures with their captions, a table to print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+_MARGIN = 8
+_FONT_PX = 13
+_LINE_PX = 16
+_INK = (32, 32, 32)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write atomically: a reader sees the old file or the new one, never half."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    partial.replace(path)
+
+
+def caption_grid(
+    rows: Sequence[tuple[str, Sequence[Image.Image]]],
+    *,
+    title: str,
+    cell_px: int = 128,
+    columns: int = 1,
+) -> Image.Image:
+    """Draw each caption, whole, above its row of pictures; rows are set in `columns`.
+
+    All rows have the same number of pictures; each is brought to `cell_px` by nearest neighbour
+    where it is smaller, so that no detail is invented.
+    """
+    font = ImageFont.load_default(_FONT_PX)
+    row_width = max((len(pictures) for _, pictures in rows), default=1) * (cell_px + 2) - 2
+    texts = [_wrapped(caption, font, row_width) for caption, _ in rows]
+    text_px = max((len(lines) for lines in texts), default=1) * _LINE_PX
+    step_x, step_y = row_width + 2 * _MARGIN, text_px + cell_px + _MARGIN
+    height = _MARGIN * 2 + _LINE_PX + step_y * -(-len(rows) // columns)
+    canvas = Image.new("RGB", (step_x * columns + _MARGIN, height), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((_MARGIN, _MARGIN), title, fill=_INK, font=font)
+    for index, ((_, pictures), lines) in enumerate(zip(rows, texts, strict=True)):
+        left = _MARGIN + step_x * (index % columns)
+        top = 2 * _MARGIN + _LINE_PX + step_y * (index // columns)
+        for number, line in enumerate(lines):
+            draw.text((left, top + number * _LINE_PX), line, fill=_INK, font=font)
+        for number, picture in enumerate(pictures):
+            where = (left + number * (cell_px + 2), top + text_px)
+            canvas.paste(_cell(picture, cell_px), where)
+    return canvas
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The metrics beside those of real pictures and of chance, as aligned text."""
+    reference = results["reference"]
+    lines = [("metric", "generated", "real", "chance")]
+    for name, value in results["metrics"].items():
+        others = [reference[kind].get(name) for kind in ("real", "chance")]
+        lines.append((name, *("" if v is None else f"{v:.4g}" for v in (value, *others))))
+    lines += [(name, "—", "", reason) for name, reason in results["absent"].items()]
+    widths = [max(len(line[i]) for line in lines) for i in range(3)]
+    return "\n".join(
+        f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip()
+        for a, b, c, d in lines
+    )
+
+
+def _cell(picture: Image.Image, px: int) -> Image.Image:
+    is_smaller = max(picture.size) < px
+    how = Image.Resampling.NEAREST if is_smaller else Image.Resampling.LANCZOS
+    return picture.convert("RGB").resize((px, px), how)
+
+
+def _wrapped(text: str, font: Any, width: int) -> list[str]:
+    """Break at spaces so that every line fits; a word that is too long alone is broken too."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines

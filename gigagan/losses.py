@@ -1,0 +1,78 @@
+"""Losses as pure functions of tensors: no networks, no devices, no logging.
+
+Softplus, norms and log-softmax are computed in float32 whatever the logits' type.
+
+Shape letters: B batch, E embedding, C colour, H W image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def as_fake(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Σ_k w_k · mean softplus(l_k): −log(1 − sigmoid(l)) over all predictions (i, j)."""
+    return _weighted([F.softplus(x.float()).mean() for x in logits], weights)
+
+
+def as_real(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Σ_k w_k · mean softplus(−l_k): −log sigmoid(l); G's non-saturating loss on its own images."""
+    return _weighted([F.softplus(-x.float()).mean() for x in logits], weights)
+
+
+def _weighted(terms: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    return torch.stack([w * t for w, t in zip(weights, terms, strict=True)]).sum()
+
+
+def prediction_weights(
+    pairs: Sequence[tuple[int, int]], level_weights: Sequence[float], *, intermediate: float
+) -> list[float]:
+    """Weights of predictions (level i, stage j), summing to 1.
+
+    A level's weight goes to its prediction after the last stage in full and to earlier ones times
+    `intermediate`.
+    """
+    last = max(stage for _, stage in pairs)
+    raw = [level_weights[i] * (1.0 if j == last else intermediate) for i, j in pairs]
+    return [w / sum(raw) for w in raw]
+
+
+def r1_penalty(
+    logits: Sequence[Tensor], weights: Sequence[float], pyramid: Sequence[Tensor]
+) -> Tensor:
+    """Mean over the batch of Σ_levels ‖∂(Σ_k w_k · mean l_k) / ∂x‖² at real images.
+
+    `pyramid` must require grad and have gone through D in a form that can be differentiated
+    twice. A penalty of γ/2 times this is R1 (Mescheder et al. 2018, equation 9).
+    """
+    per_sample_B = torch.stack(
+        [w * x.float().flatten(1).mean(1) for w, x in zip(weights, logits, strict=True)]
+    ).sum(0)
+    gradients = torch.autograd.grad(per_sample_B.sum(), list(pyramid), create_graph=True)
+    return torch.stack([g.float().square().flatten(1).sum(1) for g in gradients]).sum(0).mean()
+
+
+def mismatches(
+    captions_BE: Tensor, is_same_BB: Tensor, is_hard_B: Tensor, noise_BB: Tensor
+) -> tuple[Tensor, Tensor]:
+    """For every sample the index of a caption that is not its own, and whether there is one.
+
+    Hard samples take the batch's most similar other caption (by cosine of `captions_BE`), the
+    rest one drawn uniformly (the largest of `noise_BB` in its row). `is_same_BB` marks pairs of
+    equal captions, the diagonal included: those are never taken.
+    """
+    unit_BE = F.normalize(captions_BE.float(), dim=1)
+    preference_BB = torch.where(is_hard_B[:, None], unit_BE @ unit_BE.T, noise_BB)
+    preference_BB = preference_BB.masked_fill(is_same_BB, float("-inf"))
+    return preference_BB.argmax(1), ~is_same_BB.all(1)
+
+
+def info_nce(images_BE: Tensor, texts_BE: Tensor, *, scale: float) -> Tensor:
+    """−mean log softmax_b'(scale · cos(image_b, text_b'))[b]: the CLIP loss of GigaGAN, eq. 10."""
+    logits_BB = F.normalize(images_BE.float(), dim=1) @ F.normalize(texts_BE.float(), dim=1).T
+    target_B = torch.arange(len(logits_BB), device=logits_BB.device)
+    return F.cross_entropy(scale * logits_BB, target_B)

@@ -1,0 +1,179 @@
+"""Attention: L2 self-attention with tied keys and a style token, cross-attention to text.
+
+Shape letters in this file:
+    B batch, H heads, L queries, M keys, D head width, C channels, S style, T text width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gigagan.models.layers import ACTIVATION_GAIN, EqualLinear, activate, rms_normalize
+
+
+def l2_attention(
+    q_BHLD: Tensor,
+    k_BHMD: Tensor,
+    v_BHMD: Tensor,
+    *,
+    scale: float,
+    double_backward: bool = False,
+) -> Tensor:
+    """softmax_m(−scale · ‖q_l − k_m‖²) · v (GigaGAN, section 3.3; Kim et al. 2021).
+
+    The softmax ignores terms that do not depend on m, so −σ‖q − k‖² may be replaced by
+    2σ q·k − σ‖k‖², whose last term rides in one extra head dimension: an ordinary fused
+    attention. Fused kernels cannot be differentiated twice: `double_backward=True` takes the
+    explicit form, which can (the R1 penalty needs it).
+    """
+    if double_backward:
+        squares_BHLM = (
+            q_BHLD.square().sum(-1, keepdim=True)
+            + k_BHMD.square().sum(-1)[:, :, None, :]
+            - 2 * q_BHLD @ k_BHMD.transpose(-1, -2)
+        )
+        weights_BHLM = (-scale * squares_BHLM.float()).softmax(-1).to(v_BHMD.dtype)
+        return weights_BHLM @ v_BHMD
+    ones_BHL1 = torch.ones_like(q_BHLD[..., :1])
+    half_norm_BHM1 = k_BHMD.square().sum(-1, keepdim=True) / 2
+    q = torch.cat([q_BHLD, ones_BHL1], dim=-1)
+    k = torch.cat([k_BHMD, -half_norm_BHM1], dim=-1)
+    return F.scaled_dot_product_attention(q, k, v_BHMD, scale=2 * scale)
+
+
+def split_heads(x_BLC: Tensor, head_width: int) -> Tensor:
+    """B L C → B H L D."""
+    B, L, C = x_BLC.shape
+    return x_BLC.reshape(B, L, C // head_width, head_width).transpose(1, 2)
+
+
+def merge_heads(x_BHLD: Tensor) -> Tensor:
+    """B H L D → B L C."""
+    B, H, L, D = x_BHLD.shape
+    return x_BHLD.transpose(1, 2).reshape(B, L, H * D)
+
+
+class SelfAttention(nn.Module):
+    """L2 self-attention over positions, queries and keys tied, the style w as one more token."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        head_width: int,
+        scale: float | None,
+        style_dim: int | None,
+        gain: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.to_qk = EqualLinear(channels, channels, bias=None)
+        self.to_v = EqualLinear(channels, channels, bias=None)
+        self.to_out = EqualLinear(channels, channels, gain=gain)
+        self.style_token = None if style_dim is None else EqualLinear(style_dim, channels)
+        self.head_width = head_width
+        # Tied keys of unit variance lie √(2d) apart: 1/d keeps the self weight moderate.
+        self.scale = 1 / head_width if scale is None else scale
+
+    def forward(
+        self, x_BLC: Tensor, style_BS: Tensor | None = None, *, double_backward: bool = False
+    ) -> Tensor:
+        """B L C → B L C."""
+        x_BLC = rms_normalize(x_BLC)
+        tokens_BMC = x_BLC
+        if self.style_token is not None:
+            assert style_BS is not None
+            token_BC = rms_normalize(self.style_token(style_BS))
+            tokens_BMC = torch.cat([x_BLC, token_BC[:, None].to(x_BLC.dtype)], dim=1)
+        k = split_heads(self.to_qk(tokens_BMC), self.head_width)
+        v = split_heads(self.to_v(tokens_BMC), self.head_width)
+        q = k[:, :, : x_BLC.shape[1]]
+        mixed = l2_attention(q, k, v, scale=self.scale, double_backward=double_backward)
+        return self.to_out(merge_heads(mixed))
+
+
+class CrossAttention(nn.Module):
+    """Positions ask the caption's tokens: dot-product attention with a padding mask."""
+
+    def __init__(
+        self, channels: int, *, text_width: int, head_width: int, gain: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.to_q = EqualLinear(channels, channels, bias=None)
+        self.to_k = EqualLinear(text_width, channels, bias=None)
+        self.to_v = EqualLinear(text_width, channels, bias=None)
+        self.to_out = EqualLinear(channels, channels, gain=gain)
+        self.head_width = head_width
+
+    def forward(self, x_BLC: Tensor, text_BMT: Tensor, mask_BM: Tensor) -> Tensor:
+        """B L C, B M T and B M (true = a real token) → B L C."""
+        q = split_heads(self.to_q(rms_normalize(x_BLC)), self.head_width)
+        k = split_heads(self.to_k(text_BMT), self.head_width)
+        v = split_heads(self.to_v(text_BMT), self.head_width)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_BM[:, None, None, :])
+        return self.to_out(merge_heads(mixed))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around one activation, on normalised positions."""
+
+    def __init__(self, channels: int, *, ratio: int, gain: float = 1.0) -> None:
+        super().__init__()
+        self.expand = EqualLinear(channels, channels * ratio, gain=ACTIVATION_GAIN)
+        self.contract = EqualLinear(channels * ratio, channels, gain=gain)
+
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        """B L C → B L C."""
+        return self.contract(activate(self.expand(rms_normalize(x_BLC))))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention, MLP, and where there is text cross-attention and another MLP.
+
+    Every branch is added with a reduced gain (GigaGAN, section 3.3).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        head_width: int,
+        scale: float | None,
+        mlp_ratio: int,
+        gain: float,
+        style_dim: int | None = None,
+        text_width: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.self_attention = SelfAttention(
+            channels, head_width=head_width, scale=scale, style_dim=style_dim, gain=gain
+        )
+        self.self_mlp = FeedForward(channels, ratio=mlp_ratio, gain=gain)
+        self.cross_attention: CrossAttention | None = None
+        if text_width is not None:
+            self.cross_attention = CrossAttention(
+                channels, text_width=text_width, head_width=head_width, gain=gain
+            )
+            self.cross_mlp = FeedForward(channels, ratio=mlp_ratio, gain=gain)
+
+    def forward(
+        self,
+        x_BCHW: Tensor,
+        style_BS: Tensor | None = None,
+        text_BMT: Tensor | None = None,
+        mask_BM: Tensor | None = None,
+        *,
+        double_backward: bool = False,
+    ) -> Tensor:
+        """B C H W → the same."""
+        height = x_BCHW.shape[2]
+        x = x_BCHW.flatten(2).transpose(1, 2)
+        x = x + self.self_attention(x, style_BS, double_backward=double_backward)
+        x = x + self.self_mlp(x)
+        if self.cross_attention is not None:
+            assert text_BMT is not None
+            assert mask_BM is not None
+            x = x + self.cross_attention(x, text_BMT, mask_BM)
+            x = x + self.cross_mlp(x)
+        return x.transpose(1, 2).unflatten(2, (height, -1))

@@ -1,0 +1,63 @@
+"""What a frozen text or image encoder gives, whichever model is behind it. No weights here.
+
+Shape letters: B batch, L tokens, D features, C colour or channels, H W image.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class TextFeatures(NamedTuple):
+    """Features of a batch of captions, padded to the longest; float32, without gradients."""
+
+    tokens_BLD: Tensor
+    mask_BL: Tensor
+    """True where there is a token, False at padding."""
+    pooled_BD: Tensor
+    """One vector per caption; its width may differ from that of the tokens."""
+
+
+class TextEncoder(ABC):
+    """Captions to features. Not an `nn.Module`: it can never enter a state dict or an optimizer."""
+
+    name: str
+    width: int
+    """Features per token."""
+    pooled_width: int
+    max_tokens: int
+    """Longer captions are truncated; the end token is kept."""
+
+    @abstractmethod
+    def encode(self, captions: Sequence[str]) -> TextFeatures:
+        """Encode at least one caption; the result does not depend on the rest of the batch."""
+
+
+class ImageFeatures(NamedTuple):
+    """Features of a batch of images."""
+
+    pooled_BD: Tensor
+    stages: list[Tensor]
+    """Feature maps [B, C, H, W], from fine to coarse."""
+
+
+class ImageEncoder(nn.Module):
+    """Images [B, 3, H, W] in [-1, 1] to features; frozen, and differentiable in its input.
+
+    It has neither parameters nor entries in a state dict, so that a network may hold one.
+    """
+
+    name: str
+    width: int
+    """Features in the pooled vector."""
+    stage_channels: tuple[int, ...]
+    image_size: int | None
+    """The only input size in pixels that the model takes, or None if it takes any from 32 px."""
+
+    def forward(self, x_BCHW: Tensor) -> ImageFeatures:
+        """Return the features; never resizes, that is the caller's choice."""
+        raise NotImplementedError

@@ -1,0 +1,125 @@
+"""CLIP models of open_clip behind our encoder interfaces, from a weight file on this machine.
+
+Shape letters: B batch, L tokens, D features, C colour or channels, H W image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gigagan.models.encoders import ImageEncoder, ImageFeatures, TextEncoder, TextFeatures
+
+_NUM_STAGES = 4
+
+
+def load(architecture: str, tag: str, weights: Path, device: torch.device) -> nn.Module:
+    """Build the model and fill it from `weights`; nothing is fetched.
+
+    Raises ValueError for an architecture that open_clip lacks, or whose tokenizer or image tower
+    does not come with open_clip itself.
+    """
+    import open_clip
+
+    config = open_clip.get_model_config(architecture)
+    if config is None:
+        raise ValueError(f"open_clip has no architecture {architecture!r}; see list_models()")
+    foreign = {"hf_model_name", "hf_tokenizer_name"} & config["text_cfg"].keys()
+    if foreign or config.get("custom_text") or "timm_model_name" in config["vision_cfg"]:
+        raise ValueError(
+            f"open_clip:{architecture} is not a plain CLIP (its towers or its tokenizer come from "
+            "other libraries); choose a ViT-* architecture without SigLIP in its name"
+        )
+    # A file carries no settings, so the tag's own must be restored: OpenAI's need QuickGELU.
+    settings = open_clip.get_pretrained_cfg(architecture, tag)
+    model = open_clip.create_model(
+        architecture,
+        pretrained=str(weights),
+        device=device,
+        force_quick_gelu=bool(settings.get("quick_gelu", False)),
+    )
+    model.pixel_mean = settings.get("mean", open_clip.OPENAI_DATASET_MEAN)
+    model.pixel_std = settings.get("std", open_clip.OPENAI_DATASET_STD)
+    return model.eval().requires_grad_(False)
+
+
+class OpenClipText(TextEncoder):
+    """Tokens of the penultimate layer, before the final norm; pooled is the one at the end token.
+
+    Attention is causal: what stands after the end token cannot change a feature and is cut off.
+    """
+
+    def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
+        self.name = name
+        self.width = self.pooled_width = model.ln_final.normalized_shape[0]
+        self.max_tokens = model.context_length
+        self._model = model
+        self._tokenizer = tokenizer
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> TextFeatures:
+        """Encode captions, the start and end tokens included."""
+        ids_BL = self._tokenizer(list(captions)).to(self._model.positional_embedding.device)
+        end_B = ids_BL.argmax(dim=1)  # the end token has the highest id
+        L = int(end_B.max()) + 1
+        with torch.autocast(ids_BL.device.type, enabled=False):
+            tokens_BLD = self._hidden(ids_BL[:, :L])
+        mask_BL = torch.arange(L, device=ids_BL.device) <= end_B[:, None]
+        pooled_BD = tokens_BLD[torch.arange(len(ids_BL), device=ids_BL.device), end_B]
+        return TextFeatures(tokens_BLD * mask_BL[..., None], mask_BL, pooled_BD)
+
+    def _hidden(self, ids_BL: Tensor) -> Tensor:
+        """Hidden states after all blocks but the last; batch first, whatever the blocks want."""
+        model, L = self._model, ids_BL.shape[1]
+        x_BLD = model.token_embedding(ids_BL) + model.positional_embedding[:L]
+        batch_first = model.transformer.batch_first
+        x = x_BLD if batch_first else x_BLD.transpose(0, 1)
+        for block in model.transformer.resblocks[:-1]:
+            x = block(x, attn_mask=model.attn_mask[:L, :L])
+        return x if batch_first else x.transpose(0, 1)
+
+    @torch.no_grad()
+    def embed(self, captions: Sequence[str]) -> Tensor:
+        """Unit vectors of the joint space [B, D], for a CLIP score."""
+        ids_BL = self._tokenizer(list(captions)).to(self._model.positional_embedding.device)
+        return F.normalize(self._model.encode_text(ids_BL).float(), dim=1)
+
+
+class OpenClipImage(ImageEncoder):
+    """Pooled: the joint-space vector (not normalised); stages: patch tokens of four depths."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str, model: Any) -> None:
+        super().__init__()
+        self.name = name
+        self.width = model.visual.output_dim
+        depth = len(model.visual.transformer.resblocks)
+        self._depths = [depth * (i + 1) // _NUM_STAGES - 1 for i in range(_NUM_STAGES)]
+        channels = model.visual.transformer.resblocks[0].ln_1.normalized_shape[0]
+        self.stage_channels = (channels,) * _NUM_STAGES
+        size = model.visual.image_size
+        self.image_size = size if isinstance(size, int) else size[0]
+        self._model = (model,)  # a tuple hides it from state dicts and parameter lists
+        mean = torch.tensor(model.pixel_mean).view(3, 1, 1)
+        std = torch.tensor(model.pixel_std).view(3, 1, 1)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def forward(self, x_BCHW: Tensor) -> ImageFeatures:
+        """Return features of images in [-1, 1] of exactly `image_size` pixels."""
+        if x_BCHW.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"{self.name} was given {tuple(x_BCHW.shape)}: resize to {self.image_size} px"
+            )
+        (model,) = self._model
+        features = model.visual.forward_intermediates(
+            (x_BCHW * 0.5 + 0.5 - self.mean) / self.std, indices=self._depths
+        )
+        return ImageFeatures(features["image_features"], features["image_intermediates"])

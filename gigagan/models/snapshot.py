@@ -1,0 +1,69 @@
+"""A snapshot: averaged weights for users, in safetensors, with the network's config inside.
+
+It holds no optimizer and no random state: that is the checkpoint's business.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from gigagan.config import GeneratorConfig, UpsamplerConfig
+from gigagan.models.generator import Generator
+from gigagan.models.upsampler import Upsampler
+
+FORMAT = "gigagan-snapshot-1"
+
+
+class SnapshotError(ValueError):
+    """A file that is not a snapshot this version can open."""
+
+
+def save(path: Path, network: Generator | Upsampler, about: dict[str, str | int | float]) -> None:
+    """Write the network's weights with its config; `about` says where they come from."""
+    metadata = {
+        "format": FORMAT,
+        "kind": "base" if isinstance(network, Generator) else "upsampler",
+        "config": network.config.model_dump_json(),
+        "about": json.dumps(about),
+    }
+    partial = path.with_suffix(".partial")
+    tensors = {name: value.contiguous() for name, value in network.state_dict().items()}
+    save_file(tensors, partial, metadata=metadata)
+    partial.replace(path)
+
+
+def load(path: Path, *, device: str = "cpu") -> tuple[Generator | Upsampler, dict[str, object]]:
+    """The frozen network in evaluation mode, and what `save` was told about it.
+
+    Raises:
+        SnapshotError: the file is missing, damaged, or of another format.
+    """
+    if not path.is_file():
+        raise SnapshotError(f"{path}: no such snapshot; training writes snapshot.safetensors")
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise SnapshotError(f"{path}: not a readable safetensors file ({error})") from error
+    if metadata.get("format") != FORMAT:
+        raise SnapshotError(
+            f"{path}: format {metadata.get('format')!r} in its metadata, expected {FORMAT!r}"
+        )
+    network: Generator | Upsampler
+    try:
+        if metadata["kind"] == "base":
+            network = Generator(GeneratorConfig.model_validate_json(metadata["config"]))
+        else:
+            network = Upsampler(UpsamplerConfig.model_validate_json(metadata["config"]))
+        network.load_state_dict(tensors)
+    except (ValidationError, RuntimeError) as error:
+        raise SnapshotError(
+            f"{path}: config and weights do not fit this version: {error}"
+        ) from error
+    return network.to(device).eval().requires_grad_(False), json.loads(metadata["about"])

@@ -1,0 +1,249 @@
+"""The training process: `python -m gigagan.training`, or torchrun of the same module."""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import itertools
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from data.loader import ShardLoader
+from gigagan import losses
+from gigagan.config import TrainBaseConfig, TrainStage
+from gigagan.evaluation.protocol import Heldout, read_heldout
+from gigagan.models import pretrained
+from gigagan.models.aligner import Aligner, fit_aligner
+from gigagan.models.discriminator import Discriminator
+from gigagan.models.encoders import ImageEncoder
+from gigagan.models.generator import Generator
+from gigagan.models.upsampler import Upsampler
+from gigagan.models.vision import VisionAidedDiscriminator
+from gigagan.training import loop, step
+from gigagan.training.auxiliary import Auxiliary
+from gigagan.training.captions import CaptionFeatures
+from gigagan.training.distributed import World, join
+from gigagan.training.logs import Log
+from gigagan.training.probes import BaseProbe, UpsamplerProbe, from_uint8
+
+ALIGNER_PICTURES = 2_048
+FAILED = 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m gigagan.training",
+        description="Train the base generator or the upsampler. The same command goes on from the "
+        "last checkpoint of its run folder.",
+    )
+    p.add_argument("--config", type=Path, required=True, help="JSON of a training section")
+    p.add_argument("--run-dir", type=Path, required=True, help="where everything is written")
+    p.add_argument("--shards", type=Path, required=True, help="folder of shards and index.json")
+    p.add_argument("--heldout", type=Path, help="COCO captions file or folder, for the probes")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train; returns the exit status."""
+    args = parser().parse_args(argv)
+    faulthandler.enable()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    world = join()
+    try:
+        config = read_config(args.config)
+        run(config, args.run_dir, args.shards, args.heldout, world)
+    except (ValueError, OSError, loop.DivergenceError) as error:
+        if os.environ.get("GIGAGAN_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return FAILED
+    finally:
+        world.leave()
+    return 0
+
+
+def read_config(path: Path) -> TrainStage:
+    """A training section from JSON; its `kind` says which.
+
+    Raises:
+        ValueError: unreadable, or with unknown keys or values out of bounds.
+    """
+    try:
+        adapter: TypeAdapter[TrainStage] = TypeAdapter(TrainStage)
+        return adapter.validate_json(path.read_text())
+    except ValidationError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def run(
+    config: TrainStage, run_dir: Path, shards: Path, heldout_path: Path | None, world: World
+) -> None:
+    """Put the parts together, train, and write `result.json`."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    log = Log(run_dir, config.total_images, is_main=world.is_main)
+    log.say(
+        f"{config.kind} on {world.size} × {world.device.type}, {torch.get_num_threads()} threads"
+    )
+    loader = ShardLoader(
+        shards,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    heldout = read_heldout(heldout_path) if heldout_path else None
+
+    # Networks: the same initial weights on every rank.
+    torch.manual_seed(config.seed)
+    generator: Generator | Upsampler
+    if isinstance(config, TrainBaseConfig):
+        generator = Generator(config.generator)
+    else:
+        generator = Upsampler(config.upsampler)
+    generator = generator.to(world.device)
+    discriminator = Discriminator(config.discriminator).to(world.device)
+    log.say(f"{_millions(generator)} M parameters in G, {_millions(discriminator)} M in D")
+
+    # Frozen models, and the captions' features.
+    encoder = pretrained.text_encoder(generator.config.text.encoder, world.device)
+    captions = CaptionFeatures(encoder, world.device)
+    _warm(captions, loader, heldout, log)
+    auxiliary: Auxiliary | None = None
+    if isinstance(config, TrainBaseConfig) and (config.loss.vision or config.loss.contrastive):
+        auxiliary = _auxiliary(config, loader, captions, run_dir, world, log)
+    perceptual = None
+    if not isinstance(config, TrainBaseConfig) and config.lpips > 0:
+        perceptual = pretrained.lpips("vgg", world.device)
+
+    probe: BaseProbe | UpsamplerProbe
+    if isinstance(generator, Generator):
+        probe = BaseProbe(
+            captions,
+            heldout,
+            resolution=generator.config.resolution,
+            num_captions=config.num_probe_captions,
+            prompts=config.prompts or _some_captions(loader),
+        )
+    else:
+        probe = UpsamplerProbe(
+            captions,
+            heldout,
+            perceptual,
+            resolution=generator.config.resolution,
+            input_resolution=generator.config.input_resolution,
+            fallback=_some_pictures(loader),
+        )
+    players = step.Players(
+        generator, discriminator, _weights(config, discriminator), auxiliary, perceptual
+    )
+    result = loop.train(config, players, captions, loader.batches, probe, run_dir, log, world)
+    log.close()
+    if world.is_main:
+        figures = {
+            name.removeprefix("probe/"): value
+            for name, value in result.scalars.items()
+            if name.startswith("probe/") or name in ("images_per_second", "d/r1")
+        }
+        figures["images_seen"] = float(result.images_seen)
+        partial = run_dir / "result.json.partial"
+        partial.write_text(json.dumps(figures, indent=2))
+        partial.replace(run_dir / "result.json")
+
+
+def _weights(config: TrainStage, discriminator: Discriminator) -> list[float]:
+    """Weights of the predictions, in the order in which the discriminator gives them."""
+    levels, stages = discriminator.config.levels, len(discriminator.stages)
+    pairs = [(i, j) for j in range(stages) for i in range(min(j + 1, levels))]
+    return losses.prediction_weights(
+        pairs, config.loss.level_weights, intermediate=config.loss.intermediate
+    )
+
+
+def _warm(
+    captions: CaptionFeatures, loader: ShardLoader, heldout: Heldout | None, log: Log
+) -> None:
+    """Encode a small set's captions before the first step."""
+    known = loader.captions() + (heldout.captions if heldout else [])
+    if len(set(known)) > captions.max_captions:
+        return
+
+    def progress(done: int, total: int) -> None:
+        if done == total or done % 1024 < 64:
+            log.say(f"text features: {done:,} of {total:,} captions")
+
+    captions.warm(known, progress)
+
+
+def _auxiliary(
+    config: TrainBaseConfig,
+    loader: ShardLoader,
+    captions: CaptionFeatures,
+    run_dir: Path,
+    world: World,
+    log: Log,
+) -> Auxiliary:
+    """The frozen image encoder, its aligner and the heads that are trained on it."""
+    encoder = pretrained.image_encoder(config.loss.vision_encoder, world.device)
+    heads = VisionAidedDiscriminator(
+        encoder.stage_channels, text_width=config.discriminator.text.width
+    ).to(world.device)
+    path = run_dir / "aligner.safetensors"
+    if world.is_main and not path.exists():
+        _fit_aligner(config, encoder, loader, captions).save(path)
+        log.say(f"fitted the aligner of {encoder.name} to {captions.encoder.name}")
+    world.barrier()
+    return Auxiliary(config.loss, encoder, Aligner.load(path, world.device), heads)
+
+
+@torch.no_grad()
+def _fit_aligner(
+    config: TrainBaseConfig,
+    encoder: ImageEncoder,
+    loader: ShardLoader,
+    captions: CaptionFeatures,
+) -> Aligner:
+    """Ridge regression from image to caption features on the first training pictures."""
+    images, texts = [], []
+    eyes = Auxiliary(config.loss, encoder, None, None)  # type: ignore[arg-type]
+    wanted = min(ALIGNER_PICTURES, loader.num_samples)
+    for batch in loader.batches(0):
+        pictures = from_uint8(batch.images_BCHW.to(captions.device))
+        images.append(eyes.see(pictures).pooled_BD)
+        texts.append(captions(batch.captions).pooled_BD)
+        if sum(map(len, images)) >= wanted:
+            break
+    return fit_aligner(
+        torch.cat(images),
+        torch.cat(texts),
+        image_encoder=encoder.name,
+        text_encoder=captions.encoder.name,
+        image_px=config.loss.vision_resolution,
+    )
+
+
+def _some_captions(loader: ShardLoader) -> list[str]:
+    """The first few distinct captions of the training set."""
+    return list(itertools.islice(loader.captions(), 8))
+
+
+def _some_pictures(loader: ShardLoader) -> tuple[np.ndarray, list[str]]:
+    """A first batch of pictures, uint8 B H W C, with captions."""
+    batch = next(loader.batches(0))
+    return batch.images_BCHW.permute(0, 2, 3, 1).numpy(), batch.captions
+
+
+def _millions(network: torch.nn.Module) -> str:
+    return f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

