@@ -513,7 +513,7 @@ def serve(site: Path) -> Iterator[int]:
     handler = type("Handler", (_Handler,), {"root": (site / "files").resolve()})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
         yield server.server_address[1]

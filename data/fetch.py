@@ -124,9 +124,12 @@ class Fetcher:
                     preload_content=False, decode_content=False,
                 )  # fmt: skip
                 try:
-                    return self._read(response)
+                    answer = self._read(response)
                 finally:
                     response.close()
+            if time.monotonic() < end:  # else the end of the body may be ours, not the server's
+                return answer
+            raise RefusedError("deadline", f"{self.settings.total_deadline_s} s")
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             if refusal := _refusal_behind(error):
                 raise refusal from None
@@ -296,12 +299,9 @@ def _refusal_behind(error: BaseException | None) -> RefusedError | None:
 
 def _classified(error: Exception) -> RefusedError:
     """The class of a failure on the wire, and whether another try could help."""
-    names = {type(error).__name__, type(error.__cause__).__name__}
     text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
     if isinstance(error, urllib3.exceptions.TimeoutError | TimeoutError):
         return RefusedError("timeout", text, may_recover=True)
-    if "ConnectionRefusedErrorError" in names:
-        return RefusedError("connection_refused", text)
     if isinstance(error, urllib3.exceptions.SSLError):
         return RefusedError("tls", text)
     if isinstance(error, urllib3.exceptions.LocationParseError | UnicodeError):
@@ -315,9 +315,13 @@ def _pool_class(pool: type, connection: type, dial: Dial) -> type:
     def new_conn(self: HTTPConnection) -> socket.socket:
         try:
             return dial(self)
-        except RefusedError as refusal:
-            # urllib3 lets only its own errors and OSErrors pass
-            raise OSError(refusal.fate) from refusal
+        except ConnectionRefusedError as error:
+            refusal = RefusedError("connection_refused", str(error))
+        except TimeoutError as error:
+            refusal = RefusedError("timeout", str(error), may_recover=True)
+        except RefusedError as error:
+            refusal = error
+        raise OSError(refusal.fate) from refusal  # urllib3 lets OSErrors pass, and no others
 
     vetted = type(connection.__name__, (connection,), {"_new_conn": new_conn})
     return type(pool.__name__, (pool,), {"ConnectionCls": vetted})

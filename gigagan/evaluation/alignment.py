@@ -134,9 +134,11 @@ def clip_score(
     `name` is `open_clip:ViT-B-32/openai` or the like, and belongs beside the number. Pictures get
     the model's own preparation: short side by bicubic, centre crop.
     """
-    text, image = pretrained.text_encoder(name, device), pretrained.image_encoder(name, device)
-    if not isinstance(text, OpenClipText) or image.image_size is None:
+    text = pretrained.text_encoder(name, device)
+    if not isinstance(text, OpenClipText):
         raise ValueError(f"{name!r} is not a CLIP: a CLIP score needs open_clip:ARCHITECTURE/TAG")
+    image = pretrained.image_encoder(name, device)
+    assert image.image_size is not None, "a ViT takes one size"
     total = 0.0
     for start in range(0, len(pictures), batch_size):
         batch = pictures[start : start + batch_size]

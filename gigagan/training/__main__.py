@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
-import itertools
 import json
 import logging
 import os
@@ -131,7 +130,7 @@ def run(
             heldout,
             resolution=generator.config.resolution,
             num_captions=config.num_probe_captions,
-            prompts=config.prompts or _some_captions(loader),
+            prompts=config.prompts or (() if heldout else _some_captions(loader)),
         )
     else:
         probe = UpsamplerProbe(
@@ -232,7 +231,7 @@ def _fit_aligner(
 
 def _some_captions(loader: ShardLoader) -> list[str]:
     """The first few distinct captions of the training set."""
-    return list(itertools.islice(loader.captions(), 8))
+    return loader.captions()[:8]
 
 
 def _some_pictures(loader: ShardLoader) -> tuple[np.ndarray, list[str]]:

@@ -11,15 +11,20 @@ from data import download
 from data.config import DownloadConfig, EmbeddedConfig
 from data.score import Encoders
 
+# img2dataset's import asks the web otherwise
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 
-os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # img2dataset's import asks the web otherwise
 
-
-def small_config(**changes) -> DownloadConfig:
+def small_config() -> DownloadConfig:
     embedded = EmbeddedConfig(
         max_concepts=30, pictures_per_style=3, size_px=96, heldout_fraction=0.3, defect_fraction=0.6
     )
-    return DownloadConfig(embedded=embedded, rows_per_shard=70, timeout_s=5, **changes)
+    return DownloadConfig(embedded=embedded, rows_per_shard=70, timeout_s=5)
+
+
+@pytest.fixture
+def config() -> DownloadConfig:
+    return small_config()
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +52,6 @@ def tiny_encoders() -> Encoders:
     return Encoders(image_features, text_features, similarity, unsafe)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def encoders() -> Encoders:
     return tiny_encoders()

@@ -8,20 +8,54 @@ from data import metadata
 from data.config import DownloadConfig
 from data.schema import MetadataError, resolve
 
-LAION = "URL TEXT WIDTH HEIGHT similarity hash punsafe pwatermark".split()
-RELAION = (
-    "url caption key status error_message width height original_width original_height exif md5 "
-    "similarity hash punsafe pwatermark"
-).split()
-COYO = (
-    "id url text width height image_phash text_length word_count num_tokens_bert num_tokens_gpt "
-    "num_faces clip_similarity_vitb32 clip_similarity_vitl14 nsfw_score_opennsfw2 "
-    "nsfw_score_gantman watermark_score aesthetic_score_laion_v2"
-).split()
-DATACOMP = (
-    "uid url text original_width original_height clip_b32_similarity_score "
-    "clip_l14_similarity_score face_bboxes sha256"
-).split()
+LAION = ["URL", "TEXT", "WIDTH", "HEIGHT", "similarity", "hash", "punsafe", "pwatermark"]
+RELAION = [
+    "url",
+    "caption",
+    "key",
+    "status",
+    "error_message",
+    "width",
+    "height",
+    "original_width",
+    "original_height",
+    "exif",
+    "md5",
+    "similarity",
+    "hash",
+    "punsafe",
+    "pwatermark",
+]
+COYO = [
+    "id",
+    "url",
+    "text",
+    "width",
+    "height",
+    "image_phash",
+    "text_length",
+    "word_count",
+    "num_tokens_bert",
+    "num_tokens_gpt",
+    "num_faces",
+    "clip_similarity_vitb32",
+    "clip_similarity_vitl14",
+    "nsfw_score_opennsfw2",
+    "nsfw_score_gantman",
+    "watermark_score",
+    "aesthetic_score_laion_v2",
+]
+DATACOMP = [
+    "uid",
+    "url",
+    "text",
+    "original_width",
+    "original_height",
+    "clip_b32_similarity_score",
+    "clip_l14_similarity_score",
+    "face_bboxes",
+    "sha256",
+]
 
 URLS_ONLY = {
     "min_side": None,
@@ -85,7 +119,15 @@ def test_every_row_is_counted_at_its_first_failing_rule(tmp_path):
     nan = None
     path = write(
         tmp_path / "a.parquet",
-        URL=["http://a/1", "http://a/2", "http://a/3", nan, "http://a/5", "http://a/6", "http://a/1"],
+        URL=[
+            "http://a/1",
+            "http://a/2",
+            "http://a/3",
+            nan,
+            "http://a/5",
+            "http://a/6",
+            "http://a/1",
+        ],
         TEXT=["a b cccc"] * 5 + ["ab", "a b cccc"],
         WIDTH=pa.array([100, nan, 100, 100, 30, 100, 100], pa.float64()),
         HEIGHT=pa.array([90, 90, 900, 90, 90, 90, 90], pa.float64()),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from gigagan.evaluation.alignment import clip_score
 from gigagan.models import pretrained
 from gigagan.models.pretrained import (
     CATALOGUE,
@@ -185,7 +186,7 @@ def test_lpips_heads_are_those_of_the_lpips_wheel(net):
     import lpips as package
 
     path = Path(package.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
-    heads = torch.load(path, weights_only=True)
+    heads = torch.load(path, map_location="cpu", weights_only=True)
     for i, head in enumerate(lpips(net).lins):
         assert torch.equal(head.model[-1].weight, heads[f"lin{i}.model.1.weight"])
 
@@ -289,6 +290,25 @@ def test_open_clip_image_features_are_those_of_encode_image(clip):
     assert not encoder.state_dict()
     with pytest.raises(ValueError, match="224 px"):
         encoder(x[..., :64, :64])
+
+
+def test_a_clip_score_is_that_of_the_models_own_preparation(clip):
+    import open_clip
+
+    captions = ["a dog", "two cats", "a red bus"]
+    rng = np.random.default_rng(0)
+    pictures = [
+        Image.fromarray(rng.integers(0, 256, (h, 300, 3), np.uint8)) for h in (180, 260, 300)
+    ]
+    prepare = open_clip.image_transform(
+        224, is_train=False, mean=clip.visual.image_mean, std=clip.visual.image_std
+    )
+    ids = open_clip.get_tokenizer("ViT-S-32-alt")(["A photo depicts " + c for c in captions])
+    with torch.no_grad():
+        images = clip.encode_image(torch.stack([prepare(p) for p in pictures]), normalize=True)
+        texts = clip.encode_text(ids, normalize=True)
+    expected = (images * texts).sum(dim=1).mean().item()
+    assert clip_score(pictures, captions, CLIP, batch_size=2) == pytest.approx(expected, abs=1e-4)
 
 
 def test_both_towers_of_a_clip_share_one_model(clip):

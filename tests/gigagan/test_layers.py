@@ -1,0 +1,171 @@
+import itertools
+import math
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from gigagan.models.attention import SelfAttention, l2_attention
+from gigagan.models.layers import (
+    AdaptiveConv,
+    EqualLinear,
+    MappingNetwork,
+    adaptive_conv2d,
+    downsample,
+    pyramid,
+    upsample,
+)
+
+B, N, O, I, H, W = 2, 3, 5, 4, 7, 6
+
+
+def naive_adaptive_conv2d(x, bank, select, scale, demodulate):
+    """Equation by equation, one sample at a time, with the modulated filter written out."""
+    outputs = []
+    for b in range(len(x)):
+        kernel = sum(select[b, n] * bank[n] for n in range(len(bank)))
+        kernel = kernel * scale[b][None, :, None, None]
+        if demodulate:
+            norm = (kernel.square().sum((1, 2, 3)) + 1e-8).sqrt()
+            kernel = kernel / norm[:, None, None, None]
+        outputs.append(torch.nn.functional.conv2d(x[b : b + 1], kernel, padding="same"))
+    return torch.cat(outputs)
+
+
+def arguments(num_kernels, *, requires_grad=False):
+    torch.manual_seed(0)
+    made = (
+        torch.randn(B, I, H, W, dtype=torch.double),
+        torch.randn(num_kernels, O, I, 3, 3, dtype=torch.double),
+        torch.randn(B, num_kernels, dtype=torch.double).softmax(1),
+        torch.randn(B, I, dtype=torch.double),
+    )
+    return tuple(t.requires_grad_(requires_grad) for t in made)
+
+
+@pytest.mark.parametrize("num_kernels", [1, N])
+@pytest.mark.parametrize("demodulate", [True, False])
+def test_adaptive_convolution_equals_one_modulated_convolution_per_sample(num_kernels, demodulate):
+    x, bank, select, scale = arguments(num_kernels, requires_grad=True)
+    fast = adaptive_conv2d(x, bank, select, scale, demodulate=demodulate)
+    slow = naive_adaptive_conv2d(x, bank, select, scale, demodulate)
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-6 if demodulate else 1e-10)
+    weights = torch.randn_like(fast)
+    ours = torch.autograd.grad((fast * weights).sum(), (x, bank, select, scale))
+    theirs = torch.autograd.grad((slow * weights).sum(), (x, bank, select, scale))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 if demodulate else 1e-10)
+
+
+@pytest.mark.parametrize("num_kernels", [1, N])
+def test_adaptive_convolution_can_be_differentiated_twice(num_kernels):
+    def f(*tensors):
+        return adaptive_conv2d(*tensors, demodulate=False)
+
+    x, bank, select, scale = arguments(num_kernels, requires_grad=True)
+    small = (x[:, :, :3, :3].detach().requires_grad_(), bank, select, scale)
+    assert gradcheck(f, small)
+    assert gradgradcheck(f, small)
+
+
+def test_demodulated_maps_keep_unit_variance_whatever_the_style():
+    torch.manual_seed(0)
+    layer = AdaptiveConv(32, 16, style_dim=7, num_kernels=3)
+    y = layer(torch.randn(3, 32, 16, 16), 5 * torch.randn(3, 7))
+    assert 0.8 < y.std() < 1.2
+
+
+def naive_l2_attention(q, k, v, scale):
+    out = torch.zeros_like(q)
+    for b, h, i in itertools.product(*map(range, q.shape[:3])):
+        squares = [(q[b, h, i] - key).square().sum() for key in k[b, h]]
+        out[b, h, i] = (-scale * torch.stack(squares)).softmax(0) @ v[b, h]
+    return out
+
+
+@pytest.mark.parametrize("double_backward", [True, False])
+def test_l2_attention_equals_its_definition(double_backward):
+    torch.manual_seed(0)
+    q = torch.randn(2, 3, 5, 4, dtype=torch.double)
+    k, v = torch.randn(2, 2, 3, 7, 4, dtype=torch.double)
+    fast = l2_attention(q, k, v, scale=0.3, double_backward=double_backward)
+    # The explicit form takes its softmax in float32.
+    atol = 1e-6 if double_backward else 1e-10
+    torch.testing.assert_close(fast, naive_l2_attention(q, k, v, 0.3), rtol=0, atol=atol)
+
+
+def test_both_forms_of_l2_attention_have_the_same_gradients():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 4).requires_grad_() for _ in range(3))
+    weights = torch.randn(2, 3, 5, 4)
+    grads = [
+        torch.autograd.grad(
+            (l2_attention(q, k, v, scale=0.3, double_backward=double) * weights).sum(), (q, k, v)
+        )
+        for double in (True, False)
+    ]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_explicit_l2_attention_can_be_differentiated_twice():
+    q, k, v = (torch.randn(1, 1, 3, 2, requires_grad=True) for _ in range(3))
+    out = l2_attention(q, k, v, scale=0.3, double_backward=True)
+    (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    first.square().sum().backward()
+    assert k.grad.abs().sum() > 0
+
+
+def test_self_attention_is_not_the_identity_at_initialisation():
+    torch.manual_seed(0)
+    layer = SelfAttention(64, head_width=32, scale=None, style_dim=5)
+    x = torch.nn.functional.normalize(torch.randn(2, 64, 64), dim=-1) * math.sqrt(64)
+    keys = layer.to_qk(x).unflatten(-1, (2, 32)).transpose(1, 2)
+    distances = torch.cdist(keys, keys).square()
+    self_weight = (-layer.scale * distances).softmax(-1).diagonal(dim1=-2, dim2=-1).mean()
+    assert 2 / 64 < self_weight < 0.5
+
+
+def test_style_token_takes_part_in_self_attention():
+    torch.manual_seed(0)
+    layer = SelfAttention(32, head_width=16, scale=None, style_dim=5)
+    x = torch.randn(1, 9, 32)
+    a, b = layer(x, torch.randn(1, 5)), layer(x, torch.randn(1, 5))
+    assert (a - b).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("latent_dim", "text_dim"), [(7, 96), (64, 64), (128, 16)])
+def test_latent_and_text_both_move_the_style_at_every_width(latent_dim, text_dim):
+    torch.manual_seed(0)
+    mapping = MappingNetwork(
+        latent_dim=latent_dim, text_dim=text_dim, style_dim=256, num_layers=3, lr_multiplier=0.1
+    )
+    z, t = torch.randn(64, latent_dim), torch.randn(64, text_dim)
+    by_z = mapping(z, t[:1].expand(64, -1)).var(0).mean()
+    by_text = mapping(z[:1].expand(64, -1), t).var(0).mean()
+    assert 0.5 < by_z / by_text < 2
+
+
+def test_learning_rate_multiplier_does_not_change_the_output():
+    x = torch.randn(3, 5)
+    torch.manual_seed(1)
+    plain = EqualLinear(5, 7, bias=0.5)
+    torch.manual_seed(1)
+    slow = EqualLinear(5, 7, bias=0.5, lr_multiplier=0.01)
+    torch.testing.assert_close(plain(x), slow(x))
+
+
+def test_real_pyramid_and_generator_resample_with_the_same_filter():
+    # The halving filter is the transpose of the doubling one (times 1/4), away from the border.
+    x, y = torch.randn(1, 1, 16, 16).double(), torch.zeros(1, 1, 8, 8).double()
+    y[..., 2:-2, 2:-2] = torch.randn(4, 4).double()
+    left, right = (downsample(x) * y).sum(), (x * upsample(y)).sum() / 4
+    torch.testing.assert_close(left, right)
+
+
+def test_pyramid_halves_and_keeps_the_mean():
+    x = torch.randn(2, 3, 16, 16)
+    levels = pyramid(x, 3)
+    assert [level.shape[-1] for level in levels] == [16, 8, 4]
+    flat = pyramid(torch.full((1, 3, 8, 8), 0.3), 2)[1]
+    torch.testing.assert_close(flat, torch.full((1, 3, 4, 4), 0.3))

@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import gigagan
+from gigagan.__main__ import main
+from gigagan.config import GeneratorConfig, UpsamplerConfig
+from gigagan.models import snapshot
+from gigagan.models.generator import Generator
+from gigagan.models.pretrained import MissingWeightsError, locate
+from gigagan.models.upsampler import Upsampler
+
+SMALL_G = GeneratorConfig(
+    channels=(8, 8), kernels=(1, 2), blocks=(1, 1), attention=(0, 0), latent_dim=5, style_dim=12
+)
+SMALL_U = UpsamplerConfig(
+    input_resolution=8, down_channels=(8,), up_channels=(8, 8), kernels=(1, 1), blocks=(1, 1),
+    attention=(0, 0), latent_dim=5, style_dim=12,
+)  # fmt: skip
+
+try:
+    locate("embedded:minilm-l6")
+except MissingWeightsError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def snapshots(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("snapshots")
+    snapshot.save(folder / "base.safetensors", Generator(SMALL_G), {})
+    snapshot.save(folder / "up.safetensors", Upsampler(SMALL_U), {})
+    return folder / "base.safetensors", folder / "up.safetensors"
+
+
+def pixels(pictures):
+    return [p.tobytes() for p in pictures]
+
+
+def close(a, b):
+    """Equal up to one grey level: another batch may round otherwise."""
+    both = [np.frombuffer(b"".join(x), np.uint8).astype(int) for x in (a, b)]
+    return np.abs(both[0] - both[1]).max() <= 1
+
+
+def test_pictures_depend_on_prompt_place_and_seed_but_not_on_the_batch_size(snapshots):
+    sampler = gigagan.load(*snapshots)
+    prompts = ["a red cat", "a red cat", "a dog on pale blue", "sun"]
+    one = pixels(sampler.sample(prompts, seed=3, batch_size=4))
+    other = pixels(sampler.sample(prompts, seed=3, batch_size=3))
+    assert close(one, other)
+    assert one[0] != one[1]
+    assert one != pixels(sampler.sample(prompts, seed=4, batch_size=4))
+
+
+def test_sizes_follow_the_networks(snapshots):
+    assert gigagan.load(snapshots[0]).sample(["x"], seed=0)[0].size == (8, 8)
+    sampler = gigagan.load(*snapshots)
+    assert sampler.sample(["x"], seed=0)[0].size == (16, 16) == (sampler.resolution,) * 2
+
+
+def test_no_truncation_is_the_limit_of_truncation(snapshots):
+    sampler = gigagan.load(snapshots[0])
+    free = pixels(sampler.sample(["a", "b"], seed=1))
+    assert close(free, pixels(sampler.sample(["a", "b"], seed=1, truncation=0.9999)))
+    full = pixels(sampler.sample(["a", "a"], seed=1, truncation=0.0))
+    assert full[0] == full[1]
+
+
+def test_wrong_arguments_are_refused_with_the_remedy(snapshots):
+    sampler = gigagan.load(*snapshots)
+    with pytest.raises(ValueError, match="truncation=2"):
+        sampler.sample(["x"], seed=0, truncation=2)
+    with pytest.raises(ValueError, match="resize it to 8×8"):
+        sampler.upscale([Image.new("RGB", (9, 8))], ["x"])
+    with pytest.raises(ValueError, match="one per image"):
+        sampler.upscale([], ["x"])
+    with pytest.raises(snapshot.SnapshotError, match="snapshot of an upsampler"):
+        gigagan.load(snapshots[1])
+
+
+def test_command_line_draws_files(snapshots, tmp_path, capsys):
+    base, up = map(str, snapshots)
+    argv = ["sample", "--base", base, "--upsampler", up, "--out", str(tmp_path), "a cat", "a dog"]
+    assert main(argv) == 0
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["0000.png", "0001.png"]
+    assert "a dog" in capsys.readouterr().out
+    assert main(["sample", "--base", base, "--out", str(tmp_path)]) == 1
+    assert "error: no prompts" in capsys.readouterr().err
+    assert main(["sample", "--base", str(tmp_path / "none"), "x"]) == 1
+    assert "no such snapshot" in capsys.readouterr().err

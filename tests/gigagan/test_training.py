@@ -1,0 +1,328 @@
+import hashlib
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gigagan.config import (
+    DiscriminatorConfig,
+    GeneratorConfig,
+    LossConfig,
+    OptimizerConfig,
+    TextConfig,
+    TrainBaseConfig,
+    TrainUpsamplerConfig,
+    UpsamplerConfig,
+)
+from gigagan.models.discriminator import Discriminator
+from gigagan.models.encoders import TextEncoder, TextFeatures
+from gigagan.models.generator import Generator
+from gigagan.models.upsampler import Upsampler
+from gigagan.training import checkpoint, loop, step
+from gigagan.training.captions import CaptionFeatures
+from gigagan.training.distributed import World
+from gigagan.training.ema import Ema
+from gigagan.training.logs import Log
+from gigagan.training.probes import Look
+
+TEXT = TextConfig(encoder_width=11, pooled_width=11, width=16, head_width=8)
+BASE = TrainBaseConfig(
+    generator=GeneratorConfig(
+        channels=(8, 8), kernels=(1, 2), blocks=(1, 1), attention=(0, 1), head_width=8,
+        latent_dim=5, style_dim=12, text=TEXT,
+    ),
+    discriminator=DiscriminatorConfig(
+        channels=(8, 8), levels=2, blocks=(1, 0), attention=(0, 1), head_width=8, text=TEXT
+    ),
+    loss=LossConfig(level_weights=(0.6, 0.4), contrastive=0, vision=0),
+    optimizer=OptimizerConfig(r1_every=2, warmup_images=8, ema_half_life_images=20),
+    total_images=48, batch_size=4, checkpoint_images=8, sample_images=24, log_images=8,
+)  # fmt: skip
+
+
+class WordEncoder(TextEncoder):
+    """Each word is a fixed random vector: real enough to tell captions apart."""
+
+    name = "test:words"
+    width = pooled_width = 11
+    max_tokens = 8
+
+    def encode(self, captions):
+        rows = [torch.stack([self._vector(w) for w in c.split()]) for c in captions]
+        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        mask = torch.arange(tokens.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]
+        return TextFeatures(tokens, mask, torch.stack([r.mean(0) for r in rows]))
+
+    @staticmethod
+    def _vector(word):
+        seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "big")
+        return torch.randn(11, generator=torch.Generator().manual_seed(seed))
+
+
+class ShadeBatch:
+    """Images whose grey value is written in their caption."""
+
+    def __init__(self, position, size, side):
+        values = [(position + i) * 7 % 250 for i in range(size)]
+        self.captions = [f"a shade of value{v}" for v in values]
+        shades = torch.tensor(values, dtype=torch.uint8)
+        self.images_BCHW = shades[:, None, None, None].expand(size, 3, side, side).clone()
+
+
+def batches(side, size=4):
+    def make(images_seen):
+        return (ShadeBatch(p, size, side) for p in itertools.count(images_seen, size))
+
+    return make
+
+
+class NoProbe:
+    def look(self, generator):
+        assert not generator.training
+        return Look(Image.new("RGB", (2, 2)), {"probe/looked": 1.0})
+
+
+def players(config):
+    torch.manual_seed(config.seed)
+    is_base = isinstance(config, TrainBaseConfig)
+    g = Generator(config.generator) if is_base else Upsampler(config.upsampler)
+    d = Discriminator(config.discriminator)
+    weights = [1 / 3] * 3 if is_base else None
+    return step.Players(g, d, weights or _uniform(d), None, None)
+
+
+def _uniform(d):
+    count = sum(min(j + 1, d.config.levels) for j in range(len(d.stages)))
+    return [1 / count] * count
+
+
+def run(config, run_dir, side=8):
+    made = players(config)
+    run_dir.mkdir(exist_ok=True)
+    captions = CaptionFeatures(WordEncoder(), torch.device("cpu"))
+    log = Log(run_dir, config.total_images)
+    loop.train(config, made, captions, batches(side), NoProbe(), run_dir, log, World())
+    return made
+
+
+def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path):
+    whole = run(BASE, tmp_path / "whole")
+    run(BASE.model_copy(update={"total_images": 24}), tmp_path / "parts")
+    again = run(BASE, tmp_path / "parts")
+    for a, b in ((whole.generator, again.generator), (whole.discriminator, again.discriminator)):
+        for name, value in a.state_dict().items():
+            assert torch.equal(value, b.state_dict()[name]), name
+    a, b = ((tmp_path / d / "snapshot.safetensors").read_bytes() for d in ("whole", "parts"))
+    assert a == b
+
+
+def test_a_run_writes_lines_pictures_checkpoints_and_a_snapshot(tmp_path):
+    run(BASE, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [x["images"] for x in lines if "d/real" in x] == [8, 16, 24, 32, 40, 48]
+    assert any("d/r1" in x for x in lines)
+    assert all("d/mismatch" in x for x in lines if "d/real" in x)
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 2
+    assert [p.name for p in sorted((tmp_path / "checkpoints").glob("*.pt"))] == [
+        "images-0000000040.pt",
+        "images-0000000048.pt",
+    ]
+    assert (tmp_path / "snapshot.safetensors").is_file()
+
+
+def test_lines_after_the_last_checkpoint_are_dropped_on_resume(tmp_path):
+    run(BASE.model_copy(update={"total_images": 24}), tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"images": 32, "d/real": 9}\n{"images": 4')
+    run(BASE, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    positions = [x["images"] for x in lines if "d/real" in x]
+    assert positions == sorted(set(positions))
+    assert 9 not in [x.get("d/real") for x in lines]
+
+
+def test_a_half_written_checkpoint_is_never_picked(tmp_path):
+    network = torch.nn.Linear(2, 2)
+    checkpoint.save(tmp_path, 8, {"n": network}, {}, keep=2)
+    (tmp_path / "images-0000000016.partial").write_bytes(b"half")
+    assert checkpoint.latest(tmp_path).name == "images-0000000008.pt"
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused_by_name(tmp_path):
+    path = checkpoint.save(tmp_path, 8, {"n": torch.nn.Linear(2, 2)}, {}, keep=2)
+    with pytest.raises(checkpoint.CheckpointError, match="lacks \\['m'\\]"):
+        checkpoint.restore(path, {"m": torch.nn.Linear(2, 2)})
+    with pytest.raises(checkpoint.CheckpointError, match="does not fit"):
+        checkpoint.restore(path, {"n": torch.nn.Linear(3, 2)})
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(checkpoint.CheckpointError, match="not a readable checkpoint"):
+        checkpoint.restore(path, {"n": torch.nn.Linear(2, 2)})
+
+
+def recorded_step(monkeypatch, batch_size=6):
+    """One D step; returns the inputs and every (maps, text) that a predictor was asked about."""
+    config = BASE.model_copy(update={"batch_size": batch_size})
+    made = players(config)
+    captions = CaptionFeatures(WordEncoder(), torch.device("cpu"))
+    batch = ShadeBatch(0, batch_size, 8)
+    inputs = loop._inputs(config, made, captions, batch, 0, World())
+    asked = []
+    original = made.discriminator.predict
+
+    def predict(features, text_BT):
+        asked.append((features, text_BT))
+        return original(features, text_BT)
+
+    monkeypatch.setattr(made.discriminator, "predict", predict)
+    fakes = step.synthesize(made.generator, inputs)
+    step.accumulate_discriminator(made, config, inputs, fakes, auxiliary_strength=0.0)
+    return made.discriminator, inputs, fakes, asked
+
+
+def test_real_images_meet_their_own_captions_and_mismatched_ones_others(monkeypatch):
+    d, inputs, fakes, asked = recorded_step(monkeypatch)
+    own = d.read(inputs.text)
+    (pair, text), (mismatched, other_text) = asked
+    B = len(own)
+    torch.testing.assert_close(text, own.repeat(2, 1))
+    real = d.trunk(inputs.real)
+    fake = d.trunk([f.detach() for f in fakes])
+    for maps, of_real, of_fake in zip(pair, real, fake, strict=True):
+        torch.testing.assert_close(maps.maps_BCHW[:B], of_real.maps_BCHW, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(maps.maps_BCHW[B:], of_fake.maps_BCHW, rtol=1e-4, atol=1e-4)
+    # The first half of the mismatched pairs is real, the second generated; captions are others'.
+    for maps, of_real, of_fake in zip(mismatched, real, fake, strict=True):
+        expected = torch.cat([of_real.maps_BCHW[: B // 2], of_fake.maps_BCHW[B // 2 :]])
+        torch.testing.assert_close(maps.maps_BCHW, expected, rtol=1e-4, atol=1e-4)
+    assert ((other_text - own).abs().amax(1) > 1e-3).all()
+    assert all(any(torch.equal(o, t) for t in own) for o in other_text)
+
+
+def test_text_features_are_those_of_the_images_own_captions():
+    config = BASE
+    captions = CaptionFeatures(WordEncoder(), torch.device("cpu"))
+    batch = ShadeBatch(40, 4, 8)
+    inputs = loop._inputs(config, players(config), captions, batch, 0, World())
+    shades = (inputs.real[0][:, 0, 0, 0] + 1) * 127.5
+    for b, shade in enumerate(shades.round().int().tolist()):
+        expected = WordEncoder().encode([f"a shade of value{shade}"]).pooled_BD[0]
+        torch.testing.assert_close(inputs.text.pooled_BD[b], expected, rtol=1e-2, atol=1e-3)
+
+
+def test_the_upsampler_is_fed_the_small_version_of_its_own_target(tmp_path):
+    config = TrainUpsamplerConfig(
+        upsampler=UpsamplerConfig(
+            input_resolution=8, down_channels=(8, 8), up_channels=(8, 8, 8), kernels=(1, 1, 2),
+            blocks=(1, 1, 1), attention=(1, 0, 0), head_width=8, latent_dim=5, style_dim=12,
+            text=TEXT, noise_augmentation=0.0,
+        ),
+        discriminator=DiscriminatorConfig(
+            channels=(8, 8, 8), levels=2, blocks=(0, 0, 0), attention=(0, 0, 0), head_width=8,
+            text=TEXT, minibatch_std=True,
+        ),
+        loss=LossConfig(level_weights=(0.6, 0.4)),
+        lpips=0, total_images=16, batch_size=4, checkpoint_images=16, sample_images=16,
+        log_images=8,
+    )  # fmt: skip
+    made = players(config)
+    captions = CaptionFeatures(WordEncoder(), torch.device("cpu"))
+    inputs = loop._inputs(config, made, captions, ShadeBatch(3, 4, 16), 0, World())
+    torch.testing.assert_close(inputs.small_BCHW, inputs.real[0][:, :, ::2, ::2])
+    run(config, tmp_path, side=16)
+    assert (tmp_path / "snapshot.safetensors").is_file()
+
+
+def test_randomness_is_a_function_of_seed_and_position_and_shared_over_ranks():
+    made = players(BASE)
+    captions = CaptionFeatures(WordEncoder(), torch.device("cpu"))
+    whole = loop._inputs(BASE, made, captions, ShadeBatch(8, 4, 8), 8, World())
+    again = loop._inputs(BASE, made, captions, ShadeBatch(8, 4, 8), 8, World())
+    later = loop._inputs(BASE, made, captions, ShadeBatch(8, 4, 8), 12, World())
+    assert torch.equal(whole.z_BZ, again.z_BZ)
+    assert not torch.equal(whole.z_BZ, later.z_BZ)
+    parts = [
+        loop._inputs(BASE, made, captions, ShadeBatch(8, 2, 8), 8, World(rank=r, size=2)).z_BZ
+        for r in (0, 1)
+    ]
+    assert torch.equal(torch.stack(parts, 1).flatten(0, 1), whole.z_BZ)
+
+
+def test_generator_step_leaves_no_gradient_in_the_discriminator():
+    made = players(BASE)
+    captions = CaptionFeatures(WordEncoder(), torch.device("cpu"))
+    inputs = loop._inputs(BASE, made, captions, ShadeBatch(0, 4, 8), 0, World())
+    loop._require_grad(made.discriminator, False)
+    fakes = step.synthesize(made.generator, inputs)
+    step.accumulate_generator(made, BASE, inputs, fakes, auxiliary_strength=0.0)
+    assert all(p.grad is None for p in made.discriminator.parameters())
+    assert all(p.grad is not None for p in made.generator.parameters())
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_advice(tmp_path):
+    made = players(BASE)
+    with torch.no_grad():
+        made.generator.constant.fill_(float("nan"))
+    captions = CaptionFeatures(WordEncoder(), torch.device("cpu"))
+    log = Log(tmp_path, BASE.total_images)
+    with pytest.raises(loop.DivergenceError, match=r"not finite at 8 images: lower optimizer\.lr"):
+        loop.train(BASE, made, captions, batches(8), NoProbe(), tmp_path, log, World())
+    assert checkpoint.latest(tmp_path / "checkpoints") is None
+
+
+def test_average_follows_with_its_half_life():
+    network = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(network.weight)
+    ema = Ema(network, OptimizerConfig(ema_half_life_images=100, ema_ramp=1e9))
+    torch.nn.init.ones_(network.weight)
+    for seen in range(10, 110, 10):
+        ema.update(network, seen, 10)
+    assert ema.network.weight.item() == pytest.approx(0.5, abs=1e-6)
+    assert not ema.network.weight.requires_grad
+
+
+def test_caption_features_are_computed_once_and_do_not_depend_on_the_batch():
+    class Counting(WordEncoder):
+        calls = 0
+
+        def encode(self, captions):
+            Counting.calls += len(captions)
+            return super().encode(captions)
+
+    captions = CaptionFeatures(Counting(), torch.device("cpu"))
+    captions.warm(["one two", "three"])
+    both = captions(["three", "one two", "three"])
+    alone = captions(["three"])
+    assert Counting.calls == 2
+    torch.testing.assert_close(both.tokens_BLD[0, :1], alone.tokens_BLD[0])
+    assert both.mask_BL.tolist() == [[True, False], [True, True], [True, False]]
+
+
+@pytest.mark.slow
+def test_a_tiny_network_learns_which_shade_a_caption_names(tmp_path):
+    class TwoShades(ShadeBatch):
+        def __init__(self, position, size, side):
+            values = [(position + i) % 2 for i in range(size)]
+            self.captions = [("black", "white")[v] for v in values]
+            shades = torch.tensor(values, dtype=torch.uint8) * 255
+            self.images_BCHW = shades[:, None, None, None].expand(size, 3, side, side).clone()
+
+    config = BASE.model_copy(
+        update={"total_images": 6_400, "batch_size": 16, "checkpoint_images": 6_400,
+                "sample_images": 6_400, "log_images": 3_200}
+    )  # fmt: skip
+    made = players(config)
+    captions = CaptionFeatures(WordEncoder(), torch.device("cpu"))
+
+    def make(images_seen):
+        return (TwoShades(p, 16, 8) for p in itertools.count(images_seen, 16))
+
+    log = Log(tmp_path, config.total_images)
+    loop.train(config, made, captions, make, NoProbe(), tmp_path, log, World())
+    with torch.no_grad():
+        z = torch.randn(8, 5)
+        dark, light = (made.generator(z, captions([c] * 8))[0].mean() for c in ("black", "white"))
+    assert light - dark > 1.0
+    assert np.isfinite([dark.item(), light.item()]).all()
