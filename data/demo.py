@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -339,6 +341,30 @@ def _bytes_of(row: Row, glyph: Image.Image, side: int) -> bytes | None:
     return _encode(image, codec)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the source consists of: a pure function of its config."""
+
+    rows: list[Row]
+    heldout: list[Picture]
+
+    @classmethod
+    def of(cls, config: EmbeddedConfig) -> Plan:
+        """Draw concepts, looks, captions and defects."""
+        train, heldout = split(config)
+        pictures = [picture for concept in train for picture in _pictures(concept, config)]
+        return cls(_rows(pictures, config), _heldout_pictures(heldout, config))
+
+    def by_glyph(self) -> dict[Path, list[Row | Picture]]:
+        """What is drawn from each glyph, so that it is rendered once."""
+        groups: dict[Path, list[Row | Picture]] = {}
+        items: list[Row | Picture] = [*self.rows, *self.heldout]
+        for item in items:
+            picture = item.picture if isinstance(item, Row) else item
+            groups.setdefault(picture.concept.glyphs[picture.style], []).append(item)
+        return groups
+
+
 def build(out: Path, config: EmbeddedConfig, *, progress: Progress = silent) -> None:
     """Write `site/` (files and lists) and `heldout/` below `out`; at once if they are there.
 
@@ -351,13 +377,19 @@ def build(out: Path, config: EmbeddedConfig, *, progress: Progress = silent) -> 
         return
     shutil.rmtree(site, ignore_errors=True)
     shutil.rmtree(out / "heldout", ignore_errors=True)
-    train, heldout = split(config)
-    rows = _rows([p for concept in train for p in _pictures(concept, config)], config)
-    seen = _heldout_pictures(heldout, config)
-    _render_all(site / "files", out / "heldout" / "images", rows, seen, config.size_px, progress)
-    _write_captions(out / "heldout" / "captions.json", seen, config.size_px)
-    _write_lists(site, rows, config.seed)
+    for name in _FOLDERS:
+        (out / name).mkdir(parents=True)
+    plan = Plan.of(config)
+    _render_all(out, config, len(plan.rows) + len(plan.heldout), progress)
+    _write_captions(out / "heldout" / "captions.json", plan.heldout, config.size_px)
+    _write_lists(site, plan.rows, config.seed)
     marker.write_text(wanted)
+
+
+_FOLDERS = (
+    "heldout/images",
+    *(f"site/files/{name}" for name in ("pictures", "reserved", "mirror", "copies")),
+)
 
 
 def _heldout_pictures(heldout: list[Concept], config: EmbeddedConfig) -> list[Picture]:
@@ -373,41 +405,53 @@ def _heldout_pictures(heldout: list[Concept], config: EmbeddedConfig) -> list[Pi
     return (first + second)[: config.heldout_pictures]
 
 
-def _render_all(
-    files: Path,
-    images: Path,
-    rows: list[Row],
-    seen: list[Picture],
-    side: int,
-    progress: Progress,
-) -> None:
-    """Draw every file. Threads suffice: the renderer and the codecs release the lock."""
-    for folder in (images, *(files / name for name in _FOLDERS)):
-        folder.mkdir(parents=True, exist_ok=True)
-    by_glyph: dict[Path, list[Row | Picture]] = {}
-    items: list[Row | Picture] = [*rows, *seen]
-    for item in items:
-        picture = item.picture if isinstance(item, Row) else item
-        by_glyph.setdefault(picture.concept.glyphs[picture.style], []).append(item)
+def _render_all(out: Path, config: EmbeddedConfig, total: int, progress: Progress) -> None:
+    """Draw every file, in processes: the renderer holds Python's lock.
 
-    def work(glyph: Path) -> int:
+    Each is `python -m data.demo`, which plans the same source and draws its share; a pool would
+    import the main module of whoever called us once more.
+    """
+    num_parts = max(1, min(os.cpu_count() or 1, 16, total // 200))
+    root = str(Path(__file__).resolve().parents[1])
+    env = {**os.environ, "PYTHONPATH": root}
+    arguments = [str(out.resolve()), config.model_dump_json(), str(num_parts)]
+    command = [sys.executable, "-m", "data.demo", *arguments]
+    read_end, write_end = os.pipe()  # one for all: a line of theirs is one write
+    parts = [
+        subprocess.Popen([*command, str(part)], env=env, stdout=write_end)
+        for part in range(num_parts)
+    ]
+    os.close(write_end)
+    try:
+        done = 0
+        with os.fdopen(read_end) as lines:
+            for line in lines:
+                done += int(line)
+                progress("rendering pictures", done, total)
+        failed = [part for part in parts if part.wait() != 0]
+    finally:
+        for process in parts:
+            process.kill()
+            process.wait()
+    if failed:
+        raise RuntimeError(
+            f"{len(failed)} of {num_parts} processes that render the embedded pictures failed; "
+            "their errors are above; mend those and run again"
+        )
+
+
+def render_part(out: Path, config: EmbeddedConfig, num_parts: int, part: int) -> Iterator[int]:
+    """Draw every `num_parts`-th glyph from number `part` on; yields the files done by each."""
+    side = config.size_px
+    for glyph, items in list(Plan.of(config).by_glyph().items())[part::num_parts]:
         raster = render(glyph, side)
-        for item in by_glyph[glyph]:
+        for item in items:
             if isinstance(item, Picture):
                 data = _encode(draw(item, raster, (side, side)), "png")
-                (images / f"{item.stem}.png").write_bytes(data)
+                (out / "heldout" / "images" / f"{item.stem}.png").write_bytes(data)
             elif (body := _bytes_of(item, raster, side)) is not None:
-                (files / item.path).write_bytes(body)
-        return len(by_glyph[glyph])
-
-    done, total = 0, len(rows) + len(seen)
-    with ThreadPoolExecutor(4) as pool:
-        for count in pool.map(work, by_glyph):
-            done += count
-            progress("rendering pictures", done, total)
-
-
-_FOLDERS = ("pictures", "reserved", "mirror", "copies")
+                (out / "site" / "files" / item.path).write_bytes(body)
+        yield len(items)
 
 
 def _write_captions(path: Path, seen: list[Picture], side: int) -> None:
@@ -520,3 +564,15 @@ def serve(site: Path) -> Iterator[int]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def main(arguments: list[str]) -> None:
+    """Draw one part of the source: OUT CONFIG_JSON NUM_PARTS PART; a count a line on stdout."""
+    out, config, num_parts, part = arguments
+    chosen = EmbeddedConfig.model_validate_json(config)
+    for count in render_part(Path(out), chosen, int(num_parts), int(part)):
+        os.write(sys.stdout.fileno(), f"{count}\n".encode())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -183,7 +183,7 @@ def run_command(arguments: argparse.Namespace) -> None:
             try:
                 outputs = full_pipeline(stages=stages, force=force, config=config)
             finally:
-                APILogHandler.flush()  # while the server is there
+                APILogHandler().flush()  # while the server is there
     _show_results(console, config, outputs, reporter.endings)
 
 

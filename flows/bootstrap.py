@@ -101,4 +101,4 @@ def deploy() -> None:
 
 def preset_step(preset: str) -> dict[str, Any]:
     """A build step of infra/prefect.yaml: the settings of a preset, as `{{ ID.config }}`."""
-    return {"config": PipelineConfig.preset(preset).model_dump(mode="json")}
+    return {"config": PipelineConfig.preset(preset).model_dump(mode="json", exclude_unset=True)}

@@ -26,7 +26,7 @@ def needs(config: PipelineConfig) -> Mapping[str, Need]:
         "base": Need(train_base.STAGE, "snapshot.safetensors"),
         "upsampler": Need(train_upsampler.STAGE, "snapshot.safetensors"),
         "heldout": Need(download.STAGE, "heldout", optional=config.evaluate.captions is not None),
-        "aligner": Need(filter.STAGE, "aligner.safetensors", optional=True),
+        "aligner": Need(filter.STAGE, filter.ALIGNER, optional=True),
     }
 
 

@@ -24,6 +24,7 @@ DEFAULTS = {
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
     "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads starve whatever shares the machine
     "PREFECT_CLI_PROMPT": "false",
     "PIPELINE_ROOT": str(ROOT),
 }

@@ -1,4 +1,4 @@
-"""Shards and a base generator to an upsampler, in a process of its own."""
+"""Shards to an upsampler, in a process of its own."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from flows.stage import Need, Stage
 
 
 def needs(config: PipelineConfig) -> Mapping[str, Need]:
-    """Shards at the upsampler's output resolution, the base's weights, unseen captions."""
+    """Shards at the upsampler's output resolution, and unseen captions for the probes.
+
+    It learns from shrunk real pictures: another base generator does not train it again.
+    """
     resolution = config.train_upsampler.upsampler.resolution
     return {
         "shards": Need(filter.STAGE, f"shards/{resolution:03d}"),
-        "base": Need(train_base.STAGE, "snapshot.safetensors"),
         "heldout": Need(download.STAGE, "heldout", optional=True),
     }
 

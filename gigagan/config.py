@@ -404,6 +404,12 @@ class TrainUpsamplerConfig(TrainConfig):
     @model_validator(mode="after")
     def _networks_agree(self) -> Self:
         _same_resolution(self.upsampler.resolution, self.discriminator, self.loss)
+        made = (self.upsampler.resolution // self.upsampler.input_resolution).bit_length()
+        if self.discriminator.levels > made:
+            raise ValueError(
+                f"discriminator.levels={self.discriminator.levels}, but the upsampler makes only "
+                f"{made} levels from its input's resolution upwards"
+            )
         return self
 
 

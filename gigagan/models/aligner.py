@@ -17,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-DEFAULT_RIDGE = 0.1
+DEFAULT_RIDGE = 1.0
+"""Best mean similarity and R@10 on unseen emoji, at 64 px as at 224 (0.3 to 3 are near)."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gigagan.models.layers import ACTIVATION_GAIN, EqualLinear, activate, rms_normalize
+from gigagan.models.layers import (
+    ACTIVATION_GAIN,
+    EqualLinear,
+    activate,
+    full_precision,
+    rms_normalize,
+)
 
 
 def l2_attention(
@@ -34,7 +40,7 @@ def l2_attention(
             + k_BHMD.square().sum(-1)[:, :, None, :]
             - 2 * q_BHLD @ k_BHMD.transpose(-1, -2)
         )
-        weights_BHLM = (-scale * squares_BHLM.float()).softmax(-1).to(v_BHMD.dtype)
+        weights_BHLM = (-scale * full_precision(squares_BHLM)).softmax(-1).to(v_BHMD.dtype)
         return weights_BHLM @ v_BHMD
     ones_BHL1 = torch.ones_like(q_BHLD[..., :1])
     half_norm_BHM1 = k_BHMD.square().sum(-1, keepdim=True) / 2

@@ -26,9 +26,14 @@ def activate(x: Tensor) -> Tensor:
     return F.leaky_relu(x, 0.2)
 
 
+def full_precision(x: Tensor) -> Tensor:
+    """float32 for what overflows or loses its digits in half precision; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def rms_normalize(x: Tensor, *, dim: int = -1, eps: float = 1e-8) -> Tensor:
     """Divide by the root mean square along `dim`, computed in float32."""
-    scale = x.float().square().mean(dim, keepdim=True).add(eps).rsqrt()
+    scale = full_precision(x).square().mean(dim, keepdim=True).add(eps).rsqrt()
     return x * scale.to(x.dtype)
 
 
@@ -132,11 +137,13 @@ def adaptive_conv2d(
     B, I, H, W = x_BIHW.shape
     N, O, _, h, w = bank_NOIhw.shape
     x_BIHW = x_BIHW * scale_BI[:, :, None, None].to(x_BIHW.dtype)
-    power_BI = scale_BI.float().square()
+    power_BI = full_precision(scale_BI).square()
     if N == 1:
         filter_OIhw = bank_NOIhw[0]
         y_BOHW = F.conv2d(x_BIHW, filter_OIhw.to(x_BIHW.dtype), padding=(h // 2, w // 2))
-        energy_BO = power_BI @ filter_OIhw.float().square().sum((2, 3)).T if demodulate else None
+        energy_BO = (
+            power_BI @ full_precision(filter_OIhw).square().sum((2, 3)).T if demodulate else None
+        )
     else:
         mixed_BOIhw = (select_BN @ bank_NOIhw.reshape(N, -1)).reshape(B, O, I, h, w)
         # One grouped convolution serves the whole batch: group b holds sample b's own filter.
@@ -147,7 +154,7 @@ def adaptive_conv2d(
             groups=B,
         ).reshape(B, O, H, W)
         energy_BO = (
-            torch.einsum("boi,bi->bo", mixed_BOIhw.float().square().sum((3, 4)), power_BI)
+            torch.einsum("boi,bi->bo", full_precision(mixed_BOIhw).square().sum((3, 4)), power_BI)
             if demodulate
             else None
         )

@@ -17,6 +17,7 @@ from gigagan.models.generator import Generator
 from gigagan.models.upsampler import Upsampler
 
 FORMAT = "gigagan-snapshot-1"
+ENTRY = "snapshot"
 
 
 class SnapshotError(ValueError):
@@ -25,15 +26,16 @@ class SnapshotError(ValueError):
 
 def save(path: Path, network: Generator | Upsampler, about: dict[str, str | int | float]) -> None:
     """Write the network's weights with its config; `about` says where they come from."""
-    metadata = {
+    described = {
         "format": FORMAT,
         "kind": "base" if isinstance(network, Generator) else "upsampler",
-        "config": network.config.model_dump_json(),
-        "about": json.dumps(about),
+        "config": network.config.model_dump(mode="json"),
+        "about": about,
     }
     partial = path.with_suffix(".partial")
     tensors = {name: value.contiguous() for name, value in network.state_dict().items()}
-    save_file(tensors, partial, metadata=metadata)
+    # A single entry: the order of several is not fixed, and equal weights shall be equal bytes.
+    save_file(tensors, partial, metadata={ENTRY: json.dumps(described)})
     partial.replace(path)
 
 
@@ -47,23 +49,23 @@ def load(path: Path, *, device: str = "cpu") -> tuple[Generator | Upsampler, dic
         raise SnapshotError(f"{path}: no such snapshot; training writes snapshot.safetensors")
     try:
         with safe_open(path, framework="pt", device=device) as file:
-            metadata = file.metadata() or {}
+            described = json.loads((file.metadata() or {}).get(ENTRY, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise SnapshotError(f"{path}: not a readable safetensors file ({error})") from error
-    if metadata.get("format") != FORMAT:
+    if described.get("format") != FORMAT:
         raise SnapshotError(
-            f"{path}: format {metadata.get('format')!r} in its metadata, expected {FORMAT!r}"
+            f"{path}: format {described.get('format')!r} in its metadata, expected {FORMAT!r}"
         )
     network: Generator | Upsampler
     try:
-        if metadata["kind"] == "base":
-            network = Generator(GeneratorConfig.model_validate_json(metadata["config"]))
+        if described["kind"] == "base":
+            network = Generator(GeneratorConfig.model_validate(described["config"]))
         else:
-            network = Upsampler(UpsamplerConfig.model_validate_json(metadata["config"]))
+            network = Upsampler(UpsamplerConfig.model_validate(described["config"]))
         network.load_state_dict(tensors)
     except (ValidationError, RuntimeError) as error:
         raise SnapshotError(
             f"{path}: config and weights do not fit this version: {error}"
         ) from error
-    return network.to(device).eval().requires_grad_(False), json.loads(metadata["about"])
+    return network.to(device).eval().requires_grad_(False), described["about"]

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from data.loader import ShardLoader
 from gigagan import losses
 from gigagan.config import TrainBaseConfig, TrainStage
-from gigagan.evaluation.protocol import Heldout, read_heldout
+from gigagan.evaluation.heldout import Heldout, read_heldout
 from gigagan.models import pretrained
 from gigagan.models.aligner import Aligner, fit_aligner
 from gigagan.models.discriminator import Discriminator

@@ -54,7 +54,7 @@ class Log:
         self._since = (now, images_seen)
         means["images_per_second"] = rate
         self.scalars(images_seen, means)
-        left = (self.total_images - images_seen) / max(rate, 1e-9)
+        left = max(self.total_images - images_seen, 0) / max(rate, 1e-9)
         shown = "  ".join(
             f"{name} {means[name]:.3f}"
             for name in ("d/real", "d/fake", "d/mismatch", "g/adversarial", "g/lpips")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gigagan.evaluation import alignment
 from gigagan.evaluation.features import square
-from gigagan.evaluation.protocol import Heldout
+from gigagan.evaluation.heldout import Heldout
 from gigagan.evaluation.report import caption_grid
 from gigagan.models.encoders import TextFeatures
 from gigagan.models.generator import Generator

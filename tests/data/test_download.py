@@ -82,6 +82,7 @@ def test_another_shard_size_on_resume_is_refused(downloaded, config):
         download.run(out, changed)
 
 
+@pytest.mark.slow
 def test_a_killed_download_resumes_to_every_row_exactly_once(downloaded, config, tmp_path):
     reference, report = downloaded
     script = (

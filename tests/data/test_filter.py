@@ -40,7 +40,7 @@ def table(**columns) -> pa.Table:
         "aesthetic": [50.0] * num_rows,
         "unsafe": [0.1] * num_rows,
         "similarity": [0.5] * num_rows,
-        "phash": pa.array([0x1111111111111111 * i for i in range(num_rows)], pa.uint64()),
+        "phash": pa.array([0x1111111111111111 * (i % 15) for i in range(num_rows)], pa.uint64()),
         "miniature": [bytes(48)] * num_rows,
         "error": pa.nulls(num_rows, pa.string()),
     }
@@ -180,9 +180,7 @@ def test_a_wrong_caption_never_pushes_out_the_right_one():
 
 
 def test_an_empty_result_names_the_strictest_rule():
-    with pytest.raises(
-        select.NothingKeptError, match=r"none of 3.*'min_similarity'.*\(2\).*filter"
-    ):
+    with pytest.raises(select.NothingKeptError, match=r"none of 3.*'min_similarity'.*\(2\)"):
         verdicts(table(similarity=[0.0, 0.1, 0.5], width=[100, 100, 10]))
 
 

@@ -23,6 +23,13 @@ def test_every_preset_makes_the_shards_that_its_trainings_read(name):
     assert upsampler.input_resolution == base.resolution
 
 
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_judges_only_levels_that_its_upsampler_makes(name):
+    section = PipelineConfig.preset(name).train_upsampler
+    smallest_judged = section.upsampler.resolution >> (section.discriminator.levels - 1)
+    assert smallest_judged >= section.upsampler.input_resolution
+
+
 def test_an_override_replaces_one_value_and_leaves_the_original():
     config = PipelineConfig()
     changed = config.override({"train_base.total_images": 7_000, "filter.min_similarity": None})
