@@ -43,7 +43,7 @@ PALETTE: dict[str, tuple[int, int, int]] = {
     "teal": (70, 168, 170),
 }
 TEMPLATES = (
-    "a {style} emoji of {name} on a {background} background",
+    "{style} emoji of {name} on a {background} background",
     "{name}, {style} emoji, {background} background",
     "{style} style picture of {name} on {background}",
     "an icon of {name} drawn in {style} style, {background} background",

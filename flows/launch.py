@@ -33,13 +33,12 @@ def command(module: Sequence[str], resources: Resources) -> list[str]:
 
 
 def environment(resources: Resources, extra: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a child: passive waiting, and no more threads than cores."""
+    """The environment of a child: ours, and no more threads than cores."""
     ranks = resources.processes if resources.backend == "torchrun" else 1
     threads = resources.threads or max(1, len(os.sched_getaffinity(0)) // ranks)
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
-        "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads starve whatever shares the machine
         "OMP_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),

@@ -87,7 +87,6 @@ def _sample(args: argparse.Namespace) -> None:
         raise ValueError("no prompts: give some, or --from-file")
     if args.count < 1:
         raise ValueError(f"--count {args.count}: give 1 or more")
-    args.out.mkdir(parents=True, exist_ok=True)
     repeated = [p for p in prompts for _ in range(args.count)]
     pictures = load(args.base, args.upsampler, device=args.device).sample(
         repeated,
@@ -97,6 +96,7 @@ def _sample(args: argparse.Namespace) -> None:
         progress=lambda done, total: print(f"\r{done}/{total} pictures", end="", file=sys.stderr),
     )
     print(file=sys.stderr)
+    args.out.mkdir(parents=True, exist_ok=True)
     for number, (prompt, picture) in enumerate(zip(repeated, pictures, strict=True)):
         path = args.out / f"{number:04d}.png"
         picture.save(path)
