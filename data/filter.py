@@ -54,7 +54,11 @@ def run(
 def _recall(planted: dict[str, dict[str, int]]) -> dict[str, float]:
     """Share of each planted defect that was dropped, and of good pictures (false alarms)."""
     shares = {}
-    for defect, verdicts in planted.items():
+    first = ("wrong_caption", "none")  # what the similarity is for, and its price
+    for defect in sorted(
+        planted, key=lambda name: (name not in first, name not in first[:1], name)
+    ):
+        verdicts = planted[defect]
         dropped = 1 - verdicts.get("ok", 0) / sum(verdicts.values())
         name = f"false_alarms/{defect}" if defect in HARMLESS else f"recall/{defect}"
         shares[name] = dropped

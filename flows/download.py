@@ -13,9 +13,9 @@ from flows.stage import Context, Stage
 
 def run(context: Context) -> None:
     """The stage's body; a second attempt fetches only the shards that are missing."""
-    from data import download as images
+    from data.download import run as fetch
 
-    report = images.run(
+    report = fetch(
         context.path,
         context.config,
         processes=context.resources.processes,

@@ -28,9 +28,9 @@ ALIGNER = "aligner.safetensors"
 
 def run(context: Context) -> None:
     """The stage's body; a second attempt scores and writes only the shards that are missing."""
-    from data import filter as pictures
+    from data.filter import run as score_and_select
 
-    report = pictures.run(
+    report = score_and_select(
         context.path,
         context.inputs["images"].parent,
         context.config,

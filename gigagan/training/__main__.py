@@ -27,7 +27,7 @@ from gigagan.models.generator import Generator
 from gigagan.models.upsampler import Upsampler
 from gigagan.models.vision import VisionAidedDiscriminator
 from gigagan.training import loop, step
-from gigagan.training.auxiliary import Auxiliary
+from gigagan.training.auxiliary import Auxiliary, see
 from gigagan.training.captions import CaptionFeatures
 from gigagan.training.distributed import World, join
 from gigagan.training.logs import Log
@@ -212,11 +212,10 @@ def _fit_aligner(
 ) -> Aligner:
     """Ridge regression from image to caption features on the first training pictures."""
     images, texts = [], []
-    eyes = Auxiliary(config.loss, encoder, None, None)  # type: ignore[arg-type]
     wanted = min(ALIGNER_PICTURES, loader.num_samples)
     for batch in loader.batches(0):
         pictures = from_uint8(batch.images_BCHW.to(captions.device))
-        images.append(eyes.see(pictures).pooled_BD)
+        images.append(see(encoder, pictures, side=config.loss.vision_resolution).pooled_BD)
         texts.append(captions(batch.captions).pooled_BD)
         if sum(map(len, images)) >= wanted:
             break

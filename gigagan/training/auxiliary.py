@@ -19,6 +19,16 @@ from gigagan.models.encoders import ImageEncoder, ImageFeatures
 from gigagan.models.vision import VisionAidedDiscriminator
 
 
+def see(encoder: ImageEncoder, images_BCHW: Tensor, *, side: int) -> ImageFeatures:
+    """Bring images in [−1, 1] to the encoder's side and encode them."""
+    if images_BCHW.shape[-1] != side:
+        images_BCHW = F.interpolate(
+            images_BCHW, size=(side, side), mode="bilinear", align_corners=False, antialias=True
+        )
+    features: ImageFeatures = encoder(images_BCHW.clamp(-1, 1))
+    return features
+
+
 @dataclass(frozen=True)
 class Auxiliary:
     """What both losses need: the frozen encoder, the aligner, and the trained heads."""
@@ -38,14 +48,8 @@ class Auxiliary:
         return step % self.config.auxiliary_every == 0 and self.strength(images_seen) > 0
 
     def see(self, images_BCHW: Tensor) -> ImageFeatures:
-        """Resize to the encoder's side and encode; differentiable in the images."""
-        side = self.config.vision_resolution
-        if images_BCHW.shape[-1] != side:
-            images_BCHW = F.interpolate(
-                images_BCHW, size=(side, side), mode="bilinear", align_corners=False, antialias=True
-            )
-        features: ImageFeatures = self.encoder(images_BCHW.clamp(-1, 1))
-        return features
+        """Features at the side that the loss uses; differentiable in the images."""
+        return see(self.encoder, images_BCHW, side=self.config.vision_resolution)
 
     def discriminator_loss(self, real: Tensor, fake: Tensor, text_BT: Tensor) -> Tensor:
         """Logistic loss of the heads, mean over stages."""
