@@ -6,6 +6,7 @@ DuckDB does the work and spills to disk; nothing here looks at a picture.
 from __future__ import annotations
 
 import glob
+import hashlib
 import math
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import duckdb
 from data.config import DownloadConfig
 from data.report import Funnel, Step
 from data.schema import TYPES, MetadataError, resolve
+
+
+FOOTER_BYTES = 1 << 16
 
 
 def prepare(files: tuple[str, ...], out: Path, config: DownloadConfig) -> Funnel:
@@ -54,8 +58,31 @@ def prepare(files: tuple[str, ...], out: Path, config: DownloadConfig) -> Funnel
     return funnel
 
 
+def fingerprint(files: tuple[str, ...]) -> str:
+    """sha256 over the names, sizes and last 64 KiB of the lists; patterns without a file count too.
+
+    The end of a Parquet file holds its schema, the place and the statistics of every column
+    chunk: another content has another end, and terabytes need not be read to see it.
+    """
+    digest = hashlib.sha256()
+    for name in (name for pattern in files for name in _matches(pattern) or [pattern]):
+        path = Path(name)
+        if not path.is_file():
+            digest.update(f"{name} is not there ".encode())
+            continue
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            file.seek(max(0, size - FOOTER_BYTES))
+            digest.update(f"{path.name} {size} ".encode() + file.read())
+    return digest.hexdigest()
+
+
+def _matches(pattern: str) -> list[str]:
+    return sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 — patterns may be absolute
+
+
 def _expand(pattern: str) -> list[str]:
-    paths = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 — patterns may be absolute
+    paths = _matches(pattern)
     if not paths:
         raise MetadataError(
             f"download.metadata: no file matches {pattern!r} (seen from {Path.cwd()}); "

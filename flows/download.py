@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from prefect import flow
@@ -24,7 +25,16 @@ def run(context: Context) -> None:
     context.metrics |= report.metrics
 
 
-STAGE = Stage("download", version=1, run=run)
+def external(config: PipelineConfig) -> Mapping[str, str]:
+    """The lists of URLs: other rows under the same name make another download."""
+    if config.download.source == "embedded":
+        return {}
+    from data.metadata import fingerprint
+
+    return {"metadata": fingerprint(config.download.metadata)}
+
+
+STAGE = Stage("download", version=1, run=run, external=external)
 
 
 @flow(name=STAGE.name, persist_result=True)

@@ -138,6 +138,10 @@ def _no_needs(config: PipelineConfig) -> dict[str, Need]:
     return {}
 
 
+def _no_external(config: PipelineConfig) -> dict[str, str]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Stage:
     """One step of the pipeline."""
@@ -147,6 +151,8 @@ class Stage:
     """Raise it when the code makes other output from the same config."""
     run: Callable[[Context], None]
     needs: Callable[[PipelineConfig], Mapping[str, Need]] = _no_needs
+    external: Callable[[PipelineConfig], Mapping[str, str]] = _no_external
+    """Digests by name of what it reads from outside the store: they enter the key."""
     scratch: tuple[str, ...] = ()
     """Top-level names that only serve to resume: not part of the output, free to delete."""
     gpu: bool = False
@@ -209,7 +215,7 @@ class Store:
         `MissingInputError` naming the command that makes the first input that is not there.
         """
         paths: dict[str, Path] = {}
-        contents: dict[str, str] = {}
+        contents: dict[str, str] = dict(stage.external(config))
         for name, need in stage.needs(config).items():
             upstream = self.resolve(need.stage, config).key
             folder = self.directory(need.stage, upstream)

@@ -383,8 +383,9 @@ class TrainUpsamplerConfig(TrainConfig):
     discriminator: DiscriminatorConfig = DiscriminatorConfig(
         channels=(16, 32, 64, 96, 96, 96),
         levels=3,
-        blocks=(0, 1, 1, 0, 0, 0),
-        attention=(0, 0, 0, 1, 0, 0),
+        blocks=(0, 0, 0, 0, 0, 0),
+        attention=(0, 0, 0, 0, 1, 0),
+        head_layers=1,
         minibatch_std=True,
     )
     """Its discriminator."""

@@ -170,3 +170,16 @@ def test_nothing_left_names_the_strictest_rule(tmp_path):
     chosen = config(**{**URLS_ONLY, "min_caption_words": 3})
     with pytest.raises(MetadataError, match="'caption too short' dropped most"):
         metadata.prepare((path,), tmp_path / "out.parquet", chosen)
+
+
+def test_the_fingerprint_of_lists_follows_their_content_and_not_their_folder(tmp_path):
+    def written(folder, urls):
+        path = tmp_path / folder / "a.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"url": urls, "caption": ["x y z"] * len(urls)}), path)
+        return metadata.fingerprint((str(path.parent / "*.parquet"),))
+
+    first = written("one", ["http://a/1", "http://a/2"])
+    assert first == written("two", ["http://a/1", "http://a/2"])
+    assert first != written("three", ["http://a/1", "http://a/3"])
+    assert first != metadata.fingerprint((str(tmp_path / "nothing" / "*.parquet"),))
