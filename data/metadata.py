@@ -16,7 +16,6 @@ from data.config import DownloadConfig
 from data.report import Funnel, Step
 from data.schema import TYPES, MetadataError, resolve
 
-
 FOOTER_BYTES = 1 << 16
 
 

@@ -212,7 +212,7 @@ class UpsamplerConfig(Frozen):
     """Layers of the mapping network (paper: 4)."""
     mapping_lr_multiplier: float = Field(0.1, gt=0)
     """Learning rate of the mapping network over that of the rest."""
-    noise_augmentation: float = Field(0.05, ge=0, le=1)
+    noise_augmentation: float = Field(0.02, ge=0, le=1)
     """Standard deviation of the Gaussian noise added to the input, in training and in use."""
     text: TextConfig = TextConfig()
     """The upsampler's own text branch."""

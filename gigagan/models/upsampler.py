@@ -70,11 +70,14 @@ class Upsampler(nn.Module):
                 mlp_ratio=config.mlp_ratio,
                 residual_gain=config.residual_gain,
                 attention_gain=config.attention_gain,
-                # The first output is nearly the enlarged input.
-                rgb_gain=0.05,
+                rgb_gain=0.5,
             )
             for i in range(len(up))
         )
+        for level in self.levels:
+            # The first output is the enlarged input itself.
+            assert isinstance(level, SynthesisLevel)
+            nn.init.zeros_(level.to_rgb.bank)
 
     def read(self, features: TextFeatures) -> Text:
         """Frozen features → t_local and t_global."""
