@@ -190,7 +190,7 @@ def _pictures(concept: Concept, config: EmbeddedConfig) -> list[Picture]:
                 style=style,
                 index=index,
                 background=colours[look % len(colours)],
-                scale=float(rng.uniform(0.55, 0.95)),
+                scale=float(rng.uniform(0.84, 0.96)),
                 place=(float(rng.random()), float(rng.random())),
                 template=TEMPLATES[rng.integers(len(TEMPLATES))],
                 codec=str(rng.choice(["png", "png", "png", "png", "jpg", "webp"])),

@@ -285,6 +285,13 @@ def _show_results(
         time = progress.clock(ending.seconds)
         table.add_row(ending.stage, ending.state, time, progress.figures(metrics))
     console.print(table)
+    results = outputs["evaluate"].path / "results.json" if "evaluate" in outputs else None
+    if results is not None and results.is_file():
+        from gigagan.evaluation import report
+
+        console.print(f"\n[bold]Result[/] ({results})", soft_wrap=True, highlight=False)
+        text = report.table(json.loads(results.read_text()))
+        console.print(escape(text), soft_wrap=True, highlight=False)
     if shown := [path for output in outputs.values() for path in pictures(output.path)]:
         console.print("\n[bold]Pictures and reports[/]")
     for path in shown:

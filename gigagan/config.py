@@ -49,17 +49,9 @@ PAPER_TEXT = TextConfig(
 )
 
 
-class GeneratorConfig(Frozen):
-    """The base generator, z and text to a pyramid of images (GigaGAN, section 3 and Table A2)."""
+class BlockConfig(Frozen):
+    """What convolution and attention blocks have in common in all networks."""
 
-    channels: tuple[int, ...] = (128, 128, 48, 24)
-    """Feature maps at 4, 8, … px; their number sets the resolution."""
-    kernels: tuple[int, ...] = (1, 1, 4, 4)
-    """Filters in each bank of sample-adaptive kernel selection, per resolution."""
-    blocks: tuple[int, ...] = (1, 1, 1, 1)
-    """Convolution blocks (two adaptive 3×3 each) per resolution."""
-    attention: tuple[int, ...] = (0, 1, 0, 0)
-    """Attention blocks (self, then cross to the text) per resolution."""
     head_width: int = Field(32, ge=8)
     """Channels of one attention head."""
     attention_scale: float | None = Field(None, gt=0)
@@ -70,18 +62,36 @@ class GeneratorConfig(Frozen):
     """Factor of a convolution block's residual branch."""
     attention_gain: float = Field(0.3, gt=0)
     """Factor of the residual branches of attention and its MLP."""
+    text: TextConfig = TextConfig()
+    """The network's own text branch."""
+
+
+class StyleConfig(BlockConfig):
+    """What networks that draw with a style have in common."""
+
     latent_dim: int = Field(64, ge=1)
     """Dimensions of the latent z ~ N(0, I) (paper: 128)."""
     style_dim: int = Field(256, ge=1)
-    """Dimensions of the style w (paper: 1024 in the base)."""
+    """Dimensions of the style w (paper: 1024 in the base, 512 in the upsampler)."""
     mapping_layers: int = Field(3, ge=1)
     """Layers of the mapping network M(z, t_global) → w (paper: 4)."""
     mapping_lr_multiplier: float = Field(0.1, gt=0)
     """Learning rate of the mapping network over that of the rest (StyleGAN2: 0.01)."""
+
+
+class GeneratorConfig(StyleConfig):
+    """The base generator, z and text to a pyramid of images (GigaGAN, section 3 and Table A2)."""
+
+    channels: tuple[int, ...] = (128, 128, 48, 24)
+    """Feature maps at 4, 8, … px; their number sets the resolution."""
+    kernels: tuple[int, ...] = (1, 1, 4, 4)
+    """Filters in each bank of sample-adaptive kernel selection, per resolution."""
+    blocks: tuple[int, ...] = (1, 1, 1, 1)
+    """Convolution blocks (two adaptive 3×3 each) per resolution."""
+    attention: tuple[int, ...] = (0, 1, 0, 0)
+    """Attention blocks (self, then cross to the text) per resolution."""
     style_input: bool = True
     """Whether w also shifts the constant 4×4 input."""
-    text: TextConfig = TextConfig()
-    """The generator's own text branch."""
 
     @property
     def resolution(self) -> int:
@@ -118,8 +128,11 @@ class GeneratorConfig(Frozen):
         )
 
 
-class DiscriminatorConfig(Frozen):
-    """The multi-scale input and output discriminator (GigaGAN, section 3.4)."""
+class DiscriminatorConfig(BlockConfig):
+    """The multi-scale input and output discriminator (GigaGAN, section 3.4).
+
+    Of its text branch only the global descriptor is used.
+    """
 
     channels: tuple[int, ...] = (24, 48, 96, 128)
     """Feature maps at the input resolution, its half, … down to 4 px."""
@@ -129,22 +142,10 @@ class DiscriminatorConfig(Frozen):
     """Residual blocks per resolution (paper: 1, 2, 2, 2, 2)."""
     attention: tuple[int, ...] = (0, 0, 1, 0)
     """Self-attention blocks per resolution."""
-    head_width: int = Field(32, ge=8)
-    """Channels of one attention head."""
-    attention_scale: float | None = Field(None, gt=0)
-    """Factor σ of −σ‖q − k‖²; null means 1 / head_width."""
-    mlp_ratio: int = Field(2, ge=1)
-    """Hidden width of the MLP after attention over its channels."""
-    residual_gain: float = Field(0.4, gt=0)
-    """Factor of a convolution block's residual branch."""
-    attention_gain: float = Field(0.3, gt=0)
-    """Factor of the residual branches of attention and its MLP."""
     head_layers: int = Field(2, ge=1)
     """Modulated 1×1 convolutions of a predictor ψ_j before its logit (paper: 4)."""
     minibatch_std: bool = False
     """Whether the last stage sees the batch's standard deviation (paper: on in the upsampler)."""
-    text: TextConfig = TextConfig()
-    """The discriminator's own text branch; only its global descriptor is used."""
 
     @property
     def resolution(self) -> int:
@@ -179,9 +180,13 @@ class DiscriminatorConfig(Frozen):
         )
 
 
-class UpsamplerConfig(Frozen):
+class UpsamplerConfig(StyleConfig):
     """The text-conditioned upsampler: an asymmetric U-Net (GigaGAN, section 3.5)."""
 
+    style_dim: int = Field(128, ge=1)
+    """Dimensions of the style w (paper: 512)."""
+    mapping_layers: int = Field(2, ge=1)
+    """Layers of the mapping network (paper: 4)."""
     input_resolution: int = Field(32, ge=8)
     """Side of the low-resolution input in pixels."""
     down_channels: tuple[int, ...] = (32, 64, 96)
@@ -194,28 +199,8 @@ class UpsamplerConfig(Frozen):
     """Convolution blocks of the way up, per resolution."""
     attention: tuple[int, ...] = (1, 0, 0, 0, 0)
     """Attention blocks (self, then cross to the text) of the way up, per resolution."""
-    head_width: int = Field(32, ge=8)
-    """Channels of one attention head."""
-    attention_scale: float | None = Field(None, gt=0)
-    """Factor σ of −σ‖q − k‖²; null means 1 / head_width."""
-    mlp_ratio: int = Field(2, ge=1)
-    """Hidden width of the MLP after attention over its channels."""
-    residual_gain: float = Field(0.4, gt=0)
-    """Factor of a convolution block's residual branch."""
-    attention_gain: float = Field(0.3, gt=0)
-    """Factor of the residual branches of attention and its MLP."""
-    latent_dim: int = Field(64, ge=1)
-    """Dimensions of the latent z."""
-    style_dim: int = Field(128, ge=1)
-    """Dimensions of the style w (paper: 512)."""
-    mapping_layers: int = Field(2, ge=1)
-    """Layers of the mapping network (paper: 4)."""
-    mapping_lr_multiplier: float = Field(0.1, gt=0)
-    """Learning rate of the mapping network over that of the rest."""
     noise_augmentation: float = Field(0.02, ge=0, le=1)
     """Standard deviation of the Gaussian noise added to the input, in training and in use."""
-    text: TextConfig = TextConfig()
-    """The upsampler's own text branch."""
 
     @property
     def resolution(self) -> int:
@@ -309,7 +294,9 @@ class LossConfig(Frozen):
     matching: float = Field(1.0, ge=0)
     """Matching-aware loss of D: pairs with another caption count as fake."""
     hard_mismatches: float = Field(0.5, ge=0, le=1)
-    """Share of mismatched captions that are the batch's most similar other caption."""
+    """Share of mismatched captions that differ in as few words as any seen lately."""
+    recent_captions: int = Field(256, ge=1)
+    """How many captions a mismatched one is chosen from, on each rank."""
     contrastive: float = Field(0.1, ge=0)
     """InfoNCE of generated images against the captions of the batch."""
     contrastive_scale: float = Field(20.0, gt=0)

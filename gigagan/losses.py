@@ -56,21 +56,6 @@ def r1_penalty(
     return torch.stack([g.float().square().flatten(1).sum(1) for g in gradients]).sum(0).mean()
 
 
-def mismatches(
-    captions_BE: Tensor, is_same_BB: Tensor, is_hard_B: Tensor, noise_BB: Tensor
-) -> tuple[Tensor, Tensor]:
-    """For every sample the index of a caption that is not its own, and whether there is one.
-
-    Hard samples take the batch's most similar other caption (by cosine of `captions_BE`), the
-    rest one drawn uniformly (the largest of `noise_BB` in its row). `is_same_BB` marks pairs of
-    equal captions, the diagonal included: those are never taken.
-    """
-    unit_BE = F.normalize(captions_BE.float(), dim=1)
-    preference_BB = torch.where(is_hard_B[:, None], unit_BE @ unit_BE.T, noise_BB)
-    preference_BB = preference_BB.masked_fill(is_same_BB, float("-inf"))
-    return preference_BB.argmax(1), ~is_same_BB.all(1)
-
-
 def info_nce(images_BE: Tensor, texts_BE: Tensor, *, scale: float) -> Tensor:
     """−mean log softmax_b'(scale · cos(image_b, text_b'))[b]: the CLIP loss of GigaGAN, eq. 10."""
     logits_BB = F.normalize(images_BE.float(), dim=1) @ F.normalize(texts_BE.float(), dim=1).T

@@ -48,10 +48,31 @@ def pixel_probe_rank(generated_NHWC: np.ndarray, real_NHWC: np.ndarray) -> Probe
     """Rank of the real picture of the same caption among all N, by coarse layout alone.
 
     Pictures are pooled to 8×8 pixels, the mean of each set is removed, and cosines are compared.
-    It sees what colour accuracy and encoders do not: one shape for all prompts.
+    Backgrounds take part: with 8 of them, a model that gets them right and draws one shape for
+    all prompts reaches a rank near N / 16. `shape_rank` leaves them out.
     """
     ranks_N = _own_ranks(_probe(generated_NHWC), _probe(real_NHWC))
     return ProbeRank(ranks_N.median().item(), (len(ranks_N) + 1) / 2)
+
+
+def shape_rank(
+    generated_NHWC: np.ndarray, real_NHWC: np.ndarray, backgrounds: Sequence[str]
+) -> float:
+    """Mean rank of the own real picture among those on the same background, scaled to [0, 1].
+
+    0 if every picture finds its own, 0.5 by chance: what is left of `pixel_probe_rank` when colour
+    does not help, so that one shape for all prompts shows. Backgrounds with one picture are left
+    out; raises ValueError if none has two.
+    """
+    scaled: list[Tensor] = []
+    for name in sorted(set(backgrounds)):
+        rows = np.array([i for i, other in enumerate(backgrounds) if other == name])
+        if len(rows) > 1:
+            ranks_N = _own_ranks(_probe(generated_NHWC[rows]), _probe(real_NHWC[rows]))
+            scaled.append((ranks_N - 1) / (len(rows) - 1))
+    if not scaled:
+        raise ValueError("no two pictures share a background: shape_rank compares within one")
+    return torch.cat(scaled).mean().item()
 
 
 def _probe(pictures_NHWC: np.ndarray) -> Tensor:

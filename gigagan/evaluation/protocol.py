@@ -38,6 +38,8 @@ from gigagan.models.aligner import Aligner
 Sample = Callable[[list[str], int], list[Image.Image]]
 """(captions, seed) → one picture each; equal captions of one call get different latents."""
 
+HEADLINES = ("fid", "kid", "background_colour_accuracy", "pixel_probe_median_rank", "shape_rank")
+
 _MAX_PAIRS = 1000
 """Retrieval and pixel metrics look at this many pairs: ranks among more say little more."""
 _MAX_PRDC = 10_000
@@ -126,7 +128,7 @@ def evaluate(
         "protocol": _describe_rules(config, everything, chosen, generated[0])
         | judges
         | {"snapshots_sha256": {name: _sha256(path) for name, path in (snapshots or {}).items()}},
-        "metrics": findings.metrics,
+        "metrics": dict(sorted(findings.metrics.items(), key=_headlines_first)),
         "reference": {"real": findings.real, "chance": findings.chance},
         "absent": findings.absent,
     }
@@ -205,6 +207,11 @@ def _measure_pixels(
         real=alignment.background_colour_accuracy(real_NHWC, names, chosen.palette),
         chance=1 / len(chosen.palette),
     )
+    if len(set(names)) < len(names):
+        shape = alignment.shape_rank(drawn_NHWC, real_NHWC, names)
+        findings.add("shape_rank", shape, real=0, chance=0.5)
+    else:
+        findings.absent["shape_rank"] = "no two pictures share a background"
 
 
 def _measure_alignment(
@@ -270,6 +277,12 @@ def _measure_diversity(
     distance = pretrained.lpips("alex", device)
     findings.add("lpips_diversity", alignment.lpips_diversity(images_PZHWC, distance))
     findings.add("z_sensitivity", alignment.z_sensitivity(images_PZHWC))
+
+
+def _headlines_first(item: tuple[str, float]) -> int:
+    """Sort key: what one looks at first, then the rest as measured."""
+    name = item[0]
+    return HEADLINES.index(name) if name in HEADLINES else len(HEADLINES)
 
 
 # ---- what the result file says -----------------------------------------------------------------

@@ -139,11 +139,11 @@ class Sampler:
             random = torch.Generator().manual_seed(seed * 1_000_003 + index)
             latents.append(torch.randn(config.latent_dim, generator=random))
             noises.append(torch.randn(small_BCHW.shape[1:], generator=random))
-        noisy = small_BCHW.clamp(-1, 1)
-        noisy = noisy + config.noise_augmentation * torch.stack(noises).to(self.device)
+        noise_BCHW = torch.stack(noises).to(self.device)
         encoder = pretrained.text_encoder(config.text.encoder, self.device)
         z_BZ = torch.stack(latents).to(self.device)
-        return _to_pictures(self.upsampler(noisy, z_BZ, encoder.encode(prompts))[0])
+        features = encoder.encode(prompts)
+        return _to_pictures(self.upsampler(small_BCHW.clamp(-1, 1), noise_BCHW, z_BZ, features)[0])
 
     def _truncate(self, style_BS: Tensor, text: Text, psi: float) -> Tensor:
         """w' = lerp(w̄, lerp(w̄|c, w, ψ), ψ): towards the prompt's mean, then the global mean."""

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gigagan.config import BlockConfig
 from gigagan.models.layers import (
     ACTIVATION_GAIN,
     EqualLinear,
@@ -143,25 +144,27 @@ class AttentionBlock(nn.Module):
     def __init__(
         self,
         channels: int,
+        config: BlockConfig,
         *,
-        head_width: int,
-        scale: float | None,
-        mlp_ratio: int,
-        gain: float,
         style_dim: int | None = None,
         text_width: int | None = None,
     ) -> None:
         super().__init__()
+        width, ratio, gain = config.head_width, config.mlp_ratio, config.attention_gain
         self.self_attention = SelfAttention(
-            channels, head_width=head_width, scale=scale, style_dim=style_dim, gain=gain
+            channels,
+            head_width=width,
+            scale=config.attention_scale,
+            style_dim=style_dim,
+            gain=gain,
         )
-        self.self_mlp = FeedForward(channels, ratio=mlp_ratio, gain=gain)
+        self.self_mlp = FeedForward(channels, ratio=ratio, gain=gain)
         self.cross_attention: CrossAttention | None = None
         if text_width is not None:
             self.cross_attention = CrossAttention(
-                channels, text_width=text_width, head_width=head_width, gain=gain
+                channels, text_width=text_width, head_width=width, gain=gain
             )
-            self.cross_mlp = FeedForward(channels, ratio=mlp_ratio, gain=gain)
+            self.cross_mlp = FeedForward(channels, ratio=ratio, gain=gain)
 
     def forward(
         self,

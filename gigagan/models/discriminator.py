@@ -52,14 +52,7 @@ class Stage(nn.Module):
             ResidualBlock(maps, gain=config.residual_gain) for _ in range(config.blocks[index])
         )
         self.attention = nn.ModuleList(
-            AttentionBlock(
-                maps,
-                head_width=config.head_width,
-                scale=config.attention_scale,
-                mlp_ratio=config.mlp_ratio,
-                gain=config.attention_gain,
-            )
-            for _ in range(config.attention[index])
+            AttentionBlock(maps, config) for _ in range(config.attention[index])
         )
         self.minibatch_std = config.minibatch_std and self.is_last
         in_maps = maps + 1 if self.minibatch_std else maps

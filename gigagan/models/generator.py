@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from gigagan.config import GeneratorConfig
+from gigagan.config import GeneratorConfig, StyleConfig
 from gigagan.models.attention import AttentionBlock
 from gigagan.models.encoders import TextFeatures
 from gigagan.models.layers import (
@@ -30,19 +30,13 @@ class SynthesisLevel(nn.Module):
 
     def __init__(
         self,
+        config: StyleConfig,
         in_maps: int,
         out_maps: int,
         *,
         num_blocks: int,
         num_attention: int,
         num_kernels: int,
-        style_dim: int,
-        text_width: int,
-        head_width: int,
-        attention_scale: float | None,
-        mlp_ratio: int,
-        residual_gain: float,
-        attention_gain: float,
         rgb_gain: float,
     ) -> None:
         super().__init__()
@@ -50,28 +44,25 @@ class SynthesisLevel(nn.Module):
             AdaptiveBlock(
                 in_maps if i == 0 else out_maps,
                 out_maps,
-                style_dim=style_dim,
+                style_dim=config.style_dim,
                 num_kernels=num_kernels,
-                gain=residual_gain,
+                gain=config.residual_gain,
             )
             for i in range(num_blocks)
         )
         self.attention = nn.ModuleList(
             AttentionBlock(
                 out_maps,
-                head_width=head_width,
-                scale=attention_scale,
-                mlp_ratio=mlp_ratio,
-                gain=attention_gain,
-                style_dim=style_dim,
-                text_width=text_width,
+                config,
+                style_dim=config.style_dim,
+                text_width=config.text.width,
             )
             for _ in range(num_attention)
         )
         self.to_rgb = AdaptiveConv(
             out_maps,
             3,
-            style_dim=style_dim,
+            style_dim=config.style_dim,
             num_kernels=1,
             size=1,
             demodulate=False,
@@ -97,13 +88,7 @@ class Generator(nn.Module):
         super().__init__()
         self.config = config
         self.text = TextBranch(config.text)
-        self.mapping = MappingNetwork(
-            latent_dim=config.latent_dim,
-            text_dim=config.text.width,
-            style_dim=config.style_dim,
-            num_layers=config.mapping_layers,
-            lr_multiplier=config.mapping_lr_multiplier,
-        )
+        self.mapping = MappingNetwork(config)
         self.register_buffer("style_mean", torch.zeros(config.style_dim))
         self.constant = nn.Parameter(torch.randn(config.channels[0], 4, 4))
         self.style_input = (
@@ -111,18 +96,12 @@ class Generator(nn.Module):
         )
         self.levels = nn.ModuleList(
             SynthesisLevel(
+                config,
                 config.channels[max(i - 1, 0)],
                 config.channels[i],
                 num_blocks=config.blocks[i],
                 num_attention=config.attention[i],
                 num_kernels=config.kernels[i],
-                style_dim=config.style_dim,
-                text_width=config.text.width,
-                head_width=config.head_width,
-                attention_scale=config.attention_scale,
-                mlp_ratio=config.mlp_ratio,
-                residual_gain=config.residual_gain,
-                attention_gain=config.attention_gain,
                 # The levels' sum has about the contrast of real images at the start.
                 rgb_gain=0.5 / math.sqrt(len(config.channels)),
             )

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gigagan.config import StyleConfig
+
 ACTIVATION_GAIN = math.sqrt(2)
 """Restores the variance that leaky ReLU halves (StyleGAN2).
 
@@ -261,19 +263,12 @@ class MappingNetwork(nn.Module):
     any width.
     """
 
-    def __init__(
-        self,
-        *,
-        latent_dim: int,
-        text_dim: int,
-        style_dim: int,
-        num_layers: int,
-        lr_multiplier: float,
-    ) -> None:
+    def __init__(self, config: StyleConfig) -> None:
         super().__init__()
-        widths = [latent_dim + text_dim] + [style_dim] * num_layers
+        widths = [config.latent_dim + config.text.width]
+        widths += [config.style_dim] * config.mapping_layers
         self.layers = nn.ModuleList(
-            EqualLinear(i, o, lr_multiplier=lr_multiplier, gain=ACTIVATION_GAIN)
+            EqualLinear(i, o, lr_multiplier=config.mapping_lr_multiplier, gain=ACTIVATION_GAIN)
             for i, o in itertools.pairwise(widths)
         )
 

@@ -38,13 +38,7 @@ class Upsampler(nn.Module):
         super().__init__()
         self.config = config
         self.text = TextBranch(config.text)
-        self.mapping = MappingNetwork(
-            latent_dim=config.latent_dim,
-            text_dim=config.text.width,
-            style_dim=config.style_dim,
-            num_layers=config.mapping_layers,
-            lr_multiplier=config.mapping_lr_multiplier,
-        )
+        self.mapping = MappingNetwork(config)
         down, up = config.down_channels, config.up_channels
         self.from_rgb = EqualConv2d(3, down[0], 3, gain=ACTIVATION_GAIN)
         self.down_blocks = nn.ModuleList(
@@ -58,18 +52,12 @@ class Upsampler(nn.Module):
         )
         self.levels = nn.ModuleList(
             SynthesisLevel(
+                config,
                 up[i] if i < len(down) else up[i - 1],
                 up[i],
                 num_blocks=config.blocks[i],
                 num_attention=config.attention[i],
                 num_kernels=config.kernels[i],
-                style_dim=config.style_dim,
-                text_width=config.text.width,
-                head_width=config.head_width,
-                attention_scale=config.attention_scale,
-                mlp_ratio=config.mlp_ratio,
-                residual_gain=config.residual_gain,
-                attention_gain=config.attention_gain,
                 rgb_gain=0.5,
             )
             for i in range(len(up))
@@ -87,12 +75,16 @@ class Upsampler(nn.Module):
         """w = M(z, t_global): B Z → B S."""
         return self.mapping(z_BZ, text.global_BT)
 
-    def synthesize(self, small_BCHW: Tensor, style_BS: Tensor, text: Text) -> list[Tensor]:
-        """Small image in [−1, 1] (noise already added), style, text → images, largest first.
+    def synthesize(
+        self, small_BCHW: Tensor, noise_BCHW: Tensor, style_BS: Tensor, text: Text
+    ) -> list[Tensor]:
+        """Small image in [−1, 1], N(0, 1) noise of its shape, style, text → images, largest first.
 
-        The last of the list has the input's resolution.
+        The last of the list has the input's resolution. The layers see the image with noise
+        augmentation; the RGB skip sum starts from it without.
         """
-        x = activate(self.from_rgb(small_BCHW))
+        noisy_BCHW = small_BCHW + self.config.noise_augmentation * noise_BCHW
+        x = activate(self.from_rgb(noisy_BCHW))
         skips: list[Tensor] = []
         for i, block in enumerate(self.down_blocks):
             x = block(x)
@@ -112,7 +104,9 @@ class Upsampler(nn.Module):
                 images.append((upsample(images[-1]) if images else small_BCHW) + rgb)
         return images[::-1]
 
-    def forward(self, small_BCHW: Tensor, z_BZ: Tensor, features: TextFeatures) -> list[Tensor]:
-        """Small image, latents, frozen text features → the pyramid, largest first."""
+    def forward(
+        self, small_BCHW: Tensor, noise_BCHW: Tensor, z_BZ: Tensor, features: TextFeatures
+    ) -> list[Tensor]:
+        """Small image, noise, latents, frozen text features → the pyramid, largest first."""
         text = self.read(features)
-        return self.synthesize(small_BCHW, self.style(z_BZ, text), text)
+        return self.synthesize(small_BCHW, noise_BCHW, self.style(z_BZ, text), text)

@@ -147,11 +147,10 @@ def run(
     result = loop.train(config, players, captions, loader.batches, probe, run_dir, log, world)
     log.close()
     if world.is_main:
-        figures = {
-            name.removeprefix("probe/"): value
-            for name, value in result.scalars.items()
-            if name.startswith("probe/") or name in ("images_per_second", "d/r1")
-        }
+        probes = {n: v for n, v in result.scalars.items() if n.startswith("probe/")}
+        figures = {name.removeprefix("probe/"): value for name, value in probes.items()}
+        if "images_per_second" in result.scalars:  # not after a resume at the very end
+            figures["images_per_second"] = result.scalars["images_per_second"]
         figures["images_seen"] = float(result.images_seen)
         partial = run_dir / "result.json.partial"
         partial.write_text(json.dumps(figures, indent=2))

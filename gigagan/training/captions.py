@@ -1,7 +1,8 @@
-"""Frozen text features, computed once for every distinct caption while they fit in memory."""
+"""Captions in training: their frozen features, computed once, and mismatched ones to refuse."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,6 +11,43 @@ from torch import Tensor
 from gigagan.models.encoders import TextEncoder, TextFeatures
 
 ENCODE_BATCH = 64
+
+
+class RecentCaptions:
+    """The last captions that training saw, from which a sample's mismatched one is chosen.
+
+    A batch alone holds few captions that differ from a given one in little.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._recent: deque[tuple[str, frozenset[str]]] = deque(maxlen=size)
+
+    def add(self, captions: Sequence[str]) -> None:
+        """Remember a batch; the oldest are forgotten."""
+        self._recent += [(c, _words(c)) for c in captions]
+
+    def choose(
+        self, captions: Sequence[str], is_hard_B: Sequence[bool], uniform_B: Sequence[float]
+    ) -> list[str | None]:
+        """For each caption another one, or None where all are equal to it.
+
+        A hard one shares as large a part of its words as any (Jaccard index): the same style and
+        background of another thing, say. Others are drawn evenly. `uniform_B` in [0, 1) decides.
+        """
+        chosen: list[str | None] = []
+        for caption, is_hard, uniform in zip(captions, is_hard_B, uniform_B, strict=True):
+            others = [entry for entry in self._recent if entry[0] != caption]
+            if is_hard and others:
+                words = _words(caption)
+                shared = [len(words & w) / len(words | w) for _, w in others]
+                most = max(shared)
+                others = [entry for entry, s in zip(others, shared, strict=True) if s == most]
+            chosen.append(others[int(uniform * len(others))][0] if others else None)
+        return chosen
+
+
+def _words(caption: str) -> frozenset[str]:
+    return frozenset(caption.lower().replace(",", " ").split())
 
 
 class CaptionFeatures:

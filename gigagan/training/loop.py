@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,14 +16,13 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from gigagan import losses
 from gigagan.config import TrainStage
 from gigagan.models import snapshot
 from gigagan.models.generator import Generator
 from gigagan.models.layers import pyramid
 from gigagan.models.upsampler import Upsampler
 from gigagan.training import checkpoint, step
-from gigagan.training.captions import CaptionFeatures
+from gigagan.training.captions import CaptionFeatures, RecentCaptions
 from gigagan.training.distributed import World
 from gigagan.training.ema import Ema
 from gigagan.training.logs import Log
@@ -120,13 +120,14 @@ def train(
 
     batch_size = config.batch_size
     found: dict[str, float] = {}
+    recent = _recent(config, batches, progress.images_seen, world)
     stream = batches(progress.images_seen)
     while progress.images_seen < config.total_images:
         seen = progress.images_seen
         number = seen // batch_size
         for optimizer in (opt_g, opt_d):
             _set_rate(optimizer, config, seen)
-        inputs = _inputs(config, players, captions, next(stream), seen, world)
+        inputs = _inputs(config, players, captions, recent, next(stream), seen, world)
         auxiliary = players.auxiliary
         is_due = auxiliary is not None and auxiliary.is_due(number, seen)
         strength = auxiliary.strength(seen) if auxiliary is not None and is_due else 0.0
@@ -194,6 +195,23 @@ def train(
     return Result(progress.images_seen, found)
 
 
+def _recent(
+    config: TrainStage,
+    batches: Callable[[int], Iterator[Batch]],
+    images_seen: int,
+    world: World,
+) -> RecentCaptions:
+    """The captions before this position, as an uninterrupted run would remember them."""
+    recent = RecentCaptions(config.loss.recent_captions)
+    local_batch = config.batch_size // world.size
+    wanted = math.ceil(config.loss.recent_captions / local_batch)
+    steps_back = min(images_seen // config.batch_size, wanted)
+    start = images_seen - steps_back * config.batch_size
+    for batch in itertools.islice(batches(start), steps_back):
+        recent.add(batch.captions)
+    return recent
+
+
 @torch.no_grad()
 def _mean_style(
     generator: Generator, captions: CaptionFeatures, batches: Callable[[int], Iterator[Batch]]
@@ -212,6 +230,7 @@ def _inputs(
     config: TrainStage,
     players: step.Players,
     captions: CaptionFeatures,
+    recent: RecentCaptions,
     batch: Batch,
     images_seen: int,
     world: World,
@@ -222,28 +241,26 @@ def _inputs(
     B = config.batch_size
     z_BZ = world.share(torch.randn(B, generator.config.latent_dim, generator=random))
     is_hard_B = world.share(torch.rand(B, generator=random) < config.loss.hard_mismatches)
-    local_B = len(z_BZ)
-    noise_BB = world.share(torch.rand(B, local_B, generator=random))
+    uniform_B = world.share(torch.rand(B, generator=random))
 
     real_BCHW = from_uint8(batch.images_BCHW.to(world.device, non_blocking=True))
     real = pyramid(real_BCHW, levels)
-    small_BCHW: Tensor | None = None
+    small: tuple[Tensor, Tensor] | None = None
     crop = (0, 0)
     if isinstance(generator, Upsampler):
         side, target = generator.config.input_resolution, generator.config.resolution
         small_BCHW = pyramid(real_BCHW, (target // side).bit_length())[-1]
-        noise = world.share(torch.randn(B, 3, side, side, generator=random))
-        small_BCHW = small_BCHW + generator.config.noise_augmentation * noise
+        small = small_BCHW, world.share(torch.randn(B, 3, side, side, generator=random))
         room = max(target - getattr(config, "lpips_crop", target), 0) + 1
         top, left = torch.randint(room, (2,), generator=random).tolist()
         crop = (top, left)
 
+    recent.add(batch.captions)
+    others = recent.choose(batch.captions, is_hard_B.tolist(), uniform_B.tolist())
+    has_other_B = torch.tensor([other is not None for other in others], device=world.device)
+    other_text = captions([o or own for o, own in zip(others, batch.captions, strict=True)])
     text = captions(batch.captions)
-    order = {c: i for i, c in enumerate(batch.captions)}
-    identity_B = torch.tensor([order[c] for c in batch.captions], device=world.device)
-    is_same_BB = identity_B[:, None] == identity_B[None, :]
-    mismatch_B, has_mismatch_B = losses.mismatches(text.pooled_BD, is_same_BB, is_hard_B, noise_BB)
-    return step.Inputs(real, text, z_BZ, small_BCHW, mismatch_B, has_mismatch_B, crop)
+    return step.Inputs(real, text, z_BZ, small, other_text, has_other_B, crop)
 
 
 def _adamw(config: TrainStage, *modules: nn.Module) -> torch.optim.AdamW:

@@ -85,6 +85,7 @@ class BaseProbe:
                 scalars["probe/colour_accuracy"] = alignment.background_colour_accuracy(
                     drawn, self.names, self.palette
                 )
+                scalars["probe/shape_rank"] = alignment.shape_rank(drawn, self.real, self.names)
         repeated = [p for p in self.prompts[:GRID_PROMPTS] for _ in range(GRID_Z)]
         tiles = self._draw(generator, repeated, seed=2)
         pictures = tiles.reshape(-1, GRID_Z, *tiles.shape[1:])
@@ -141,15 +142,15 @@ class UpsamplerProbe:
         device = features.pooled_BD.device
         random = torch.Generator().manual_seed(4)
         z = torch.randn(len(self.captions), generator.config.latent_dim, generator=random)
+        z = z.to(device)
         target = from_uint8(torch.from_numpy(self.real).permute(0, 3, 1, 2)).to(device)
         small = target
         while small.shape[-1] > self.input_resolution:
             small = downsample(small)
         noise = torch.randn(small.shape, generator=random).to(device)
-        noisy = small + generator.config.noise_augmentation * noise
         ours = torch.cat(
             [
-                generator(noisy[i : i + 8], z[i : i + 8].to(device), _rows(features, i, i + 8))[0]
+                generator(*(x[i : i + 8] for x in (small, noise, z)), _rows(features, i, i + 8))[0]
                 for i in range(0, len(target), 8)
             ]
         ).clamp(-1, 1)

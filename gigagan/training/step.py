@@ -30,12 +30,12 @@ class Inputs(NamedTuple):
     """Pyramid of real images in [−1, 1], largest first."""
     text: TextFeatures
     z_BZ: Tensor
-    small_BCHW: Tensor | None
-    """The upsampler's input with its noise; None for the base."""
-    mismatch_B: Tensor
-    """Index of another caption of the batch for every sample."""
-    has_mismatch_B: Tensor
-    """False where the whole batch has the same caption."""
+    small: tuple[Tensor, Tensor] | None
+    """The upsampler's input and its noise, both B C H W; None for the base."""
+    other_text: TextFeatures
+    """Another caption for every sample …"""
+    has_other_B: Tensor
+    """… where there is one: False if all captions lately were the same."""
     crop: tuple[int, int]
     """Top and left corner of the crop on which LPIPS is measured."""
 
@@ -56,8 +56,8 @@ class Players:
 def synthesize(generator: Generator | Upsampler, inputs: Inputs) -> list[Tensor]:
     """The generated pyramid, largest first."""
     if isinstance(generator, Upsampler):
-        assert inputs.small_BCHW is not None
-        return generator(inputs.small_BCHW, inputs.z_BZ, inputs.text)
+        assert inputs.small is not None
+        return generator(*inputs.small, inputs.z_BZ, inputs.text)
     return generator(inputs.z_BZ, inputs.text)
 
 
@@ -98,10 +98,10 @@ def accumulate_discriminator(
     if config.loss.matching > 0:
         rows_B = torch.arange(B, device=text_BT.device)
         rows_B = torch.where(rows_B < B // 2, rows_B, rows_B + B)
-        keep_B = inputs.has_mismatch_B
+        keep_B = inputs.has_other_B
         picked = [f._replace(maps_BCHW=f.maps_BCHW[rows_B][keep_B]) for f in features]
         if bool(keep_B.any()):
-            mismatched = d.predict(picked, text_BT[inputs.mismatch_B][keep_B])
+            mismatched = d.predict(picked, d.read(inputs.other_text)[keep_B])
             loss_match = losses.as_fake(mismatched, weights)
             loss = loss + config.loss.matching * loss_match
             metrics["d/mismatch"] = loss_match.detach()

@@ -9,6 +9,7 @@ from gigagan.evaluation.alignment import (
     mean_similarity,
     pixel_probe_rank,
     recall_at,
+    shape_rank,
     z_sensitivity,
 )
 
@@ -121,3 +122,19 @@ def test_diversity_compares_pictures_of_one_prompt_only():
 def test_a_clip_score_needs_a_clip():
     with pytest.raises(ValueError, match="not a CLIP"):
         clip_score([], [], "embedded:minilm-l6")
+
+
+def test_shape_rank_is_blind_to_backgrounds_and_sees_shapes():
+    rng = np.random.default_rng(0)
+    backgrounds = ["red", "blue"] * 20
+    shapes = rng.integers(0, 80, (40, 16, 16, 1)).repeat(3, axis=3)
+    colours = np.array([[150, 0, 0] if b == "red" else [0, 0, 150] for b in backgrounds])
+    real = (shapes + colours[:, None, None]).astype(np.uint8)
+    one_shape = (shapes[:1] + colours[:, None, None] + rng.integers(0, 3, shapes.shape)).astype(
+        np.uint8
+    )
+    assert shape_rank(real, real, backgrounds) == 0
+    assert 0.35 < shape_rank(one_shape, real, backgrounds) < 0.65
+    assert pixel_probe_rank(one_shape, real).median_rank < 14  # colour alone: 20.5 → 10
+    with pytest.raises(ValueError, match="no two pictures share"):
+        shape_rank(real[:2], real[:2], ["red", "blue"])

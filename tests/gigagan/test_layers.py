@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
+from gigagan.config import StyleConfig, TextConfig
 from gigagan.models.attention import SelfAttention, l2_attention
 from gigagan.models.layers import (
     AdaptiveConv,
@@ -137,9 +138,8 @@ def test_style_token_takes_part_in_self_attention():
 @pytest.mark.parametrize(("latent_dim", "text_dim"), [(7, 96), (64, 64), (128, 16)])
 def test_latent_and_text_both_move_the_style_at_every_width(latent_dim, text_dim):
     torch.manual_seed(0)
-    mapping = MappingNetwork(
-        latent_dim=latent_dim, text_dim=text_dim, style_dim=256, num_layers=3, lr_multiplier=0.1
-    )
+    text = TextConfig(width=text_dim, head_width=8)
+    mapping = MappingNetwork(StyleConfig(latent_dim=latent_dim, text=text))
     z, t = torch.randn(64, latent_dim), torch.randn(64, text_dim)
     by_z = mapping(z, t[:1].expand(64, -1)).var(0).mean()
     by_text = mapping(z[:1].expand(64, -1), t).var(0).mean()

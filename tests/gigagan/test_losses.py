@@ -40,51 +40,6 @@ def test_r1_of_linear_predictions_is_the_squared_weighted_sum_over_every_level()
     torch.testing.assert_close(penalty, expected)
 
 
-def test_mismatched_captions_are_never_the_samples_own_nor_equal_to_it():
-    torch.manual_seed(0)
-    captions = torch.randn(6, 4)
-    identity = torch.tensor([0, 1, 0, 2, 3, 1])
-    is_same = identity[:, None] == identity[None]
-    for _ in range(50):
-        is_hard = torch.rand(6) < 0.5
-        index, exists = losses.mismatches(captions, is_same, is_hard, torch.rand(6, 6))
-        assert (identity[index] != identity).all()
-        assert exists.all()
-
-
-def test_hard_mismatches_are_the_most_similar_other_caption():
-    captions = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
-    index, _ = losses.mismatches(
-        captions, torch.eye(3, dtype=torch.bool), torch.ones(3, dtype=torch.bool), torch.rand(3, 3)
-    )
-    assert index.tolist() == [1, 0, 1]
-
-
-def test_easy_mismatches_are_uniform():
-    torch.manual_seed(0)
-    seen = torch.zeros(4)
-    for _ in range(400):
-        index, _ = losses.mismatches(
-            torch.randn(4, 3),
-            torch.eye(4, dtype=torch.bool),
-            torch.zeros(4, dtype=torch.bool),
-            torch.rand(4, 4),
-        )
-        seen[index[0]] += 1
-    assert seen[0] == 0
-    assert (seen[1:] > 90).all()
-
-
-def test_a_batch_of_one_caption_has_no_mismatch():
-    _, exists = losses.mismatches(
-        torch.ones(3, 2),
-        torch.ones(3, 3, dtype=torch.bool),
-        torch.zeros(3, dtype=torch.bool),
-        torch.rand(3, 3),
-    )
-    assert not exists.any()
-
-
 def test_info_nce_equals_its_definition():
     torch.manual_seed(0)
     images, texts = torch.randn(3, 5), torch.randn(3, 5)

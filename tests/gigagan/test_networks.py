@@ -126,13 +126,13 @@ def test_minibatch_statistics_never_mix_sets():
 
 
 def test_upsampler_returns_levels_from_its_output_down_to_its_input():
-    images = Upsampler(U)(torch.randn(B, 3, 8, 8), torch.randn(B, 5), features())
+    images = Upsampler(U)(*torch.randn(2, B, 3, 8, 8), torch.randn(B, 5), features())
     assert [i.shape[-1] for i in images] == [16, 8]
 
 
 def test_an_untrained_upsampler_enlarges_its_input():
     small = torch.rand(B, 3, 8, 8) * 2 - 1
-    large = Upsampler(U)(small, torch.randn(B, 5), features())[0]
+    large = Upsampler(U)(small, torch.randn_like(small), torch.randn(B, 5), features())[0]
     plain = torch.nn.functional.interpolate(small, scale_factor=2, mode="bilinear")
     torch.testing.assert_close(large, plain)
 

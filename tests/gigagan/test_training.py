@@ -22,7 +22,7 @@ from gigagan.models.encoders import TextEncoder, TextFeatures
 from gigagan.models.generator import Generator
 from gigagan.models.upsampler import Upsampler
 from gigagan.training import checkpoint, loop, step
-from gigagan.training.captions import CaptionFeatures
+from gigagan.training.captions import CaptionFeatures, RecentCaptions
 from gigagan.training.distributed import World
 from gigagan.training.ema import Ema
 from gigagan.training.logs import Log
@@ -99,6 +99,11 @@ def _uniform(d):
     return [1 / count] * count
 
 
+def draw(config, made, batch, images_seen, world=World()):  # noqa: B008
+    captions = CaptionFeatures(WordEncoder(), torch.device("cpu"))
+    return loop._inputs(config, made, captions, RecentCaptions(9), batch, images_seen, world)
+
+
 def run(config, run_dir, side=8):
     made = players(config)
     run_dir.mkdir(exist_ok=True)
@@ -166,9 +171,8 @@ def recorded_step(monkeypatch, batch_size=6):
     """One D step; returns the inputs and every (maps, text) that a predictor was asked about."""
     config = BASE.model_copy(update={"batch_size": batch_size})
     made = players(config)
-    captions = CaptionFeatures(WordEncoder(), torch.device("cpu"))
     batch = ShadeBatch(0, batch_size, 8)
-    inputs = loop._inputs(config, made, captions, batch, 0, World())
+    inputs = draw(config, made, batch, 0)
     asked = []
     original = made.discriminator.predict
 
@@ -198,14 +202,27 @@ def test_real_images_meet_their_own_captions_and_mismatched_ones_others(monkeypa
         expected = torch.cat([of_real.maps_BCHW[: B // 2], of_fake.maps_BCHW[B // 2 :]])
         torch.testing.assert_close(maps.maps_BCHW, expected, rtol=1e-4, atol=1e-4)
     assert ((other_text - own).abs().amax(1) > 1e-3).all()
-    assert all(any(torch.equal(o, t) for t in own) for o in other_text)
+    assert all(any(torch.allclose(o, t, atol=1e-5) for t in own) for o in other_text)
+
+
+def test_mismatched_captions_are_never_equal_and_hard_ones_differ_least():
+    recent = RecentCaptions(5)
+    recent.add(["forgotten", "red cat on white", "red dog on white", "blue dog, on teal"])
+    recent.add(["red cat on white", "sun"])
+    own = ["red cat on white"] * 3
+    hard = recent.choose(own, [True] * 3, [0.0, 0.5, 0.999])
+    assert hard == ["red dog on white"] * 3
+    easy = recent.choose(own, [False] * 3, [0.0, 0.5, 0.999])
+    assert easy == ["red dog on white", "blue dog, on teal", "sun"]
+    alone = RecentCaptions(3)
+    alone.add(["same", "same"])
+    assert alone.choose(["same"], [True], [0.5]) == [None]
 
 
 def test_text_features_are_those_of_the_images_own_captions():
     config = BASE
-    captions = CaptionFeatures(WordEncoder(), torch.device("cpu"))
     batch = ShadeBatch(40, 4, 8)
-    inputs = loop._inputs(config, players(config), captions, batch, 0, World())
+    inputs = draw(config, players(config), batch, 0)
     shades = (inputs.real[0][:, 0, 0, 0] + 1) * 127.5
     for b, shade in enumerate(shades.round().int().tolist()):
         expected = WordEncoder().encode([f"a shade of value{shade}"]).pooled_BD[0]
@@ -228,32 +245,26 @@ def test_the_upsampler_is_fed_the_small_version_of_its_own_target(tmp_path):
         log_images=8,
     )  # fmt: skip
     made = players(config)
-    captions = CaptionFeatures(WordEncoder(), torch.device("cpu"))
-    inputs = loop._inputs(config, made, captions, ShadeBatch(3, 4, 16), 0, World())
-    torch.testing.assert_close(inputs.small_BCHW, inputs.real[0][:, :, ::2, ::2])
+    inputs = draw(config, made, ShadeBatch(3, 4, 16), 0)
+    torch.testing.assert_close(inputs.small[0], inputs.real[0][:, :, ::2, ::2])
     run(config, tmp_path, side=16)
     assert (tmp_path / "snapshot.safetensors").is_file()
 
 
 def test_randomness_is_a_function_of_seed_and_position_and_shared_over_ranks():
     made = players(BASE)
-    captions = CaptionFeatures(WordEncoder(), torch.device("cpu"))
-    whole = loop._inputs(BASE, made, captions, ShadeBatch(8, 4, 8), 8, World())
-    again = loop._inputs(BASE, made, captions, ShadeBatch(8, 4, 8), 8, World())
-    later = loop._inputs(BASE, made, captions, ShadeBatch(8, 4, 8), 12, World())
+    whole = draw(BASE, made, ShadeBatch(8, 4, 8), 8)
+    again = draw(BASE, made, ShadeBatch(8, 4, 8), 8)
+    later = draw(BASE, made, ShadeBatch(8, 4, 8), 12)
     assert torch.equal(whole.z_BZ, again.z_BZ)
     assert not torch.equal(whole.z_BZ, later.z_BZ)
-    parts = [
-        loop._inputs(BASE, made, captions, ShadeBatch(8, 2, 8), 8, World(rank=r, size=2)).z_BZ
-        for r in (0, 1)
-    ]
+    parts = [draw(BASE, made, ShadeBatch(8, 2, 8), 8, World(rank=r, size=2)).z_BZ for r in (0, 1)]
     assert torch.equal(torch.stack(parts, 1).flatten(0, 1), whole.z_BZ)
 
 
 def test_generator_step_leaves_no_gradient_in_the_discriminator():
     made = players(BASE)
-    captions = CaptionFeatures(WordEncoder(), torch.device("cpu"))
-    inputs = loop._inputs(BASE, made, captions, ShadeBatch(0, 4, 8), 0, World())
+    inputs = draw(BASE, made, ShadeBatch(0, 4, 8), 0)
     loop._require_grad(made.discriminator, False)
     fakes = step.synthesize(made.generator, inputs)
     step.accumulate_generator(made, BASE, inputs, fakes, auxiliary_strength=0.0)
