@@ -7,6 +7,7 @@ written and every row of it is accounted for. Running again does only what is mi
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from shutil import rmtree
+from shutil import disk_usage, rmtree
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,6 +28,8 @@ from data.fetch import SETTINGS, FetchSettings
 from data.report import Funnel, Progress, Report, Step, silent
 from data.schema import FATES
 
+FULL_BYTES = 1 << 16
+"""A disk with less free space than this is full."""
 ATTEMPTS = 2
 """Runs of img2dataset before shards that it did not finish are an error."""
 
@@ -197,7 +200,10 @@ def _watch(
     *,
     total: int,
 ) -> None:
-    """Report rows done until the process ends; give up on it when its files stop growing."""
+    """Report rows done until the process ends; give up on it when its files stop growing.
+
+    Raises OSError (ENOSPC) when that is because the disk is full.
+    """
     patience = 60 + 4 * config.total_deadline_s
     size, changed = -1, time.monotonic()
     while process.poll() is None:
@@ -206,6 +212,9 @@ def _watch(
         now = sum(path.stat().st_size for path in images.iterdir() if path.is_file())
         if now != size:
             size, changed = now, time.monotonic()
+        elif disk_usage(images).free < FULL_BYTES:
+            # img2dataset logs a failed write and waits; nobody would learn why.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(images))
         elif time.monotonic() - changed > patience:
             return  # a killed worker leaves img2dataset waiting for ever
     progress("downloading", _rows_done(images), total)

@@ -28,6 +28,15 @@ def prepare(files: tuple[str, ...], out: Path, config: DownloadConfig) -> Funnel
         MetadataError: a file that cannot be read or lacks a column that a rule needs, or no row
             left.
     """
+    try:
+        return _prepare(files, out, config)
+    except MetadataError as error:
+        # Frames in the traceback keep DuckDB's objects alive to the end, where it complains.
+        error.__context__ = None
+        raise error.with_traceback(None) from None
+
+
+def _prepare(files: tuple[str, ...], out: Path, config: DownloadConfig) -> Funnel:
     paths = [path for pattern in files for path in _expand(pattern)]
     rules = _rules(config)
     with duckdb.connect() as db:

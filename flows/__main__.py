@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -51,18 +51,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def explain(error: Exception) -> str:
     """One clear message for an error, with what to do about it."""
+    if isinstance(error, ModuleNotFoundError) and error.name is None:
+        return str(error)  # one of ours: it knows the package
     if isinstance(error, ModuleNotFoundError):
         return (
             f"the package of module {error.name!r} is not installed: `make demo` installs "
             "everything, or use `pip install --no-deps -r requirements.lock`"
         )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        where = f" for {error.filename}" if error.filename else ""
+    if full := next((e for e in _causes(error) if _is_full_disk(e)), None):
+        name = getattr(full, "filename", None)
+        where = f" for {name}" if name else ""
         return f"no space left on the disk{where}: make room, then run the same command again"
     text = str(error)
     if isinstance(error, (RuntimeError, ValueError, UsageError)) and text:
         return text
     return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The innermost first: what is said last may be a consequence (a status not written)."""
+    if error is not None:
+        yield from _causes(error.__cause__ or error.__context__)
+        yield error
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    is_sqlite = "database or disk is full" in str(error)
+    return is_sqlite or (isinstance(error, OSError) and error.errno == errno.ENOSPC)
 
 
 def parser() -> argparse.ArgumentParser:
