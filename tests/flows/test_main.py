@@ -42,6 +42,15 @@ def test_a_full_disk_and_a_missing_package_have_a_remedy():
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some/file")
     assert "make room" in explain(full)
     assert "make demo" in explain(ModuleNotFoundError("No module named 'lpips'", name="lpips"))
+    ours = ModuleNotFoundError("the embedded source needs the package 'x': install the extra")
+    assert explain(ours) == str(ours)
+
+
+def test_the_first_cause_is_told_not_what_followed_from_it():
+    consequence = RuntimeError("the status could not be written")
+    consequence.__context__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "images")
+    assert "no space left on the disk for images" in explain(consequence)
+    assert "make room" in explain(RuntimeError("(OperationalError) database or disk is full"))
 
 
 def test_a_taken_port_is_named(capsys):

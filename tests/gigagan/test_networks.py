@@ -182,5 +182,12 @@ def test_configs_that_do_not_fit_together_are_refused():
                 channels=(8, 8), levels=1, blocks=(1, 1), attention=(0, 0)
             )
         )
+    with pytest.raises(ValueError, match=r"levels=4, but the upsampler makes only 3"):
+        TrainUpsamplerConfig(
+            discriminator=DiscriminatorConfig(
+                channels=(8,) * 6, levels=4, blocks=(0,) * 6, attention=(0,) * 6
+            ),
+            loss={"level_weights": (0.25,) * 4},
+        )
     with pytest.raises(ValueError, match="level_weights"):
         TrainUpsamplerConfig(loss={"level_weights": (1.0,)})
