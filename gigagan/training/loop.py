@@ -137,7 +137,7 @@ def train(
             fakes = step.synthesize(generator, inputs)
 
         # Discriminator.
-        _require_grad(discriminator, True)
+        _require_grad(True, discriminator, heads)
         opt_d.zero_grad(set_to_none=True)
         with _autocast(config, world.device):
             metrics = step.accumulate_discriminator(
@@ -151,7 +151,7 @@ def train(
         opt_d.step()
 
         # Generator.
-        _require_grad(discriminator, False)
+        _require_grad(False, discriminator, heads)
         opt_g.zero_grad(set_to_none=True)
         with _autocast(config, world.device):
             metrics |= step.accumulate_generator(
@@ -293,9 +293,10 @@ def _clip(config: TrainStage, *modules: nn.Module) -> Tensor:
     return nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm).detach()
 
 
-def _require_grad(module: nn.Module, value: bool) -> None:
-    for parameter in module.parameters():
-        parameter.requires_grad_(value)
+def _require_grad(value: bool, *modules: nn.Module) -> None:
+    """Whether a step trains these; if not, it does not pay for their gradients."""
+    for module in modules:
+        module.requires_grad_(value)
 
 
 def _autocast(

@@ -265,7 +265,7 @@ def test_randomness_is_a_function_of_seed_and_position_and_shared_over_ranks():
 def test_generator_step_leaves_no_gradient_in_the_discriminator():
     made = players(BASE)
     inputs = draw(BASE, made, ShadeBatch(0, 4, 8), 0)
-    loop._require_grad(made.discriminator, False)
+    loop._require_grad(False, made.discriminator)
     fakes = step.synthesize(made.generator, inputs)
     step.accumulate_generator(made, BASE, inputs, fakes, auxiliary_strength=0.0)
     assert all(p.grad is None for p in made.discriminator.parameters())
