@@ -6,16 +6,19 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data.config import DownloadConfig, FilterConfig
 from gigagan.config import EvaluateConfig, TrainBaseConfig, TrainUpsamplerConfig
+from gigagan.config import presets as training_presets
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = Path(__file__).with_name("presets")
+TRAINING = frozenset({"train_base", "train_upsampler"})
+"""Sections that may start from one of the networks' own presets."""
 
 
 class ConfigError(ValueError):
@@ -104,17 +107,28 @@ class PipelineConfig(Frozen):
 
     @classmethod
     def parse(cls, tree: Mapping[str, Any]) -> PipelineConfig:
-        """Validate a tree; `ConfigError` names each key, its value and what is accepted."""
+        """Validate a tree; `ConfigError` names each key, its value and what is accepted.
+
+        A training section may name a `preset` of gigagan.config.presets to start from.
+        """
         try:
-            return cls.model_validate(tree)
+            return cls.model_validate(_expand_presets(tree))
         except ValidationError as error:
             problems = [_problem(problem) for problem in error.errors()]
             raise ConfigError("\n".join(problems)) from error
 
     def override(self, overrides: Mapping[str, Any]) -> PipelineConfig:
-        """A copy with dotted keys replaced, as in `{"train_base.total_images": 20000}`."""
+        """A copy with dotted keys replaced, as in `{"train_base.total_images": 20000}`.
+
+        `train_base.preset` replaces its whole section first.
+        """
         tree = self.model_dump(mode="json")
+        for section in TRAINING & {key.removesuffix(".preset") for key in overrides}:
+            tree[section] = {"preset": overrides[f"{section}.preset"]}
+        tree = _expand_presets(tree)
         for key, value in overrides.items():
+            if key.endswith(".preset") and key.removesuffix(".preset") in TRAINING:
+                continue
             *sections, leaf = key.split(".")
             node: Any = tree
             for section in sections:
@@ -142,12 +156,45 @@ def parse_assignments(items: Sequence[str]) -> dict[str, Any]:
     return overrides
 
 
+def _expand_presets(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Training sections that name a preset, written out; what else they say goes before it."""
+    expanded = dict(tree)
+    for section in TRAINING & tree.keys():
+        given = tree[section]
+        if isinstance(given, Mapping) and "preset" in given:
+            rest = {key: value for key, value in given.items() if key != "preset"}
+            expanded[section] = _merge(_training_preset(section, given["preset"]), rest)
+    return expanded
+
+
+def _training_preset(section: str, name: Any) -> dict[str, Any]:
+    try:
+        found = training_presets.preset(str(name))
+    except ValueError as error:
+        raise ConfigError(f"{section}.preset: {error}") from error
+    if f"train_{found.kind}" != section:
+        raise ConfigError(f"{section}.preset = {name}: that is one of train_{found.kind}")
+    return found.model_dump(mode="json")
+
+
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        below = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            merged[key] = _merge(below, value)
+        else:
+            merged[key] = value
+    return merged
+
+
 def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every key that an override may name."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from dotted_keys(field.annotation, f"{prefix}{name}.")
+        for kind in (field.annotation, *get_args(field.annotation)):  # of `X | None` the X
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from dotted_keys(kind, f"{prefix}{name}.")
 
 
 def _nearest(name: str, candidates: list[str]) -> str:

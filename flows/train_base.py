@@ -31,7 +31,7 @@ def needs(config: PipelineConfig) -> Mapping[str, Need]:
     }
 
 
-STAGE = Stage("train-base", version=1, run=train, needs=needs, scratch=SCRATCH, gpu=True)
+STAGE = Stage("train-base", version=2, run=train, needs=needs, scratch=SCRATCH, gpu=True)
 
 
 @flow(name=STAGE.name, persist_result=True)

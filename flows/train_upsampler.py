@@ -27,7 +27,7 @@ def needs(config: PipelineConfig) -> Mapping[str, Need]:
 
 STAGE = Stage(
     "train-upsampler",
-    version=1,
+    version=2,
     run=train_base.train,
     needs=needs,
     scratch=train_base.SCRATCH,

@@ -1,4 +1,4 @@
-"""The command line of the package: `python -m gigagan train | sample | upscale | evaluate`."""
+"""The command line of the package: `python -m gigagan train | describe | sample | …`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gigagan.config import EvaluateConfig
+from gigagan.config import EvaluateConfig, TrainBaseConfig
+from gigagan.config.presets import PRESETS, PUBLISHED, preset
 
 FAILED = 1
 
@@ -20,6 +21,11 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = p.add_subparsers(dest="command", required=True)
     commands.add_parser("train", help="train a network", add_help=False)
+
+    describe = commands.add_parser(
+        "describe", help="a preset's layers, shapes, parameters and multiply-adds"
+    )
+    describe.add_argument("preset", metavar="PRESET", help=", ".join(PRESETS))
 
     sample = commands.add_parser("sample", help="draw pictures from prompts")
     _networks(sample)
@@ -64,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train(argv[1:])
     args = parser().parse_args(argv)
     run: Callable[[argparse.Namespace], None] = {
+        "describe": _describe,
         "sample": _sample,
         "upscale": _upscale,
         "evaluate": _evaluate,
@@ -76,6 +83,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
     return 0
+
+
+def _describe(args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from gigagan.models.summary import summarize
+
+    config = preset(args.preset)
+    drawing = config.generator if isinstance(config, TrainBaseConfig) else config.upsampler
+    # Where it is no terminal there is no width to keep to.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for network in (drawing, config.discriminator):
+        found = summarize(network)
+        table = Table(title=f"{args.preset}: {found.network}", title_justify="left")
+        for column in ("layer", "kind", "output"):
+            table.add_column(column)
+        for column in ("parameters", "multiply-adds"):
+            table.add_column(column, justify="right")
+        for row in found.rows:
+            numbers = f"{row.parameters:,}", f"{row.multiply_adds:,}"
+            table.add_row(row.name, row.kind, row.shapes, *numbers)
+        table.add_section()
+        table.add_row("all", "", "", f"{found.parameters:,}", f"{found.multiply_adds:,}")
+        without_text = found.parameters - found.parameters_of_text
+        if found.parameters_of_text:
+            table.add_row("all but text", "", "", f"{without_text:,}", "")
+        published = PUBLISHED.get(args.preset, {}).get(found.network)
+        if published:
+            ours = without_text if found.network == "Generator" else found.parameters
+            difference = f"ours {ours / published - 1:+.2%}"
+            table.add_row("paper", "", "", f"{published:,.0f}", difference)
+        console.print(table)
+    print(
+        "Multiply-adds of one image's forward pass: convolutions and matrix products; without the "
+        "frozen text encoder."
+    )
 
 
 def _sample(args: argparse.Namespace) -> None:

@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from gigagan.config import StyleConfig
 from gigagan.models import pretrained, snapshot
+from gigagan.models.encoders import TextEncoder
 from gigagan.models.generator import Generator
 from gigagan.models.text import Text
 from gigagan.models.upsampler import Upsampler
@@ -54,7 +56,7 @@ class Sampler:
         self.base = base
         self.upsampler = upsampler
         self.device = torch.device(device)
-        self._encoder = pretrained.text_encoder(base.config.text.encoder, self.device)
+        self._encoder = _encoder(base.config, self.device)
 
     @property
     def resolution(self) -> int:
@@ -140,7 +142,7 @@ class Sampler:
             latents.append(torch.randn(config.latent_dim, generator=random))
             noises.append(torch.randn(small_BCHW.shape[1:], generator=random))
         noise_BCHW = torch.stack(noises).to(self.device)
-        encoder = pretrained.text_encoder(config.text.encoder, self.device)
+        encoder = _encoder(config, self.device)
         z_BZ = torch.stack(latents).to(self.device)
         features = encoder.encode(prompts)
         return _to_pictures(self.upsampler(small_BCHW.clamp(-1, 1), noise_BCHW, z_BZ, features)[0])
@@ -151,10 +153,19 @@ class Sampler:
         z = torch.randn(MEAN_LATENTS, self.base.config.latent_dim, generator=random)
         z = z.to(self.device)
         B = len(style_BS)
-        repeated = Text(*(part.repeat_interleave(MEAN_LATENTS, dim=0) for part in text))
+        repeated = text.repeat_interleave(MEAN_LATENTS)
         of_prompt_BS = self.base.style(z.repeat(B, 1), repeated).unflatten(0, (B, -1)).mean(1)
         towards_prompt_BS = of_prompt_BS.lerp(style_BS, psi)
         return self.base.style_mean.expand_as(style_BS).lerp(towards_prompt_BS, psi)
+
+
+def _encoder(config: StyleConfig, device: torch.device) -> TextEncoder:
+    """The frozen text encoder that a network was trained with."""
+    if config.text is None:
+        raise snapshot.SnapshotError(
+            "the snapshot is of a network without text, which has no prompts to draw"
+        )
+    return pretrained.text_encoder(config.text.encoder, device)
 
 
 def _to_pictures(images_BCHW: Tensor) -> list[Image.Image]:

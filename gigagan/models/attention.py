@@ -15,7 +15,9 @@ from gigagan.models.layers import (
     ACTIVATION_GAIN,
     EqualLinear,
     activate,
+    add_residual,
     full_precision,
+    residual_weights,
     rms_normalize,
 )
 
@@ -86,12 +88,12 @@ class SelfAttention(nn.Module):
     def forward(
         self, x_BLC: Tensor, style_BS: Tensor | None = None, *, double_backward: bool = False
     ) -> Tensor:
-        """B L C → B L C."""
+        """B L C and B S (or 1 S for all) → B L C."""
         x_BLC = rms_normalize(x_BLC)
         tokens_BMC = x_BLC
         if self.style_token is not None:
             assert style_BS is not None
-            token_BC = rms_normalize(self.style_token(style_BS))
+            token_BC = rms_normalize(self.style_token(style_BS)).expand(len(x_BLC), -1)
             tokens_BMC = torch.cat([x_BLC, token_BC[:, None].to(x_BLC.dtype)], dim=1)
         k = split_heads(self.to_qk(tokens_BMC), self.head_width)
         v = split_heads(self.to_v(tokens_BMC), self.head_width)
@@ -114,10 +116,10 @@ class CrossAttention(nn.Module):
         self.head_width = head_width
 
     def forward(self, x_BLC: Tensor, text_BMT: Tensor, mask_BM: Tensor) -> Tensor:
-        """B L C, B M T and B M (true = a real token) → B L C."""
+        """B L C, B M T and B M (true = a real token; or 1 M T and 1 M for all) → B L C."""
         q = split_heads(self.to_q(rms_normalize(x_BLC)), self.head_width)
-        k = split_heads(self.to_k(text_BMT), self.head_width)
-        v = split_heads(self.to_v(text_BMT), self.head_width)
+        k = split_heads(self.to_k(text_BMT), self.head_width).expand(len(q), -1, -1, -1)
+        v = split_heads(self.to_v(text_BMT), self.head_width).expand(len(q), -1, -1, -1)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_BM[:, None, None, :])
         return self.to_out(merge_heads(mixed))
 
@@ -150,7 +152,8 @@ class AttentionBlock(nn.Module):
         text_width: int | None = None,
     ) -> None:
         super().__init__()
-        width, ratio, gain = config.head_width, config.mlp_ratio, config.attention_gain
+        width, ratio = config.head_width, config.mlp_ratio
+        self.trunk_weight, gain = residual_weights(config.attention_gain)
         self.self_attention = SelfAttention(
             channels,
             head_width=width,
@@ -178,11 +181,14 @@ class AttentionBlock(nn.Module):
         """B C H W → the same."""
         height = x_BCHW.shape[2]
         x = x_BCHW.flatten(2).transpose(1, 2)
-        x = x + self.self_attention(x, style_BS, double_backward=double_backward)
-        x = x + self.self_mlp(x)
+        x = self._add(x, self.self_attention(x, style_BS, double_backward=double_backward))
+        x = self._add(x, self.self_mlp(x))
         if self.cross_attention is not None:
             assert text_BMT is not None
             assert mask_BM is not None
-            x = x + self.cross_attention(x, text_BMT, mask_BM)
-            x = x + self.cross_mlp(x)
+            x = self._add(x, self.cross_attention(x, text_BMT, mask_BM))
+            x = self._add(x, self.cross_mlp(x))
         return x.transpose(1, 2).unflatten(2, (height, -1))
+
+    def _add(self, x_BLC: Tensor, branch_BLC: Tensor) -> Tensor:
+        return add_residual(x_BLC, branch_BLC, self.trunk_weight)

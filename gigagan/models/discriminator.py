@@ -17,20 +17,20 @@ from torch import Tensor, nn
 
 from gigagan.config import DiscriminatorConfig
 from gigagan.models.attention import AttentionBlock
-from gigagan.models.encoders import TextFeatures
 from gigagan.models.layers import (
     ACTIVATION_GAIN,
     AdaptiveConv,
+    DownBlock,
     EqualConv2d,
     ResidualBlock,
     activate,
     downsample,
     rms_normalize,
 )
-from gigagan.models.text import TextBranch
+from gigagan.models.text import Features, Text, condition_branch
 
 
-class Features(NamedTuple):
+class LevelMaps(NamedTuple):
     """Maps of one pyramid level after one stage."""
 
     level: int
@@ -41,27 +41,29 @@ class Features(NamedTuple):
 
 
 class Stage(nn.Module):
-    """Attention and convolutions at one resolution, then half of it (or 4 px → 1)."""
+    """Convolutions and attention at one resolution, then half of it (or 4 px → 1).
+
+    Of n blocks the last is the one that halves; at 4 px a convolution over all of them is.
+    """
 
     def __init__(self, config: DiscriminatorConfig, index: int) -> None:
         super().__init__()
-        maps = config.channels[index]
-        self.is_last = index == len(config.channels) - 1
-        out_maps = maps if self.is_last else config.channels[index + 1]
+        maps, gain = config.channels[index], config.residual_gain
+        is_last = index == len(config.channels) - 1
         self.blocks = nn.ModuleList(
-            ResidualBlock(maps, gain=config.residual_gain) for _ in range(config.blocks[index])
+            ResidualBlock(maps, gain=gain) for _ in range(max(config.blocks[index] - 1, 0))
         )
         self.attention = nn.ModuleList(
             AttentionBlock(maps, config) for _ in range(config.attention[index])
         )
-        self.minibatch_std = config.minibatch_std and self.is_last
-        in_maps = maps + 1 if self.minibatch_std else maps
-        # Low-pass, then a 3×3 convolution at half the side; the last one sees all 4×4 at once.
-        self.out = (
-            EqualConv2d(in_maps, out_maps, 4, padding=0, gain=ACTIVATION_GAIN)
-            if self.is_last
-            else EqualConv2d(in_maps, out_maps, 3, gain=ACTIVATION_GAIN)
-        )
+        self.minibatch_std = config.minibatch_std and is_last
+        self.out: nn.Module
+        if is_last:
+            self.out = Reduce(maps + 1 if self.minibatch_std else maps, maps)
+        elif config.blocks[index]:
+            self.out = DownBlock(maps, config.channels[index + 1], gain=gain)
+        else:
+            self.out = DownConv(maps, config.channels[index + 1])
 
     def forward(self, x_BCHW: Tensor, num_groups: int, *, double_backward: bool) -> Tensor:
         """Maps at this resolution → maps at half of it, 1 px after the last stage."""
@@ -71,9 +73,32 @@ class Stage(nn.Module):
             x_BCHW = attention(x_BCHW, double_backward=double_backward)
         if self.minibatch_std:
             x_BCHW = append_minibatch_std(x_BCHW, num_groups=num_groups)
-        if not self.is_last:
-            x_BCHW = downsample(x_BCHW)
-        return activate(self.out(x_BCHW))
+        reduced: Tensor = self.out(x_BCHW)
+        return reduced
+
+
+class DownConv(nn.Module):
+    """Low-pass and one 3×3 convolution at half the side: the cheapest way down."""
+
+    def __init__(self, in_maps: int, out_maps: int) -> None:
+        super().__init__()
+        self.conv = EqualConv2d(in_maps, out_maps, 3, gain=ACTIVATION_GAIN)
+
+    def forward(self, x_BIHW: Tensor) -> Tensor:
+        """B I H W → B O H/2 W/2."""
+        return activate(self.conv(downsample(x_BIHW)))
+
+
+class Reduce(nn.Module):
+    """One convolution that sees all of 4×4 px."""
+
+    def __init__(self, in_maps: int, out_maps: int) -> None:
+        super().__init__()
+        self.conv = EqualConv2d(in_maps, out_maps, 4, padding=0, gain=ACTIVATION_GAIN)
+
+    def forward(self, x_BIHW: Tensor) -> Tensor:
+        """B I 4 4 → B O 1 1."""
+        return activate(self.conv(x_BIHW))
 
 
 def append_minibatch_std(x_BCHW: Tensor, *, num_groups: int) -> Tensor:
@@ -90,27 +115,41 @@ def append_minibatch_std(x_BCHW: Tensor, *, num_groups: int) -> Tensor:
 
 
 class Predictor(nn.Module):
-    """ψ_j(φ, t_D) + Conv1×1(φ): modulated 1×1 convolutions and an unconditional logit."""
+    """ψ_j(φ, t_D) + Conv1×1(φ): modulated 1×1 convolutions and an unconditional logit.
 
-    def __init__(self, maps: int, *, text_width: int, num_layers: int) -> None:
+    In an unconditional network (`condition_width` 0) there is no ψ_j.
+    """
+
+    def __init__(self, maps: int, *, condition_width: int, num_layers: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            AdaptiveConv(
-                maps, maps, style_dim=text_width, num_kernels=1, size=1, gain=ACTIVATION_GAIN
-            )
-            for _ in range(num_layers)
-        )
-        self.to_logit = AdaptiveConv(
-            maps, 1, style_dim=text_width, num_kernels=1, size=1, demodulate=False
-        )
         self.unconditional = EqualConv2d(maps, 1, 1)
+        self.layers = nn.ModuleList()
+        self.to_logit: AdaptiveConv | None = None
+        if condition_width:
+            self.layers.extend(
+                AdaptiveConv(
+                    maps,
+                    maps,
+                    style_dim=condition_width,
+                    num_kernels=1,
+                    size=1,
+                    gain=ACTIVATION_GAIN,
+                )
+                for _ in range(num_layers)
+            )
+            self.to_logit = AdaptiveConv(
+                maps, 1, style_dim=condition_width, num_kernels=1, size=1, demodulate=False
+            )
 
-    def forward(self, maps_BCHW: Tensor, text_BT: Tensor) -> Tensor:
+    def forward(self, maps_BCHW: Tensor, text_BT: Tensor | None) -> Tensor:
         """Maps and text → logits B H W."""
-        x = maps_BCHW
-        for layer in self.layers:
-            x = activate(layer(x, text_BT))
-        return (self.to_logit(x, text_BT) + self.unconditional(maps_BCHW)).squeeze(1)
+        logits: Tensor = self.unconditional(maps_BCHW)
+        if self.to_logit is not None:
+            x = maps_BCHW
+            for layer in self.layers:
+                x = activate(layer(x, text_BT))
+            logits = logits + self.to_logit(x, text_BT)
+        return logits.squeeze(1)
 
 
 class Discriminator(nn.Module):
@@ -119,29 +158,32 @@ class Discriminator(nn.Module):
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()
         self.config = config
-        self.text = TextBranch(config.text)
+        self.text = condition_branch(config)
         self.from_rgb = nn.ModuleList(
             EqualConv2d(3, config.channels[i], 1, gain=ACTIVATION_GAIN)
             for i in range(config.levels)
         )
         self.stages = nn.ModuleList(Stage(config, i) for i in range(len(config.channels)))
-        self.predictors = nn.ModuleList(
-            Predictor(
-                config.channels[min(i + 1, len(config.channels) - 1)],
-                text_width=config.text.width,
-                num_layers=config.head_layers,
-            )
-            for i in range(len(config.channels))
+        # A dictionary: without `every_stage` only the last stage has one.
+        self.predictors = nn.ModuleDict(
+            {
+                str(j): Predictor(
+                    config.channels[min(j + 1, len(config.channels) - 1)],
+                    condition_width=config.condition_width,
+                    num_layers=config.head_layers,
+                )
+                for j in sorted({j for _, j in config.pairs})
+            }
         )
 
-    def read(self, features: TextFeatures) -> Tensor:
-        """Frozen features → t_D, B T."""
-        text = self.text(features.tokens_BLD, features.mask_BL, features.pooled_BD)
-        return rms_normalize(text.global_BT)
+    def read(self, features: Features) -> Tensor | None:
+        """Frozen features (or class numbers B) → t_D, B T; None if unconditional."""
+        text: Text = self.text(features)
+        return None if text.global_BT is None else rms_normalize(text.global_BT)
 
     def trunk(
         self, pyramid: list[Tensor], *, num_sets: int = 1, double_backward: bool = False
-    ) -> list[Features]:
+    ) -> list[LevelMaps]:
         """Pyramid, largest first (more levels than `config.levels` are ignored) → all φ_{i→j}.
 
         The batch may be `num_sets` sets laid end to end (real and generated): statistics over
@@ -150,7 +192,7 @@ class Discriminator(nn.Module):
         if len(pyramid) < self.config.levels:
             raise ValueError(f"{len(pyramid)} pyramid levels for {self.config.levels} entries")
         B = len(pyramid[0])
-        found: list[Features] = []
+        found: list[LevelMaps] = []
         x: Tensor | None = None
         for index, stage in enumerate(self.stages):
             if index < self.config.levels:
@@ -159,24 +201,25 @@ class Discriminator(nn.Module):
             assert x is not None
             num_groups = num_sets * len(x) // B
             x = stage(x, num_groups, double_backward=double_backward)
-            found += [Features(i, index, maps) for i, maps in enumerate(x.split(B))]
+            if str(index) in self.predictors:
+                found += [LevelMaps(i, index, maps) for i, maps in enumerate(x.split(B))]
         return found
 
-    def predict(self, features: list[Features], text_BT: Tensor) -> list[Tensor]:
+    def predict(self, features: list[LevelMaps], text_BT: Tensor | None) -> list[Tensor]:
         """φ_{i→j} and t_D → one map of logits B H W per pair (i, j), in the order of `features`.
 
         Levels that leave after the same stage share one pass of its predictor.
         """
         logits: list[Tensor] = []
-        for index, predictor in enumerate(self.predictors):
-            maps = [f.maps_BCHW for f in features if f.stage == index]
-            together = predictor(torch.cat(maps), text_BT.repeat(len(maps), 1))
-            logits += together.split(len(text_BT))
+        for index, predictor in self.predictors.items():
+            maps = [f.maps_BCHW for f in features if f.stage == int(index)]
+            text = None if text_BT is None else text_BT.repeat(len(maps), 1)
+            logits += predictor(torch.cat(maps), text).split(len(maps[0]))
         return logits
 
     def forward(
-        self, pyramid: list[Tensor], features: TextFeatures, *, double_backward: bool = False
+        self, pyramid: list[Tensor], features: Features, *, double_backward: bool = False
     ) -> list[Tensor]:
-        """Image pyramid and frozen text features → logits of every (i, j)."""
+        """Image pyramid and what D is conditioned on → logits of every (i, j)."""
         maps = self.trunk(pyramid, double_backward=double_backward)
         return self.predict(maps, self.read(features))

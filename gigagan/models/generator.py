@@ -1,7 +1,7 @@
-"""The base generator: latent z and text → a pyramid of images.
+"""The base generator: latent z and text (or a class, or nothing) → a pyramid of images.
 
 Shape letters in this file:
-    B batch, Z latent, S style, C maps, H W image, L D P features of the frozen text encoder.
+    B batch, Z latent, S style, C maps, H W image.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from gigagan.config import GeneratorConfig, StyleConfig
 from gigagan.models.attention import AttentionBlock
-from gigagan.models.encoders import TextFeatures
 from gigagan.models.layers import (
     AdaptiveBlock,
     AdaptiveConv,
@@ -22,11 +21,11 @@ from gigagan.models.layers import (
     activate,
     upsample,
 )
-from gigagan.models.text import Text, TextBranch
+from gigagan.models.text import Features, Text, condition_branch
 
 
 class SynthesisLevel(nn.Module):
-    """All layers at one resolution: convolutions, then attention; and the RGB it contributes."""
+    """All layers at one resolution: convolutions, then attention; and `to_rgb`, for its image."""
 
     def __init__(
         self,
@@ -37,7 +36,8 @@ class SynthesisLevel(nn.Module):
         num_blocks: int,
         num_attention: int,
         num_kernels: int,
-        rgb_gain: float,
+        rgb_gain: float | None,
+        is_first: bool = False,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
@@ -47,6 +47,7 @@ class SynthesisLevel(nn.Module):
                 style_dim=config.style_dim,
                 num_kernels=num_kernels,
                 gain=config.residual_gain,
+                is_first=is_first and i == 0,
             )
             for i in range(num_blocks)
         )
@@ -55,27 +56,29 @@ class SynthesisLevel(nn.Module):
                 out_maps,
                 config,
                 style_dim=config.style_dim,
-                text_width=config.text.width,
+                text_width=config.text_width,
             )
             for _ in range(num_attention)
         )
-        self.to_rgb = AdaptiveConv(
-            out_maps,
-            3,
-            style_dim=config.style_dim,
-            num_kernels=1,
-            size=1,
-            demodulate=False,
-            gain=rgb_gain,
-        )
+        self.to_rgb: AdaptiveConv | None = None
+        if rgb_gain is not None:
+            self.to_rgb = AdaptiveConv(
+                out_maps,
+                3,
+                style_dim=config.style_dim,
+                num_kernels=1,
+                size=1,
+                demodulate=False,
+                gain=rgb_gain,
+            )
 
-    def forward(self, x_BCHW: Tensor, style_BS: Tensor, text: Text) -> tuple[Tensor, Tensor]:
-        """Maps at this resolution → new maps, RGB."""
+    def forward(self, x_BCHW: Tensor, style_BS: Tensor, text: Text) -> Tensor:
+        """Maps at this resolution → new maps."""
         for block in self.blocks:
             x_BCHW = block(x_BCHW, style_BS)
         for attention in self.attention:
             x_BCHW = attention(x_BCHW, style_BS, text.local_BLT, text.mask_BL)
-        return x_BCHW, self.to_rgb(x_BCHW, style_BS)
+        return x_BCHW
 
 
 class Generator(nn.Module):
@@ -87,7 +90,7 @@ class Generator(nn.Module):
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
         self.config = config
-        self.text = TextBranch(config.text)
+        self.text = condition_branch(config)
         self.mapping = MappingNetwork(config)
         self.register_buffer("style_mean", torch.zeros(config.style_dim))
         self.constant = nn.Parameter(torch.randn(config.channels[0], 4, 4))
@@ -104,21 +107,24 @@ class Generator(nn.Module):
                 num_kernels=config.kernels[i],
                 # The levels' sum has about the contrast of real images at the start.
                 rgb_gain=0.5 / math.sqrt(len(config.channels)),
+                is_first=i == 0,
             )
             for i in range(len(config.channels))
         )
 
-    def read(self, features: TextFeatures) -> Text:
-        """Frozen features → t_local and t_global."""
-        return self.text(features.tokens_BLD, features.mask_BL, features.pooled_BD)
+    def read(self, features: Features) -> Text:
+        """Frozen features (or class numbers B, or None) → t_local and t_global."""
+        text: Text = self.text(features)
+        return text
 
     def style(self, z_BZ: Tensor, text: Text) -> Tensor:
         """w = M(z, t_global): B Z → B S."""
-        return self.mapping(z_BZ, text.global_BT)
+        style_BS: Tensor = self.mapping(z_BZ, text.global_BT)
+        return style_BS
 
     def synthesize(self, style_BS: Tensor, text: Text) -> list[Tensor]:
         """Style and text → images in [−1, 1] (roughly), largest first, down to 4 px."""
-        B = len(style_BS)
+        B = len(style_BS)  # text may be of one caption for all
         x = self.constant.expand(B, -1, -1, -1)
         if self.style_input is not None:
             x = activate(x + self.style_input(style_BS).reshape(x.shape))
@@ -126,11 +132,14 @@ class Generator(nn.Module):
         for level in self.levels:
             if images:
                 x = upsample(x)
-            x, rgb = level(x, style_BS, text)
+            assert isinstance(level, SynthesisLevel)
+            assert level.to_rgb is not None
+            x = level(x, style_BS, text)
+            rgb = level.to_rgb(x, style_BS)
             images.append(upsample(images[-1]) + rgb if images else rgb)
         return images[::-1]
 
-    def forward(self, z_BZ: Tensor, features: TextFeatures) -> list[Tensor]:
-        """Latents and frozen text features → the image pyramid, largest first."""
+    def forward(self, z_BZ: Tensor, features: Features) -> list[Tensor]:
+        """Latents and what the network is conditioned on → the image pyramid, largest first."""
         text = self.read(features)
         return self.synthesize(self.style(z_BZ, text), text)

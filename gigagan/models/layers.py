@@ -33,6 +33,21 @@ def full_precision(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def residual_weights(gain: float) -> tuple[float, float]:
+    """Weights of trunk and branch in the ratio 1 : gain whose squares sum to 1.
+
+    A sum weighted so keeps its variance however many follow each other (EDM2, equation 88). The
+    branch's weight is multiplied into the branch's last layer.
+    """
+    norm = math.hypot(1, gain)
+    return 1 / norm, gain / norm
+
+
+def add_residual(trunk: Tensor, branch: Tensor, weight: float) -> Tensor:
+    """weight · trunk + branch, in one pass over memory."""
+    return torch.add(branch, trunk, alpha=weight)
+
+
 def rms_normalize(x: Tensor, *, dim: int = -1, eps: float = 1e-8) -> Tensor:
     """Divide by the root mean square along `dim`, computed in float32."""
     scale = full_precision(x).square().mean(dim, keepdim=True).add(eps).rsqrt()
@@ -100,19 +115,20 @@ class EqualConv2d(nn.Module):
         size: int,
         *,
         padding: int | None = None,
+        bias: bool = True,
         gain: float = 1.0,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_maps, in_maps, size, size))
-        self.bias = nn.Parameter(torch.zeros(out_maps))
+        self.bias = nn.Parameter(torch.zeros(out_maps)) if bias else None
         self.weight_gain = gain / math.sqrt(in_maps * size * size)
         self.bias_gain = gain
         self.padding = size // 2 if padding is None else padding
 
     def forward(self, x_BIHW: Tensor) -> Tensor:
         """B I H W → B O H W."""
-        weight, bias = self.weight * self.weight_gain, self.bias * self.bias_gain
-        return F.conv2d(x_BIHW, weight, bias, padding=self.padding)
+        bias = None if self.bias is None else self.bias * self.bias_gain
+        return F.conv2d(x_BIHW, self.weight * self.weight_gain, bias, padding=self.padding)
 
 
 def adaptive_conv2d(
@@ -133,38 +149,52 @@ def adaptive_conv2d(
     plus gain · bias. Without demodulation d = 1: put a gain into the scales there.
 
     `select_BN` is already softmaxed. Modulation is applied to the input and demodulation to the
-    output, which equals scaling the filters but never builds modulated filters per sample; a bank
-    of one filter then is one ordinary convolution. Demodulation is computed in float32.
+    output, which equals scaling the filters but never builds modulated filters per sample. Where
+    all samples share one filter (a bank of one, or one row of `select_BN` and `scale_BI` for any
+    number of images) it is one ordinary convolution. Demodulation is computed in float32.
     """
-    B, I, H, W = x_BIHW.shape
-    N, O, _, h, w = bank_NOIhw.shape
     x_BIHW = x_BIHW * scale_BI[:, :, None, None].to(x_BIHW.dtype)
-    power_BI = full_precision(scale_BI).square()
-    if N == 1:
-        filter_OIhw = bank_NOIhw[0]
-        y_BOHW = F.conv2d(x_BIHW, filter_OIhw.to(x_BIHW.dtype), padding=(h // 2, w // 2))
-        energy_BO = (
-            power_BI @ full_precision(filter_OIhw).square().sum((2, 3)).T if demodulate else None
-        )
-    else:
-        mixed_BOIhw = (select_BN @ bank_NOIhw.reshape(N, -1)).reshape(B, O, I, h, w)
-        # One grouped convolution serves the whole batch: group b holds sample b's own filter.
-        y_BOHW = F.conv2d(
-            x_BIHW.reshape(1, B * I, H, W),
-            mixed_BOIhw.to(x_BIHW.dtype).reshape(B * O, I, h, w),
-            padding=(h // 2, w // 2),
-            groups=B,
-        ).reshape(B, O, H, W)
-        energy_BO = (
-            torch.einsum("boi,bi->bo", full_precision(mixed_BOIhw).square().sum((3, 4)), power_BI)
-            if demodulate
-            else None
-        )
+    filters_FOIhw = mix_filters(bank_NOIhw, select_BN)
+    y_BOHW = _convolve(x_BIHW, filters_FOIhw.to(x_BIHW.dtype))
     bias = None if bias_O is None else (bias_O * gain)[:, None, None].to(y_BOHW.dtype)
-    if energy_BO is None:
+    if not demodulate:
         return y_BOHW if bias is None else y_BOHW + bias
-    factor = ((energy_BO + eps).rsqrt() * gain)[:, :, None, None].to(y_BOHW.dtype)
+    factor_BO = gain * demodulation(filters_FOIhw, scale_BI, eps=eps)
+    factor = factor_BO[:, :, None, None].to(y_BOHW.dtype)
     return y_BOHW * factor if bias is None else torch.addcmul(bias, y_BOHW, factor)
+
+
+def mix_filters(bank_NOIhw: Tensor, select_BN: Tensor) -> Tensor:
+    """K_b = Σ_n select_bn · bank_n by one matrix product; a bank of one is its only filter.
+
+    F O I h w, with F = 1 where one filter serves every sample.
+    """
+    N, O, I, h, w = bank_NOIhw.shape
+    if N == 1:
+        return bank_NOIhw
+    return (select_BN @ bank_NOIhw.reshape(N, -1)).reshape(-1, O, I, h, w)
+
+
+def demodulation(filters_FOIhw: Tensor, scale_BI: Tensor, *, eps: float = 1e-8) -> Tensor:
+    """d_bo = (Σ_ihw (K_boihw · s_bi)² + ε)^−½ in float32: B O (StyleGAN2, equation 3)."""
+    energy_FOI = full_precision(filters_FOIhw).square().sum((3, 4))
+    power_BI = full_precision(scale_BI).square()
+    if len(energy_FOI) == 1:
+        return (power_BI @ energy_FOI[0].T + eps).rsqrt()
+    return (torch.einsum("boi,bi->bo", energy_FOI, power_BI) + eps).rsqrt()
+
+
+def _convolve(x_BIHW: Tensor, filters_FOIhw: Tensor) -> Tensor:
+    """Same-padded convolution with one filter for all samples (F = 1) or one for each (F = B)."""
+    B, I, H, W = x_BIHW.shape
+    F_, O, _, h, w = filters_FOIhw.shape
+    padding = (h // 2, w // 2)
+    if F_ == 1:
+        return F.conv2d(x_BIHW, filters_FOIhw[0], padding=padding)
+    # One grouped convolution serves the whole batch: group b holds sample b's own filter.
+    x_1GHW = x_BIHW.reshape(1, B * I, H, W)
+    filters_GIhw = filters_FOIhw.reshape(B * O, I, h, w)
+    return F.conv2d(x_1GHW, filters_GIhw, padding=padding, groups=B).reshape(B, O, H, W)
 
 
 class AdaptiveConv(nn.Module):
@@ -188,21 +218,24 @@ class AdaptiveConv(nn.Module):
         self.to_select = EqualLinear(style_dim, num_kernels) if num_kernels > 1 else None
         self.demodulate = demodulate
         self.gain = gain
-        # Demodulation makes the filters' scale irrelevant. Without it they need 1/√fan_in, and
-        # another 1/√2 because the scales 1 + N(0, 1) have a mean square of 2.
-        self.scale_gain = 1.0 if demodulate else gain / math.sqrt(2 * in_maps * size * size)
+        # Without demodulation nothing else restores unit variance.
+        self.scale_gain = 1.0 if demodulate else gain / math.sqrt(in_maps * size * size)
+
+    def read(self, style_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Style → softmaxed selection B N and scales B I."""
+        scale_BI = self.to_scale(style_BS) * self.scale_gain
+        if self.to_select is None:
+            return style_BS.new_ones(len(style_BS), 1), scale_BI
+        return full_precision(self.to_select(style_BS)).softmax(dim=1), scale_BI
 
     def forward(self, x_BIHW: Tensor, style_BS: Tensor) -> Tensor:
-        """B I H W → B O H W."""
-        if self.to_select is None:
-            select_BN = style_BS.new_ones(len(style_BS), 1)
-        else:
-            select_BN = self.to_select(style_BS).float().softmax(dim=1)
+        """B I H W and B S (or 1 S for all) → B O H W."""
+        select_BN, scale_BI = self.read(style_BS)
         return adaptive_conv2d(
             x_BIHW,
             self.bank,
             select_BN,
-            self.to_scale(style_BS) * self.scale_gain,
+            scale_BI,
             demodulate=self.demodulate,
             bias_O=self.bias,
             gain=self.gain,
@@ -213,34 +246,42 @@ class AdaptiveBlock(nn.Module):
     """Two adaptive 3×3 convolutions with a residual branch of reduced gain.
 
     Where the number of maps changes, the first convolution changes it and the second is the
-    residual branch; elsewhere both are.
+    residual branch; elsewhere both are. `is_first`, at the constant input, has the first only.
     """
 
     def __init__(
-        self, in_maps: int, out_maps: int, *, style_dim: int, num_kernels: int, gain: float
+        self,
+        in_maps: int,
+        out_maps: int,
+        *,
+        style_dim: int,
+        num_kernels: int,
+        gain: float,
+        is_first: bool = False,
     ) -> None:
         super().__init__()
-        self.first = AdaptiveConv(
-            in_maps,
-            out_maps,
-            style_dim=style_dim,
-            num_kernels=num_kernels,
-            gain=ACTIVATION_GAIN,
-        )
-        self.second = AdaptiveConv(
-            out_maps,
-            out_maps,
-            style_dim=style_dim,
-            num_kernels=num_kernels,
-            gain=ACTIVATION_GAIN * gain,
-        )
+
+        def convolution(maps: int, weight: float) -> AdaptiveConv:
+            return AdaptiveConv(
+                maps,
+                out_maps,
+                style_dim=style_dim,
+                num_kernels=num_kernels,
+                gain=ACTIVATION_GAIN * weight,
+            )
+
+        self.trunk_weight, branch_weight = residual_weights(gain)
+        self.first = convolution(in_maps, 1.0)
+        self.second = None if is_first else convolution(out_maps, branch_weight)
         self.keeps_maps = in_maps == out_maps
 
     def forward(self, x_BIHW: Tensor, style_BS: Tensor) -> Tensor:
         """B I H W → B O H W."""
         hidden = activate(self.first(x_BIHW, style_BS))
+        if self.second is None:
+            return hidden
         trunk = x_BIHW if self.keeps_maps else hidden
-        return trunk + activate(self.second(hidden, style_BS))
+        return add_residual(trunk, activate(self.second(hidden, style_BS)), self.trunk_weight)
 
 
 class ResidualBlock(nn.Module):
@@ -248,16 +289,37 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, maps: int, *, gain: float) -> None:
         super().__init__()
+        self.trunk_weight, branch_weight = residual_weights(gain)
         self.first = EqualConv2d(maps, maps, 3, gain=ACTIVATION_GAIN)
-        self.second = EqualConv2d(maps, maps, 3, gain=ACTIVATION_GAIN * gain)
+        self.second = EqualConv2d(maps, maps, 3, gain=ACTIVATION_GAIN * branch_weight)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """B C H W → the same."""
-        return x_BCHW + activate(self.second(activate(self.first(x_BCHW))))
+        branch = activate(self.second(activate(self.first(x_BCHW))))
+        return add_residual(x_BCHW, branch, self.trunk_weight)
+
+
+class DownBlock(nn.Module):
+    """A residual block that halves the side: low-pass between its convolutions, 1×1 on its trunk.
+
+    StyleGAN2's discriminator block with a residual branch of reduced gain.
+    """
+
+    def __init__(self, in_maps: int, out_maps: int, *, gain: float) -> None:
+        super().__init__()
+        trunk_weight, branch_weight = residual_weights(gain)
+        self.first = EqualConv2d(in_maps, in_maps, 3, gain=ACTIVATION_GAIN)
+        self.second = EqualConv2d(in_maps, out_maps, 3, gain=ACTIVATION_GAIN * branch_weight)
+        self.trunk = EqualConv2d(in_maps, out_maps, 1, bias=False, gain=trunk_weight)
+
+    def forward(self, x_BIHW: Tensor) -> Tensor:
+        """B I H W → B O H/2 W/2."""
+        branch = activate(self.second(downsample(activate(self.first(x_BIHW)))))
+        return self.trunk(downsample(x_BIHW)) + branch
 
 
 class MappingNetwork(nn.Module):
-    """M: latent z and the text's global descriptor → style w (GigaGAN, section 3.3).
+    """M: latent z and the global descriptor of text or class → style w (GigaGAN, section 3.3).
 
     Both inputs are normalised to the same total energy, so that neither drowns the other at
     any width.
@@ -265,20 +327,21 @@ class MappingNetwork(nn.Module):
 
     def __init__(self, config: StyleConfig) -> None:
         super().__init__()
-        widths = [config.latent_dim + config.text.width]
+        widths = [config.latent_dim + config.condition_width]
         widths += [config.style_dim] * config.mapping_layers
         self.layers = nn.ModuleList(
             EqualLinear(i, o, lr_multiplier=config.mapping_lr_multiplier, gain=ACTIVATION_GAIN)
             for i, o in itertools.pairwise(widths)
         )
 
-    def forward(self, z_BZ: Tensor, text_BT: Tensor) -> Tensor:
-        """B Z and B T → B S."""
-        width = z_BZ.shape[1] + text_BT.shape[1]
-        parts = [
-            rms_normalize(part) * math.sqrt(width / (2 * part.shape[1])) for part in (z_BZ, text_BT)
-        ]
-        x = torch.cat(parts, dim=1)
+    def forward(self, z_BZ: Tensor, condition_BT: Tensor | None) -> Tensor:
+        """B Z and B T (None if unconditional) → B S."""
+        inputs = [z_BZ] if condition_BT is None else [z_BZ, condition_BT]
+        width = sum(part.shape[1] for part in inputs)
+        x = torch.cat(
+            [rms_normalize(p) * math.sqrt(width / (len(inputs) * p.shape[1])) for p in inputs],
+            dim=1,
+        )
         for layer in self.layers:
             x = activate(layer(x))
         return x

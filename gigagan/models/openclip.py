@@ -51,7 +51,8 @@ def load(architecture: str, tag: str, weights: Path, device: torch.device) -> nn
 class OpenClipText(TextEncoder):
     """Tokens of the penultimate layer, before the final norm; pooled is the one at the end token.
 
-    Attention is causal: what stands after the end token cannot change a feature and is cut off.
+    The end token is pooled alone, not one of the tokens. Attention is causal: what stands after it
+    cannot change a feature and is cut off.
     """
 
     def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
@@ -63,15 +64,20 @@ class OpenClipText(TextEncoder):
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> TextFeatures:
-        """Encode captions, the start and end tokens included."""
+        """Encode captions; the start token is one of theirs."""
         ids_BL = self._tokenizer(list(captions)).to(self._model.positional_embedding.device)
         end_B = ids_BL.argmax(dim=1)  # the end token has the highest id
         L = int(end_B.max()) + 1
         with torch.autocast(ids_BL.device.type, enabled=False):
             tokens_BLD = self._hidden(ids_BL[:, :L])
-        mask_BL = torch.arange(L, device=ids_BL.device) <= end_B[:, None]
         pooled_BD = tokens_BLD[torch.arange(len(ids_BL), device=ids_BL.device), end_B]
-        return TextFeatures(tokens_BLD * mask_BL[..., None], mask_BL, pooled_BD)
+        mask_BL = torch.arange(L - 1, device=ids_BL.device) < end_B[:, None]
+        return TextFeatures(tokens_BLD[:, :-1] * mask_BL[..., None], mask_BL, pooled_BD)
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor of a cosine that CLIP was trained with, exp of its learned logarithm."""
+        return float(self._model.logit_scale.exp())
 
     def _hidden(self, ids_BL: Tensor) -> Tensor:
         """Hidden states after all blocks but the last; batch first, whatever the blocks want."""

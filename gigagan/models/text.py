@@ -1,4 +1,4 @@
-"""The learned text branch T over a frozen encoder's features.
+"""What a network is conditioned on: the learned text branch T, a class, or nothing.
 
 Shape letters in this file:
     B batch, L tokens, D width of the encoder's features, P of its pooled vector, T text width.
@@ -12,20 +12,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gigagan.config import TextConfig
+from gigagan.config import BlockConfig, ClassConfig, TextConfig
 from gigagan.models.attention import FeedForward, merge_heads, split_heads
+from gigagan.models.encoders import TextFeatures
 from gigagan.models.layers import EqualLinear, rms_normalize
+
+Features = TextFeatures | Tensor | None
+"""What a network reads: a frozen encoder's features, class numbers B, or nothing."""
 
 
 class Text(NamedTuple):
-    """What the networks see of a caption."""
+    """What the networks see of a caption; of a class only the global descriptor."""
 
-    local_BLT: Tensor
+    local_BLT: Tensor | None = None
     """t_local: one vector per token."""
-    mask_BL: Tensor
+    mask_BL: Tensor | None = None
     """True where there is a real token."""
-    global_BT: Tensor
-    """t_global: one vector per caption."""
+    global_BT: Tensor | None = None
+    """t_global: one vector per caption or class; None in an unconditional network."""
+
+    def repeat_interleave(self, count: int) -> Text:
+        """Each sample `count` times in a row."""
+        return Text(*(x if x is None else x.repeat_interleave(count, dim=0) for x in self))
 
 
 class TextLayer(nn.Module):
@@ -65,8 +73,11 @@ class TextBranch(nn.Module):
             for _ in range(config.depth)
         )
 
-    def forward(self, tokens_BLD: Tensor, mask_BL: Tensor, pooled_BP: Tensor) -> Text:
+    def forward(self, features: Features) -> Text:
         """Features of a frozen encoder → what the networks see."""
+        if not isinstance(features, TextFeatures):
+            raise TypeError(f"a text-conditional network was given {type(features).__name__}")
+        tokens_BLD, mask_BL, pooled_BP = features
         pooled_B1T = self.from_pooled(rms_normalize(pooled_BP))[:, None]
         x = torch.cat([pooled_B1T, self.from_tokens(rms_normalize(tokens_BLD))], dim=1)
         mask = torch.cat([torch.ones_like(mask_BL[:, :1]), mask_BL], dim=1)
@@ -74,3 +85,43 @@ class TextBranch(nn.Module):
             x = layer(x, mask)
         x = rms_normalize(x)
         return Text(local_BLT=x[:, 1:], mask_BL=mask_BL, global_BT=x[:, 0])
+
+
+class ClassBranch(nn.Module):
+    """A learned vector for each class."""
+
+    def __init__(self, config: ClassConfig) -> None:
+        super().__init__()
+        self.vectors = nn.Parameter(torch.randn(config.number, config.width))
+
+    def forward(self, features: Features) -> Text:
+        """Class numbers B → their vectors, of unit mean square.
+
+        Raises:
+            ValueError: a number is not below that of the classes.
+        """
+        if not isinstance(features, Tensor):
+            raise TypeError(f"a class-conditional network was given {type(features).__name__}")
+        if features.numel() and not 0 <= int(features.min()) <= int(features.max()) < len(
+            self.vectors
+        ):
+            raise ValueError(
+                f"classes from {int(features.min())} to {int(features.max())}: the network "
+                f"knows 0 to {len(self.vectors) - 1}"
+            )
+        return Text(global_BT=rms_normalize(self.vectors[features]))
+
+
+class NoBranch(nn.Module):
+    """An unconditional network reads nothing."""
+
+    def forward(self, features: Features) -> Text:
+        """Whatever there is, it is not looked at."""
+        return Text()
+
+
+def condition_branch(config: BlockConfig) -> nn.Module:
+    """The branch that a network's configuration asks for."""
+    if config.text is not None:
+        return TextBranch(config.text)
+    return NoBranch() if config.classes is None else ClassBranch(config.classes)

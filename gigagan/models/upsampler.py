@@ -12,18 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from gigagan.config import UpsamplerConfig
-from gigagan.models.encoders import TextFeatures
 from gigagan.models.generator import SynthesisLevel
 from gigagan.models.layers import (
     ACTIVATION_GAIN,
+    DownBlock,
     EqualConv2d,
     MappingNetwork,
-    ResidualBlock,
     activate,
-    downsample,
     upsample,
 )
-from gigagan.models.text import Text, TextBranch
+from gigagan.models.text import Features, Text, condition_branch
 
 
 class Upsampler(nn.Module):
@@ -37,15 +35,12 @@ class Upsampler(nn.Module):
     def __init__(self, config: UpsamplerConfig) -> None:
         super().__init__()
         self.config = config
-        self.text = TextBranch(config.text)
+        self.text = condition_branch(config)
         self.mapping = MappingNetwork(config)
         down, up = config.down_channels, config.up_channels
         self.from_rgb = EqualConv2d(3, down[0], 3, gain=ACTIVATION_GAIN)
         self.down_blocks = nn.ModuleList(
-            ResidualBlock(maps, gain=config.residual_gain) for maps in down
-        )
-        self.down_convs = nn.ModuleList(
-            EqualConv2d(i, o, 1, gain=ACTIVATION_GAIN) for i, o in itertools.pairwise(down)
+            DownBlock(i, o, gain=config.residual_gain) for i, o in itertools.pairwise(down)
         )
         self.merges = nn.ModuleList(
             EqualConv2d((up[i - 1] if i else 0) + down[-1 - i], up[i], 1) for i in range(len(down))
@@ -58,39 +53,41 @@ class Upsampler(nn.Module):
                 num_blocks=config.blocks[i],
                 num_attention=config.attention[i],
                 num_kernels=config.kernels[i],
-                rgb_gain=0.5,
+                # Images start at the input's resolution.
+                rgb_gain=0.5 if i >= len(down) - 1 else None,
             )
             for i in range(len(up))
         )
-        for level in self.levels:
+        for level in self.levels[len(down) - 1 :]:
             # The first output is the enlarged input itself.
             assert isinstance(level, SynthesisLevel)
+            assert level.to_rgb is not None
             nn.init.zeros_(level.to_rgb.bank)
 
-    def read(self, features: TextFeatures) -> Text:
-        """Frozen features → t_local and t_global."""
-        return self.text(features.tokens_BLD, features.mask_BL, features.pooled_BD)
+    def read(self, features: Features) -> Text:
+        """Frozen features (or None) → t_local and t_global."""
+        text: Text = self.text(features)
+        return text
 
     def style(self, z_BZ: Tensor, text: Text) -> Tensor:
         """w = M(z, t_global): B Z → B S."""
-        return self.mapping(z_BZ, text.global_BT)
+        style_BS: Tensor = self.mapping(z_BZ, text.global_BT)
+        return style_BS
 
     def synthesize(
         self, small_BCHW: Tensor, noise_BCHW: Tensor, style_BS: Tensor, text: Text
     ) -> list[Tensor]:
         """Small image in [−1, 1], N(0, 1) noise of its shape, style, text → images, largest first.
 
+        Style and text of one row serve any number of images: the tiles of one picture, say.
+
         The last of the list has the input's resolution. The layers see the image with noise
         augmentation; the RGB skip sum starts from it without.
         """
         noisy_BCHW = small_BCHW + self.config.noise_augmentation * noise_BCHW
-        x = activate(self.from_rgb(noisy_BCHW))
-        skips: list[Tensor] = []
-        for i, block in enumerate(self.down_blocks):
-            x = block(x)
-            skips.append(x)
-            if i < len(self.down_convs):
-                x = activate(self.down_convs[i](downsample(x)))
+        skips = [activate(self.from_rgb(noisy_BCHW))]
+        for block in self.down_blocks:
+            skips.append(block(skips[-1]))
         depth = len(skips)
         images: list[Tensor] = []
         x = skips.pop()
@@ -99,14 +96,16 @@ class Upsampler(nn.Module):
                 x = upsample(x)
             if i < depth:
                 x = self.merges[i](torch.cat([x, skips.pop()], dim=1) if i else x)
-            x, rgb = level(x, style_BS, text)
-            if i >= depth - 1:
+            assert isinstance(level, SynthesisLevel)
+            x = level(x, style_BS, text)
+            if level.to_rgb is not None:
+                rgb = level.to_rgb(x, style_BS)
                 images.append((upsample(images[-1]) if images else small_BCHW) + rgb)
         return images[::-1]
 
     def forward(
-        self, small_BCHW: Tensor, noise_BCHW: Tensor, z_BZ: Tensor, features: TextFeatures
+        self, small_BCHW: Tensor, noise_BCHW: Tensor, z_BZ: Tensor, features: Features
     ) -> list[Tensor]:
-        """Small image, noise, latents, frozen text features → the pyramid, largest first."""
+        """Small image, noise, latents, text features or None → the pyramid, largest first."""
         text = self.read(features)
         return self.synthesize(small_BCHW, noise_BCHW, self.style(z_BZ, text), text)

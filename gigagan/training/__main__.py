@@ -17,17 +17,18 @@ from pydantic import TypeAdapter, ValidationError
 
 from data.loader import ShardLoader
 from gigagan import losses
-from gigagan.config import TrainBaseConfig, TrainStage
+from gigagan.config import TextConfig, TrainBaseConfig, TrainStage
 from gigagan.evaluation.heldout import Heldout, read_heldout
 from gigagan.models import pretrained
 from gigagan.models.aligner import Aligner, fit_aligner
 from gigagan.models.discriminator import Discriminator
-from gigagan.models.encoders import ImageEncoder
+from gigagan.models.encoders import ImageEncoder, TextEncoder
 from gigagan.models.generator import Generator
+from gigagan.models.openclip import OpenClipText
 from gigagan.models.upsampler import Upsampler
 from gigagan.models.vision import VisionAidedDiscriminator
 from gigagan.training import loop, step
-from gigagan.training.auxiliary import Auxiliary, see
+from gigagan.training.auxiliary import AlignerSpace, Auxiliary, ClipSpace, see
 from gigagan.training.captions import CaptionFeatures
 from gigagan.training.distributed import World, join
 from gigagan.training.logs import Log
@@ -113,7 +114,7 @@ def run(
     log.say(f"{_millions(generator)} M parameters in G, {_millions(discriminator)} M in D")
 
     # Frozen models, and the captions' features.
-    encoder = pretrained.text_encoder(generator.config.text.encoder, world.device)
+    encoder = _text_encoder(generator.config.text, world)
     captions = CaptionFeatures(encoder, world.device)
     _warm(captions, loader, heldout, log)
     auxiliary: Auxiliary | None = None
@@ -157,12 +158,30 @@ def run(
         partial.replace(run_dir / "result.json")
 
 
+def _text_encoder(config: TextConfig | None, world: World) -> TextEncoder:
+    """The frozen text encoder, of the widths that the networks were built for."""
+    if config is None:
+        raise ValueError(
+            "text = null: shards carry captions and no class numbers, so only text-conditional "
+            "networks can be trained here; give generator and discriminator a text section"
+        )
+    encoder = pretrained.text_encoder(config.encoder, world.device)
+    for field, width in {
+        "encoder_width": encoder.width,
+        "pooled_width": encoder.pooled_width,
+    }.items():
+        if getattr(config, field) != width:
+            raise ValueError(
+                f"text.{field} = {getattr(config, field)} does not match the encoder "
+                f"{config.encoder}: it gives {width}"
+            )
+    return encoder
+
+
 def _weights(config: TrainStage, discriminator: Discriminator) -> list[float]:
     """Weights of the predictions, in the order in which the discriminator gives them."""
-    levels, stages = discriminator.config.levels, len(discriminator.stages)
-    pairs = [(i, j) for j in range(stages) for i in range(min(j + 1, levels))]
     return losses.prediction_weights(
-        pairs, config.loss.level_weights, intermediate=config.loss.intermediate
+        discriminator.config.pairs, config.loss.level_weights, intermediate=config.loss.intermediate
     )
 
 
@@ -189,17 +208,23 @@ def _auxiliary(
     world: World,
     log: Log,
 ) -> Auxiliary:
-    """The frozen image encoder, its aligner and the heads that are trained on it."""
-    encoder = pretrained.image_encoder(config.loss.vision_encoder, world.device)
+    """The frozen image encoder, its joint space with text, and the heads that are trained on it."""
+    name = config.loss.vision_encoder
+    encoder = pretrained.image_encoder(name, world.device)
     heads = VisionAidedDiscriminator(
-        encoder.stage_channels, text_width=config.discriminator.text.width
+        encoder.stage_channels, text_width=config.discriminator.condition_width
     ).to(world.device)
+    if name.startswith("open_clip:"):
+        tower = pretrained.text_encoder(name, world.device)
+        assert isinstance(tower, OpenClipText)
+        return Auxiliary(config.loss, encoder, ClipSpace(tower), heads)
     path = run_dir / "aligner.safetensors"
     if world.is_main and not path.exists():
         _fit_aligner(config, encoder, loader, captions).save(path)
         log.say(f"fitted the aligner of {encoder.name} to {captions.encoder.name}")
     world.barrier()
-    return Auxiliary(config.loss, encoder, Aligner.load(path, world.device), heads)
+    space = AlignerSpace(Aligner.load(path, world.device), config.loss.contrastive_scale)
+    return Auxiliary(config.loss, encoder, space, heads)
 
 
 @torch.no_grad()

@@ -1,12 +1,15 @@
 """The two losses that look through a frozen image encoder: vision-aided and contrastive.
 
-The encoder is shared and never trained; the aligner that maps its features to caption vectors is
+The encoder is shared and never trained. Of an open_clip encoder the contrastive loss uses its own
+text tower and logit scale; for an embedded one an aligner maps its features to caption vectors,
 fitted once, before the first step, on real pictures at the size at which the loss sees them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +18,8 @@ from torch import Tensor
 from gigagan import losses
 from gigagan.config import LossConfig
 from gigagan.models.aligner import Aligner
-from gigagan.models.encoders import ImageEncoder, ImageFeatures
+from gigagan.models.encoders import ImageEncoder, ImageFeatures, TextFeatures
+from gigagan.models.openclip import OpenClipText
 from gigagan.models.vision import VisionAidedDiscriminator
 
 
@@ -29,13 +33,63 @@ def see(encoder: ImageEncoder, images_BCHW: Tensor, *, side: int) -> ImageFeatur
     return features
 
 
+class JointSpace(Protocol):
+    """Where images and captions meet as unit vectors [B, E]."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of a cosine in the softmax of InfoNCE."""
+
+    def embed_images(self, pooled_BD: Tensor) -> Tensor:
+        """The image encoder's pooled features, differentiable."""
+
+    def embed_captions(self, captions: Sequence[str], text: TextFeatures) -> Tensor:
+        """Captions, of which the conditioning encoder's features are known."""
+
+
+@dataclass(frozen=True)
+class AlignerSpace:
+    """The space of the conditioning encoder's pooled vector."""
+
+    aligner: Aligner
+    scale: float
+
+    def embed_images(self, pooled_BD: Tensor) -> Tensor:
+        """By the aligner's projection."""
+        return self.aligner.embed_images(pooled_BD)
+
+    def embed_captions(self, captions: Sequence[str], text: TextFeatures) -> Tensor:
+        """The pooled vector, centred."""
+        return self.aligner.embed_texts(text.pooled_BD)
+
+
+@dataclass(frozen=True)
+class ClipSpace:
+    """CLIP's own joint space and logit scale."""
+
+    tower: OpenClipText
+
+    @property
+    def scale(self) -> float:
+        """exp of the learned logit scale (100 for OpenAI's weights)."""
+        return self.tower.logit_scale
+
+    def embed_images(self, pooled_BD: Tensor) -> Tensor:
+        """The image tower's output is in the joint space already."""
+        return F.normalize(pooled_BD.float(), dim=1)
+
+    def embed_captions(self, captions: Sequence[str], text: TextFeatures) -> Tensor:
+        """By CLIP's text tower."""
+        return self.tower.embed(captions)
+
+
 @dataclass(frozen=True)
 class Auxiliary:
-    """What both losses need: the frozen encoder, the aligner, and the trained heads."""
+    """What both losses need: the frozen encoder, the joint space, and the trained heads."""
 
     config: LossConfig
     encoder: ImageEncoder
-    aligner: Aligner
+    space: JointSpace
     heads: VisionAidedDiscriminator
 
     def strength(self, images_seen: int) -> float:
@@ -61,15 +115,15 @@ class Auxiliary:
         return losses.as_real(real_logits, weights) + losses.as_fake(fake_logits, weights)
 
     def generator_losses(
-        self, fake: Tensor, text_BT: Tensor, captions_BE: Tensor
+        self, fake: Tensor, text_BT: Tensor, captions: Sequence[str], text: TextFeatures
     ) -> tuple[Tensor, Tensor]:
         """The heads' non-saturating loss, and InfoNCE against the captions of the batch."""
         seen = self.see(fake)
         logits = self.heads(seen.stages, text_BT)
         vision = losses.as_real(logits, [1 / len(logits)] * len(logits))
         contrastive = losses.info_nce(
-            self.aligner.embed_images(seen.pooled_BD),
-            self.aligner.embed_texts(captions_BE),
-            scale=self.config.contrastive_scale,
+            self.space.embed_images(seen.pooled_BD),
+            self.space.embed_captions(captions, text),
+            scale=self.space.scale,
         )
         return vision, contrastive

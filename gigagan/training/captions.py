@@ -14,7 +14,7 @@ ENCODE_BATCH = 64
 
 
 class RecentCaptions:
-    """The last captions that training saw, from which a sample's mismatched one is chosen.
+    """The last captions that training saw, from which a hard mismatched one is chosen.
 
     A batch alone holds few captions that differ from a given one in little.
     """
@@ -26,24 +26,61 @@ class RecentCaptions:
         """Remember a batch; the oldest are forgotten."""
         self._recent += [(c, _words(c)) for c in captions]
 
-    def choose(
-        self, captions: Sequence[str], is_hard_B: Sequence[bool], uniform_B: Sequence[float]
-    ) -> list[str | None]:
-        """For each caption another one, or None where all are equal to it.
+    def nearest(self, caption: str, uniform: float) -> str | None:
+        """Another caption that shares as large a part of its words as any, or None.
 
-        A hard one shares as large a part of its words as any (Jaccard index): the same style and
-        background of another thing, say. Others are drawn evenly. `uniform_B` in [0, 1) decides.
+        By Jaccard index: the same style and background of another thing, say. Of several, `uniform`
+        in [0, 1) decides.
         """
-        chosen: list[str | None] = []
-        for caption, is_hard, uniform in zip(captions, is_hard_B, uniform_B, strict=True):
-            others = [entry for entry in self._recent if entry[0] != caption]
-            if is_hard and others:
-                words = _words(caption)
-                shared = [len(words & w) / len(words | w) for _, w in others]
-                most = max(shared)
-                others = [entry for entry, s in zip(others, shared, strict=True) if s == most]
-            chosen.append(others[int(uniform * len(others))][0] if others else None)
-        return chosen
+        words = _words(caption)
+        shared = [(len(words & w) / len(words | w), c) for c, w in self._recent if c != caption]
+        most = max((share for share, _ in shared), default=0.0)
+        best = [c for share, c in shared if share == most]
+        return best[int(uniform * len(best))] if best else None
+
+
+def derange(captions: Sequence[str], order: Sequence[int], uniform: float) -> list[int | None]:
+    """For each caption of a batch the index of another one; nobody gets its own or an equal one.
+
+    Equal captions are laid side by side, groups in the order in which `order` (a permutation) names
+    them, and all is rotated by a random number of places, at least the largest group's size. Where
+    one caption fills more than half the batch, some of its samples get None.
+    """
+    B = len(captions)
+    groups: dict[str, list[int]] = {}
+    for index in order:
+        groups.setdefault(captions[index], []).append(index)
+    laid = [index for group in groups.values() for index in group]
+    largest = max(map(len, groups.values()))
+    shift = largest + int(uniform * max(B - 2 * largest + 1, 0))
+    partner: list[int | None] = [None] * B
+    for place, index in enumerate(laid):
+        other = laid[(place + shift) % B]
+        partner[index] = other if captions[other] != captions[index] else None
+    return partner
+
+
+def mismatch(
+    captions: Sequence[str],
+    recent: RecentCaptions,
+    *,
+    is_hard_B: Sequence[bool],
+    uniform_B: Sequence[float],
+    order_B: Sequence[int],
+    rotation: float,
+) -> list[str | None]:
+    """A wrong caption for each sample: a hard one, or the batch deranged; None where none differs.
+
+    All randomness is in the arguments: numbers in [0, 1) and a permutation of the batch.
+    """
+    partners = derange(captions, order_B, rotation)
+    wrong: list[str | None] = []
+    for caption, is_hard, uniform, partner in zip(
+        captions, is_hard_B, uniform_B, partners, strict=True
+    ):
+        nearest = recent.nearest(caption, uniform) if is_hard or partner is None else None
+        wrong.append(nearest or (None if partner is None else captions[partner]))
+    return wrong
 
 
 def _words(caption: str) -> frozenset[str]:

@@ -22,7 +22,7 @@ from gigagan.models.generator import Generator
 from gigagan.models.layers import pyramid
 from gigagan.models.upsampler import Upsampler
 from gigagan.training import checkpoint, step
-from gigagan.training.captions import CaptionFeatures, RecentCaptions
+from gigagan.training.captions import CaptionFeatures, RecentCaptions, mismatch
 from gigagan.training.distributed import World
 from gigagan.training.ema import Ema
 from gigagan.training.logs import Log
@@ -222,7 +222,7 @@ def _mean_style(
     for batch in itertools.islice(batches(0), MEAN_STYLE_BATCHES):
         text = generator.read(captions(batch.captions))
         z = torch.randn(len(batch.captions), generator.config.latent_dim, generator=random)
-        styles.append(generator.style(z.to(text.global_BT.device), text))
+        styles.append(generator.style(z.to(generator.style_mean.device), text))
     return torch.cat(styles).mean(0)
 
 
@@ -242,6 +242,7 @@ def _inputs(
     z_BZ = world.share(torch.randn(B, generator.config.latent_dim, generator=random))
     is_hard_B = world.share(torch.rand(B, generator=random) < config.loss.hard_mismatches)
     uniform_B = world.share(torch.rand(B, generator=random))
+    rotation = float(torch.rand((), generator=random))
 
     real_BCHW = from_uint8(batch.images_BCHW.to(world.device, non_blocking=True))
     real = pyramid(real_BCHW, levels)
@@ -256,11 +257,18 @@ def _inputs(
         crop = (top, left)
 
     recent.add(batch.captions)
-    others = recent.choose(batch.captions, is_hard_B.tolist(), uniform_B.tolist())
+    others = mismatch(
+        batch.captions,
+        recent,
+        is_hard_B=is_hard_B.tolist(),
+        uniform_B=uniform_B.tolist(),
+        order_B=uniform_B.argsort().tolist(),
+        rotation=rotation,
+    )
     has_other_B = torch.tensor([other is not None for other in others], device=world.device)
     other_text = captions([o or own for o, own in zip(others, batch.captions, strict=True)])
     text = captions(batch.captions)
-    return step.Inputs(real, text, z_BZ, small, other_text, has_other_B, crop)
+    return step.Inputs(real, batch.captions, text, z_BZ, small, other_text, has_other_B, crop)
 
 
 def _adamw(config: TrainStage, *modules: nn.Module) -> torch.optim.AdamW:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,10 @@ class Inputs(NamedTuple):
 
     real: list[Tensor]
     """Pyramid of real images in [−1, 1], largest first."""
+    captions: Sequence[str]
+    """Their captions …"""
     text: TextFeatures
+    """… and what the frozen encoder says of them."""
     z_BZ: Tensor
     small: tuple[Tensor, Tensor] | None
     """The upsampler's input and its noise, both B C H W; None for the base."""
@@ -80,7 +83,7 @@ def accumulate_discriminator(
         torch.cat([real, fake.detach()])
         for real, fake in zip(inputs.real[:levels], fakes[:levels], strict=True)
     ]
-    text_BT = d.read(inputs.text)
+    text_BT = _read(d, inputs.text)
     features = d.trunk(both, num_sets=2)
     logits = d.predict(features, text_BT.repeat(2, 1))
     real_logits, fake_logits = [x[:B] for x in logits], [x[B:] for x in logits]
@@ -94,19 +97,18 @@ def accumulate_discriminator(
         "d/logit_fake": _mean_logit(fake_logits, weights),
     }
 
-    # Mismatched pairs: the first half of the batch real, the second half generated.
-    if config.loss.matching > 0:
-        rows_B = torch.arange(B, device=text_BT.device)
-        rows_B = torch.where(rows_B < B // 2, rows_B, rows_B + B)
-        keep_B = inputs.has_other_B
-        picked = [f._replace(maps_BCHW=f.maps_BCHW[rows_B][keep_B]) for f in features]
-        if bool(keep_B.any()):
-            mismatched = d.predict(picked, d.read(inputs.other_text)[keep_B])
-            loss_match = losses.as_fake(mismatched, weights)
-            loss = loss + config.loss.matching * loss_match
-            metrics["d/mismatch"] = loss_match.detach()
-            metrics["d/logit_mismatch"] = _mean_logit(mismatched, weights)
+    # Matching-aware: images with the caption of another count as fake.
+    rows, samples = mismatched_rows(config.loss.matching_images, inputs.has_other_B)
+    if config.loss.matching > 0 and len(rows):
+        picked = [f._replace(maps_BCHW=f.maps_BCHW[rows]) for f in features]
+        mismatched = d.predict(picked, _read(d, inputs.other_text)[samples])
+        num_terms = 2 if config.loss.matching_images == "both" else 1
+        loss_match = num_terms * losses.as_fake(mismatched, weights)
+        loss = loss + config.loss.matching * loss_match
+        metrics["d/mismatch"] = loss_match.detach()
+        metrics["d/logit_mismatch"] = _mean_logit(mismatched, weights)
 
+    # Vision-aided: the heads on the frozen encoder.
     if players.auxiliary is not None and auxiliary_strength > 0:
         loss_vision = players.auxiliary.discriminator_loss(
             inputs.real[0], fakes[0].detach(), text_BT.detach()
@@ -115,6 +117,24 @@ def accumulate_discriminator(
         metrics["d/vision"] = loss_vision.detach()
     loss.backward()
     return metrics
+
+
+def mismatched_rows(
+    images: Literal["real", "half", "both"], has_other_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Which of the 2 B images (real, then generated) meet whose other caption: rows, samples.
+
+    Samples without another caption take no part.
+    """
+    B = len(has_other_B)
+    sample_B = torch.arange(B, device=has_other_B.device)
+    row, sample = {
+        "real": (sample_B, sample_B),
+        "half": (sample_B + B * (sample_B >= B // 2), sample_B),
+        "both": (torch.cat([sample_B, sample_B + B]), sample_B.repeat(2)),
+    }[images]
+    keep = has_other_B[sample]
+    return row[keep], sample[keep]
 
 
 def accumulate_r1(players: Players, inputs: Inputs, *, weight: float) -> Metrics:
@@ -138,14 +158,22 @@ def accumulate_generator(
     """Add G's gradients; D's parameters must not require any."""
     d = players.discriminator
     with torch.no_grad():
-        text_BT = d.read(inputs.text)
+        text_BT = _read(d, inputs.text)
     features = d.trunk(list(fakes[: d.config.levels]))
     loss_adversarial = losses.as_real(d.predict(features, text_BT), players.weights)
     loss = loss_adversarial
     metrics = {"g/adversarial": loss_adversarial.detach()}
+    if config.loss.generator_matching > 0 and bool(inputs.has_other_B.any()):
+        keep_B = inputs.has_other_B
+        picked = [f._replace(maps_BCHW=f.maps_BCHW[keep_B]) for f in features]
+        with torch.no_grad():
+            other_BT = _read(d, inputs.other_text)[keep_B]
+        loss_match = losses.as_fake(d.predict(picked, other_BT), players.weights)
+        loss = loss + config.loss.generator_matching * loss_match
+        metrics["g/mismatch"] = loss_match.detach()
     if players.auxiliary is not None and auxiliary_strength > 0:
         vision, contrastive = players.auxiliary.generator_losses(
-            fakes[0], text_BT, inputs.text.pooled_BD
+            fakes[0], text_BT, inputs.captions, inputs.text
         )
         extra = config.loss.vision * vision + config.loss.contrastive * contrastive
         loss = loss + auxiliary_strength * extra
@@ -173,6 +201,13 @@ def _fidelity(
         loss = loss + config.lpips * perceptual
         terms["g/lpips"] = perceptual.detach()
     return loss, terms
+
+
+def _read(d: Discriminator, text: TextFeatures) -> Tensor:
+    """t_D: what is trained here has a text branch."""
+    text_BT = d.read(text)
+    assert text_BT is not None
+    return text_BT
 
 
 def _mean_logit(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -267,10 +267,11 @@ def test_open_clip_text_features_are_those_of_the_penultimate_layer(clip):
     assert (encoder.width, encoder.max_tokens) == (256, 77)
     for b in range(2):
         n = int(mask[b].sum())
-        assert n == int((ids[b] != 0).sum())
+        assert n == int((ids[b] != 0).sum()) - 1  # all but the end token, which is pooled
         torch.testing.assert_close(tokens[b, :n], expected[b, :n], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(pooled[b], expected[b, n - 1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(pooled[b], expected[b, n], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(encoder.embed(captions), joint, atol=1e-5, rtol=1e-4)
+    assert encoder.logit_scale == pytest.approx(clip.logit_scale.exp().item())
 
 
 def test_open_clip_image_features_are_those_of_encode_image(clip):

@@ -1,0 +1,242 @@
+"""Every knob of training and evaluation. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from gigagan.config.networks import (
+    DiscriminatorConfig,
+    Frozen,
+    GeneratorConfig,
+    UpsamplerConfig,
+)
+
+
+class OptimizerConfig(Frozen):
+    """AdamW for G and D, R1, and the average of the generator's weights."""
+
+    lr: float = Field(2.5e-3, gt=0)
+    """Learning rate of both networks (all weights have an equalized learning rate)."""
+    beta2: float = Field(0.99, gt=0, lt=1)
+    """Second-moment decay; the first is 0."""
+    weight_decay: float = Field(1e-5, ge=0)
+    """Decoupled weight decay."""
+    attention_weight_decay: float = Field(0.01, ge=0)
+    """Decoupled weight decay of attention weights."""
+    max_grad_norm: float = Field(10.0, gt=0)
+    """Gradients of a network are scaled down to this norm."""
+    warmup_images: int = Field(1_000, ge=0)
+    """The learning rate rises linearly over this many images."""
+    ema_half_life_images: int = Field(2_000, ge=1)
+    """Half-life of the averaged generator in images; the paper's 0.9999 at batch 1024 is 7 M."""
+    ema_ramp: float = Field(0.1, gt=0)
+    """Early on the half-life is at most this share of the images seen."""
+    r1_weight: float = Field(3.0, ge=0)
+    """γ of R1 on the weighted mean logit; depends on how predictions are reduced."""
+    r1_every: int = Field(16, ge=1)
+    """Steps between two (lazy) R1 penalties; its weight is multiplied by the same number."""
+
+
+class LossConfig(Frozen):
+    """Weights of the losses. Starts are in images seen; a weight ramps up over `ramp_images`."""
+
+    level_weights: tuple[float, ...] = (0.4, 0.3, 0.3)
+    """Weight of each pyramid level, from the largest; normalised to sum 1."""
+    intermediate: float = Field(0.3, ge=0)
+    """Weight of predictions before the last stage, relative to the last stage's."""
+    matching: float = Field(1.0, ge=0)
+    """Matching-aware loss of D: pairs with another caption count as fake."""
+    matching_images: Literal["real", "half", "both"] = "half"
+    """Which images meet another caption: real ones, half a batch of real and half of generated
+    ones, or all of both (paper)."""
+    generator_matching: float = Field(0.0, ge=0)
+    """G's own term: its images shall count as fake beside another caption."""
+    hard_mismatches: float = Field(0.5, ge=0, le=1)
+    """Share of mismatched captions that differ in as few words as any seen lately.
+
+    The others are a derangement of the batch (paper: all of them)."""
+    recent_captions: int = Field(256, ge=1)
+    """How many captions a hard mismatched one is chosen from, on each rank."""
+    contrastive: float = Field(0.1, ge=0)
+    """InfoNCE of generated images against the captions of the batch."""
+    contrastive_scale: float = Field(20.0, gt=0)
+    """Logit scale of InfoNCE for embedded encoders; an open_clip encoder brings its own."""
+    vision: float = Field(0.1, ge=0)
+    """Vision-aided loss on the features of a frozen image encoder."""
+    vision_encoder: str = "embedded:efficientnet-lite0"
+    """Frozen image encoder of the contrastive and vision-aided losses."""
+    vision_resolution: int = Field(64, ge=32)
+    """Images are resized to this side for the frozen image encoder."""
+    auxiliary_start_images: int = Field(4_000, ge=0)
+    """Contrastive and vision-aided losses start here: from step 0 they stop learning."""
+    ramp_images: int = Field(4_000, ge=1)
+    """Images over which their weights rise to the full value."""
+    auxiliary_every: int = Field(4, ge=1)
+    """Steps between two uses of the frozen image encoder (weights are not multiplied)."""
+
+
+class TrainConfig(Frozen):
+    """What the two training stages have in common."""
+
+    total_images: int = Field(16_000, ge=1)
+    """Length of the run in images seen."""
+    batch_size: int = Field(32, ge=2)
+    """Images per step, over all ranks."""
+    seed: int = 0
+    """Seed of initial weights, data order, noise and mismatched captions."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer, R1 and EMA."""
+    loss: LossConfig = LossConfig()
+    """Loss weights."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Autocast; `auto` is bf16 where the device multiplies it natively, else fp32."""
+    checkpoint_images: int = Field(4_000, ge=1)
+    """Images between two checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many of the newest checkpoints stay on disk."""
+    sample_images: int = Field(4_000, ge=1)
+    """Images between two sample grids with fixed prompts and z, and two probes."""
+    log_images: int = Field(320, ge=1)
+    """Images between two lines of the log."""
+    num_probe_captions: int = Field(384, ge=0)
+    """Held-out captions on which the probes of a tick are measured."""
+    prompts: tuple[str, ...] = ()
+    """Fixed prompts of the sample grid; empty means some of the held-out captions."""
+
+
+class TrainBaseConfig(TrainConfig):
+    """Training of the base generator."""
+
+    kind: Literal["base"] = "base"
+    """Which network this section trains."""
+    generator: GeneratorConfig = GeneratorConfig()
+    """The base generator."""
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    """Its discriminator."""
+
+    @model_validator(mode="after")
+    def _networks_agree(self) -> Self:
+        _same_resolution(self.generator.resolution, self.discriminator, self.loss)
+        _same_condition(self.generator, self.discriminator, self.loss)
+        return self
+
+
+class TrainUpsamplerConfig(TrainConfig):
+    """Training of the upsampler."""
+
+    kind: Literal["upsampler"] = "upsampler"
+    """Which network this section trains."""
+    upsampler: UpsamplerConfig = UpsamplerConfig()
+    """The upsampler."""
+    discriminator: DiscriminatorConfig = DiscriminatorConfig(
+        channels=(16, 32, 64, 96, 96, 96),
+        levels=3,
+        blocks=(0, 0, 0, 0, 0, 0),
+        attention=(0, 0, 0, 0, 1, 0),
+        head_layers=1,
+        minibatch_std=True,
+    )
+    """Its discriminator."""
+    total_images: int = Field(2_000, ge=1)
+    """Length of the run in images seen."""
+    batch_size: int = Field(16, ge=2)
+    """Images per step, over all ranks."""
+    lpips: float = Field(10.0, ge=0)
+    """Weight of LPIPS (VGG16) between output and target (paper: 10 for 64→512)."""
+    lpips_crop: int = Field(64, ge=32)
+    """LPIPS is measured on a random crop of this side (VGG16 dominates the cost of a step)."""
+    lpips_samples: int = Field(4, ge=1)
+    """LPIPS is measured on this many images of a batch."""
+    pixel: float = Field(1.0, ge=0)
+    """Weight of the mean absolute difference to the target (not in the paper; for short runs)."""
+
+    @model_validator(mode="after")
+    def _networks_agree(self) -> Self:
+        _same_resolution(self.upsampler.resolution, self.discriminator, self.loss)
+        _same_condition(self.upsampler, self.discriminator, self.loss)
+        made = (self.upsampler.resolution // self.upsampler.input_resolution).bit_length()
+        if self.discriminator.levels > made:
+            raise ValueError(
+                f"discriminator.levels={self.discriminator.levels}, but the upsampler makes only "
+                f"{made} levels from its input's resolution upwards"
+            )
+        return self
+
+
+def _same_resolution(resolution: int, discriminator: DiscriminatorConfig, loss: LossConfig) -> None:
+    """Refuse networks or level weights that do not fit together."""
+    if discriminator.resolution != resolution:
+        raise ValueError(
+            f"the generator makes {resolution} px but the discriminator's "
+            f"{len(discriminator.channels)} resolutions start at {discriminator.resolution} px"
+        )
+    if len(loss.level_weights) != discriminator.levels:
+        raise ValueError(
+            f"loss.level_weights has {len(loss.level_weights)} entries for "
+            f"{discriminator.levels} discriminator levels"
+        )
+
+
+def _same_condition(
+    generator: GeneratorConfig | UpsamplerConfig,
+    discriminator: DiscriminatorConfig,
+    loss: LossConfig,
+) -> None:
+    """Refuse networks that are conditioned on different things, and losses without captions."""
+    g_encoder = generator.text.encoder if generator.text else None
+    d_encoder = discriminator.text.encoder if discriminator.text else None
+    if g_encoder != d_encoder:
+        raise ValueError(
+            f"generator and discriminator read different encoders, {g_encoder} and {d_encoder}: "
+            "set text.encoder of both to the same"
+        )
+    g_classes = generator.classes.number if generator.classes else None
+    d_classes = discriminator.classes.number if discriminator.classes else None
+    if g_classes != d_classes:
+        raise ValueError(
+            f"generator and discriminator know {g_classes} and {d_classes} classes: set "
+            "classes.number of both to the same"
+        )
+    if g_encoder is None:
+        used = [
+            name
+            for name in ("matching", "generator_matching", "contrastive")
+            if getattr(loss, name) > 0
+        ]
+        if used:
+            raise ValueError(
+                f"loss.{used[0]} = {getattr(loss, used[0])} needs captions, but text is null: "
+                "set it to 0"
+            )
+
+
+class EvaluateConfig(Frozen):
+    """The evaluation stage."""
+
+    protocol: Literal["embedded-heldout"] = "embedded-heldout"
+    """Named set of rules: which captions and pictures, crop, resize, storage, metrics."""
+    captions: str | None = None
+    """COCO captions file to evaluate on; null means the held-out part of the download."""
+    num_images: int | None = Field(None, ge=2)
+    """How many captions; null means all."""
+    batch_size: int = Field(16, ge=1)
+    """Images generated and scored at once."""
+    seed: int = 0
+    """Seed of the latents."""
+    truncation: float = Field(1.0, ge=0, le=1)
+    """ψ of the truncation towards the mean style; 1 is none."""
+    resolution: int = Field(128, ge=8)
+    """Side to which both sets are brought before features are taken."""
+    diversity_prompts: int = Field(12, ge=0)
+    """Prompts on which the LPIPS diversity within a prompt is measured."""
+    diversity_seeds: int = Field(4, ge=2)
+    """Images per prompt for that."""
+    kid_subset_size: int = Field(100, ge=2)
+    """Images per subset of KID."""
+    kid_subsets: int = Field(50, ge=1)
+    """Subsets of KID."""
+
+
+TrainStage = TrainBaseConfig | TrainUpsamplerConfig

@@ -1,0 +1,143 @@
+"""A network for one style and one caption, as a plain convolutional network.
+
+With w fixed, kernel selection, modulation and demodulation are constants: each adaptive layer is
+an ordinary convolution, and what attention reads of the style and of the caption is a constant.
+It pays where many images share a style: the tiles of one picture under the upsampler.
+
+Shape letters:
+    S style, C maps, H W image.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from gigagan.models.attention import CrossAttention, SelfAttention
+from gigagan.models.generator import Generator
+from gigagan.models.layers import (
+    AdaptiveConv,
+    EqualConv2d,
+    EqualLinear,
+    demodulation,
+    mix_filters,
+)
+from gigagan.models.text import Text
+from gigagan.models.upsampler import Upsampler
+
+Network = TypeVar("Network", Generator, Upsampler)
+
+
+class BakedConv(nn.Conv2d):
+    """An ordinary convolution in the place of an adaptive one."""
+
+    def forward(self, x_BIHW: Tensor, style_1S: Tensor | None = None) -> Tensor:
+        """B I H W → B O H W; the style is in the weights."""
+        return super().forward(x_BIHW)
+
+
+class Constant(nn.Module):
+    """A layer whose input is fixed."""
+
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value.clone())
+
+    def forward(self, fixed: Tensor | None) -> Tensor:
+        """What the layer made of its only input."""
+        return self.value
+
+
+class Baked(nn.Module):
+    """A baked network; it takes no style and no text."""
+
+    style_1S: Tensor
+
+    def __init__(self, network: Generator | Upsampler, style_1S: Tensor, text: Text) -> None:
+        super().__init__()
+        self.network = network
+        # Handed through to layers that no longer look at them.
+        self.register_buffer("style_1S", style_1S)
+        self.text = text
+
+    def forward(self, *images_BCHW: Tensor) -> list[Tensor]:
+        """For an upsampler small image and noise, for a generator nothing → pyramid."""
+        pyramid: list[Tensor] = self.network.synthesize(*images_BCHW, self.style_1S, self.text)  # type: ignore[call-arg, arg-type]
+        return pyramid
+
+
+@torch.no_grad()
+def bake(network: Network, style_S: Tensor, text: Text) -> Baked:
+    """Fix the style [S] and what was read of one caption; the network itself stays as it is.
+
+    Raises:
+        ValueError: style or text are of more than one sample.
+    """
+    rows = [len(style_S) if style_S.dim() > 1 else 1, *(len(x) for x in text if x is not None)]
+    if set(rows) != {1}:
+        raise ValueError(f"style and text of {max(rows)} samples: baking fixes those of one")
+    style_1S = style_S.reshape(1, -1)
+    text = _without_padding(text)
+    baked = copy.deepcopy(network).eval().requires_grad_(False)
+    baked.mapping, baked.text = nn.Identity(), nn.Identity()  # type: ignore[assignment]
+    if isinstance(baked, Generator) and baked.style_input is not None:
+        baked.style_input = Constant(baked.style_input(style_1S))  # type: ignore[assignment]
+    for module in list(baked.modules()):
+        for name, child in list(module.named_children()):
+            plain = _plain(child, style_1S)
+            if plain is not None:
+                setattr(module, name, plain)
+        if isinstance(module, SelfAttention) and module.style_token is not None:
+            module.style_token = Constant(module.style_token(style_1S))  # type: ignore[assignment]
+        if isinstance(module, CrossAttention):
+            module.to_k = Constant(module.to_k(text.local_BLT))  # type: ignore[assignment]
+            module.to_v = Constant(module.to_v(text.local_BLT))  # type: ignore[assignment]
+    return Baked(baked, style_1S, text)
+
+
+def _plain(layer: nn.Module, style_1S: Tensor) -> nn.Module | None:
+    """The ordinary layer with the same output, or None for what stays."""
+    if isinstance(layer, AdaptiveConv):
+        select_1N, scale_1I = layer.read(style_1S)
+        filter_OIhw = mix_filters(layer.bank, select_1N)[0] * scale_1I[:, :, None, None]
+        if layer.demodulate:
+            factor_1O = layer.gain * demodulation(mix_filters(layer.bank, select_1N), scale_1I)
+            filter_OIhw = filter_OIhw * factor_1O[0, :, None, None, None]
+        return _filled(filter_OIhw, layer.bias * layer.gain, filter_OIhw.shape[-1] // 2, BakedConv)
+    if isinstance(layer, EqualConv2d):
+        bias = None if layer.bias is None else layer.bias * layer.bias_gain
+        return _filled(layer.weight * layer.weight_gain, bias, layer.padding, nn.Conv2d)
+    if isinstance(layer, EqualLinear):
+        out_features, in_features = layer.weight.shape
+        linear = nn.Linear(in_features, out_features, bias=layer.bias is not None)
+        linear.weight.copy_(layer.weight * layer.weight_gain)
+        if layer.bias is not None:
+            linear.bias.copy_(layer.bias * layer.bias_gain)
+        return linear.to(layer.weight).requires_grad_(False)
+    return None
+
+
+def _filled(
+    weight_OIhw: Tensor, bias_O: Tensor | None, padding: int, kind: type[nn.Conv2d]
+) -> nn.Conv2d:
+    """A convolution with these weights."""
+    O, I, h, w = weight_OIhw.shape
+    with torch.device("meta"):
+        conv = kind(I, O, (h, w), padding=padding, bias=bias_O is not None)
+    conv.weight = nn.Parameter(weight_OIhw.contiguous(), requires_grad=False)
+    if bias_O is not None:
+        conv.bias = nn.Parameter(bias_O.clone(), requires_grad=False)
+    return conv
+
+
+def _without_padding(text: Text) -> Text:
+    """The tokens of one caption alone."""
+    if text.local_BLT is None or text.mask_BL is None:
+        return text
+    local_1LT = text.local_BLT[:, text.mask_BL[0]]
+    return Text(local_1LT, text.mask_BL[:, text.mask_BL[0]], text.global_BT)
