@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from bench import adaptive, precision
+from bench import adaptive, initial, precision
 
-BENCHMARKS = {"adaptive": adaptive.main, "precision": precision.main}
+BENCHMARKS = {
+    "adaptive": adaptive.main,
+    "initial": initial.main,
+    "precision": precision.main,
+}
 
 
 def main() -> None:

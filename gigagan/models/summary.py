@@ -78,7 +78,7 @@ def summarize(config: GeneratorConfig | DiscriminatorConfig | UpsamplerConfig) -
             _count(module),
             sum(counts.get(f"{root}.{name}", {}).values()) // 2,
         )
-        for name, module in _groups(network)
+        for name, module in groups(network)
     ]
     own = _count(network) - sum(row.parameters for row in rows)
     if own:
@@ -113,12 +113,12 @@ def _features(config: BlockConfig) -> Features:
     return None if config.classes is None else torch.zeros(1, dtype=torch.long, device="cpu")
 
 
-def _groups(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def groups(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """What is shown as one row each, in the order of the state dict."""
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         if isinstance(child, CONTAINERS):
-            yield from _groups(child, f"{path}.")
+            yield from groups(child, f"{path}.")
         else:
             yield path, child
 

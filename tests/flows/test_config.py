@@ -3,6 +3,7 @@
 import pytest
 
 from flows.config import ConfigError, PipelineConfig, Resources, parse_assignments, presets
+from gigagan.config.presets import ladder
 
 
 def test_the_four_presets_are_there():
@@ -39,6 +40,31 @@ def test_an_override_replaces_one_value_and_leaves_the_original():
     assert config == PipelineConfig()
 
 
+def test_a_training_section_may_start_from_a_networks_preset():
+    changed = PipelineConfig.preset("demo").override(
+        {"train_base.total_images": 7_000, "train_base.preset": "ladder-attention"}
+    )
+    rung = ladder("attention")
+    assert changed.train_base == rung.model_copy(update={"total_images": 7_000})
+    parsed = PipelineConfig.parse(
+        {"train_base": {"preset": "ladder-attention", "optimizer": {"lr": 1e-4}}}
+    )
+    assert parsed.train_base.optimizer == rung.optimizer.model_copy(update={"lr": 1e-4})
+    assert parsed.train_base.generator == rung.generator
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("ladder-atention", "unknown preset 'ladder-atention', did you mean 'ladder-attention'"),
+        ("paper_64_to_512", "that is one of train_upsampler"),
+    ],
+)
+def test_a_networks_preset_that_is_unknown_or_of_the_other_section_is_refused(name, message):
+    with pytest.raises(ConfigError, match=message):
+        PipelineConfig().override({"train_base.preset": name})
+
+
 def test_an_override_may_add_to_the_environment():
     changed = PipelineConfig().override({"resources.train_base.env.NCCL_DEBUG": "INFO"})
     assert changed.resources.train_base == Resources(env={"NCCL_DEBUG": "INFO"})
@@ -51,6 +77,7 @@ def test_an_override_may_add_to_the_environment():
         ("min_similarity", "filter.min_similarity"),
         ("train_base.lr", "train_base.optimizer.lr"),
         ("train_base.generator.chanels", "train_base.generator.channels"),
+        ("train_base.generator.text.encodr", "train_base.generator.text.encoder"),
         ("trainbase.total_images", "train_base.total_images"),
         ("resources.filter.proceses", "resources.filter.processes"),
     ],
