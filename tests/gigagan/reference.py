@@ -408,17 +408,13 @@ def discriminator_terms(d, weights, real, fake, text, other, has_other_B, matchi
 
     The last counts pairs with another caption as fake: the mean over generated ones is added to
     that over real ones if both meet all; "half" is the mean over the first half's real and the
-    second half's generated images. None without pairs.
+    second half's generated images. Without any pair it is left out.
     """
     B = len(has_other_B)
     terms = [
         logistic(-1, discriminator(d, real, text), weights),
         logistic(+1, discriminator(d, fake, text), weights),
     ]
-    wrong = {
-        "real": discriminator(d, real, other),
-        "fake": discriminator(d, fake, other),
-    }
     pairs = {
         "real": [("real", b) for b in range(B)],
         "half": [("real" if b < B // 2 else "fake", b) for b in range(B)],
@@ -426,7 +422,8 @@ def discriminator_terms(d, weights, real, fake, text, other, has_other_B, matchi
     }[matching_images]
     pairs = [(kind, b) for kind, b in pairs if has_other_B[b]]
     if not pairs:
-        return [*terms, None]
+        return terms
+    wrong = {"real": discriminator(d, real, other), "fake": discriminator(d, fake, other)}
     one_by_one = [logistic(+1, wrong[kind], weights, [b]) for kind, b in pairs]
     mean = sum(one_by_one) / len(one_by_one)
     return [*terms, 2 * mean if matching_images == "both" else mean]
