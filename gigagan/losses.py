@@ -16,12 +16,17 @@ from torch import Tensor
 
 def as_fake(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Σ_k w_k · mean softplus(l_k): −log(1 − sigmoid(l)) over all predictions (i, j)."""
-    return _weighted([F.softplus(x.float()).mean() for x in logits], weights)
+    return _weighted([F.softplus(_full(x)).mean() for x in logits], weights)
 
 
 def as_real(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Σ_k w_k · mean softplus(−l_k): −log sigmoid(l); G's non-saturating loss on its own images."""
-    return _weighted([F.softplus(-x.float()).mean() for x in logits], weights)
+    return _weighted([F.softplus(-_full(x)).mean() for x in logits], weights)
+
+
+def _full(x: Tensor) -> Tensor:
+    """float32 for what overflows or loses its digits in half precision; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _weighted(terms: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -50,14 +55,14 @@ def r1_penalty(
     twice. A penalty of γ/2 times this is R1 (Mescheder et al. 2018, equation 9).
     """
     per_sample_B = torch.stack(
-        [w * x.float().flatten(1).mean(1) for w, x in zip(weights, logits, strict=True)]
+        [w * _full(x).flatten(1).mean(1) for w, x in zip(weights, logits, strict=True)]
     ).sum(0)
     gradients = torch.autograd.grad(per_sample_B.sum(), list(pyramid), create_graph=True)
-    return torch.stack([g.float().square().flatten(1).sum(1) for g in gradients]).sum(0).mean()
+    return torch.stack([_full(g).square().flatten(1).sum(1) for g in gradients]).sum(0).mean()
 
 
 def info_nce(images_BE: Tensor, texts_BE: Tensor, *, scale: float) -> Tensor:
     """−mean log softmax_b'(scale · cos(image_b, text_b'))[b]: the CLIP loss of GigaGAN, eq. 10."""
-    logits_BB = F.normalize(images_BE.float(), dim=1) @ F.normalize(texts_BE.float(), dim=1).T
+    logits_BB = F.normalize(_full(images_BE), dim=1) @ F.normalize(_full(texts_BE), dim=1).T
     target_B = torch.arange(len(logits_BB), device=logits_BB.device)
     return F.cross_entropy(scale * logits_BB, target_B)

@@ -5,7 +5,7 @@ an ordinary convolution, and what attention reads of the style and of the captio
 It pays where many images share a style: the tiles of one picture under the upsampler.
 
 Shape letters:
-    S style, C maps, H W image.
+    B batch, S style, L tokens, T text width, O I maps, H W image, h w filter.
 """
 
 from __future__ import annotations
@@ -57,17 +57,21 @@ class Baked(nn.Module):
     """A baked network; it takes no style and no text."""
 
     style_1S: Tensor
+    local_1LT: Tensor | None
+    mask_1L: Tensor | None
 
     def __init__(self, network: Generator | Upsampler, style_1S: Tensor, text: Text) -> None:
         super().__init__()
         self.network = network
-        # Handed through to layers that no longer look at them.
+        # Handed through to layers that look at no more than the mask.
         self.register_buffer("style_1S", style_1S)
-        self.text = text
+        self.register_buffer("local_1LT", text.local_BLT)
+        self.register_buffer("mask_1L", text.mask_BL)
 
     def forward(self, *images_BCHW: Tensor) -> list[Tensor]:
         """For an upsampler small image and noise, for a generator nothing → pyramid."""
-        pyramid: list[Tensor] = self.network.synthesize(*images_BCHW, self.style_1S, self.text)  # type: ignore[call-arg, arg-type]
+        text = Text(self.local_1LT, self.mask_1L)
+        pyramid: list[Tensor] = self.network.synthesize(*images_BCHW, self.style_1S, text)  # type: ignore[call-arg, arg-type]
         return pyramid
 
 
@@ -108,31 +112,38 @@ def _plain(layer: nn.Module, style_1S: Tensor) -> nn.Module | None:
         if layer.demodulate:
             factor_1O = layer.gain * demodulation(mix_filters(layer.bank, select_1N), scale_1I)
             filter_OIhw = filter_OIhw * factor_1O[0, :, None, None, None]
-        return _filled(filter_OIhw, layer.bias * layer.gain, filter_OIhw.shape[-1] // 2, BakedConv)
+        return _convolution(
+            filter_OIhw, layer.bias * layer.gain, filter_OIhw.shape[-1] // 2, BakedConv
+        )
     if isinstance(layer, EqualConv2d):
         bias = None if layer.bias is None else layer.bias * layer.bias_gain
-        return _filled(layer.weight * layer.weight_gain, bias, layer.padding, nn.Conv2d)
+        return _convolution(layer.weight * layer.weight_gain, bias, layer.padding, nn.Conv2d)
     if isinstance(layer, EqualLinear):
         out_features, in_features = layer.weight.shape
-        linear = nn.Linear(in_features, out_features, bias=layer.bias is not None)
-        linear.weight.copy_(layer.weight * layer.weight_gain)
-        if layer.bias is not None:
-            linear.bias.copy_(layer.bias * layer.bias_gain)
-        return linear.to(layer.weight).requires_grad_(False)
+        with torch.device("meta"):  # draws nothing
+            linear = nn.Linear(in_features, out_features, bias=layer.bias is not None)
+        bias = None if layer.bias is None else layer.bias * layer.bias_gain
+        return _fill(linear, layer.weight * layer.weight_gain, bias)
     return None
 
 
-def _filled(
+def _convolution(
     weight_OIhw: Tensor, bias_O: Tensor | None, padding: int, kind: type[nn.Conv2d]
-) -> nn.Conv2d:
+) -> nn.Module:
     """A convolution with these weights."""
     O, I, h, w = weight_OIhw.shape
     with torch.device("meta"):
         conv = kind(I, O, (h, w), padding=padding, bias=bias_O is not None)
-    conv.weight = nn.Parameter(weight_OIhw.contiguous(), requires_grad=False)
-    if bias_O is not None:
-        conv.bias = nn.Parameter(bias_O.clone(), requires_grad=False)
-    return conv
+    return _fill(conv, weight_OIhw, bias_O)
+
+
+def _fill(
+    layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor | None
+) -> nn.Conv2d | nn.Linear:
+    layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.clone(), requires_grad=False)
+    return layer
 
 
 def _without_padding(text: Text) -> Text:

@@ -25,7 +25,7 @@ from gigagan.models.layers import (
     ResidualBlock,
     activate,
     downsample,
-    rms_normalize,
+    full_precision,
 )
 from gigagan.models.text import Features, Text, condition_branch
 
@@ -108,7 +108,7 @@ def append_minibatch_std(x_BCHW: Tensor, *, num_groups: int) -> Tensor:
     """
     _, C, H, W = x_BCHW.shape
     groups_GNCHW = x_BCHW.reshape(num_groups, -1, C, H, W)
-    variance = groups_GNCHW.float().var(dim=1, correction=0)
+    variance = full_precision(groups_GNCHW).var(dim=1, correction=0)
     std_G = (variance + 1e-8).sqrt().mean(dim=(1, 2, 3)).to(x_BCHW.dtype)
     per_sample_B = std_G.repeat_interleave(groups_GNCHW.shape[1])
     return torch.cat([x_BCHW, per_sample_B[:, None, None, None].expand(-1, 1, H, W)], dim=1)
@@ -179,7 +179,7 @@ class Discriminator(nn.Module):
     def read(self, features: Features) -> Tensor | None:
         """Frozen features (or class numbers B) → t_D, B T; None if unconditional."""
         text: Text = self.text(features)
-        return None if text.global_BT is None else rms_normalize(text.global_BT)
+        return text.global_BT
 
     def trunk(
         self, pyramid: list[Tensor], *, num_sets: int = 1, double_backward: bool = False

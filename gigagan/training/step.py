@@ -17,6 +17,7 @@ from gigagan.config import TrainStage, TrainUpsamplerConfig
 from gigagan.models.discriminator import Discriminator
 from gigagan.models.encoders import TextFeatures
 from gigagan.models.generator import Generator
+from gigagan.models.layers import full_precision
 from gigagan.models.upsampler import Upsampler
 from gigagan.training.auxiliary import Auxiliary
 
@@ -140,7 +141,7 @@ def mismatched_rows(
 def accumulate_r1(players: Players, inputs: Inputs, *, weight: float) -> Metrics:
     """Add D's gradients of `weight` · R1 on the real pyramid with its captions, in float32."""
     d = players.discriminator
-    real = [x.detach().float().requires_grad_() for x in inputs.real[: d.config.levels]]
+    real = [full_precision(x.detach()).requires_grad_() for x in inputs.real[: d.config.levels]]
     logits = d(real, inputs.text, double_backward=True)
     penalty = losses.r1_penalty(logits, players.weights, real)
     (weight * penalty).backward()
@@ -212,5 +213,5 @@ def _read(d: Discriminator, text: TextFeatures) -> Tensor:
 
 def _mean_logit(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return torch.stack(
-        [w * x.detach().float().mean() for w, x in zip(weights, logits, strict=True)]
+        [w * full_precision(x.detach()).mean() for w, x in zip(weights, logits, strict=True)]
     ).sum()

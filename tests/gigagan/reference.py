@@ -349,7 +349,7 @@ def discriminator(d, pyramid, features):
     """Logits B H W of every (i, j); the batch is one set, and a level a sequence of images."""
     after = [trunk(d, pyramid[i], i) for i in range(d.config.levels)]
     texts = [caption(d.text, d.config, features, b).global_T for b in range(len(pyramid[0]))]
-    conditions = [None if t_T is None else normalize(t_T) for t_T in texts]
+    conditions = texts
     logits = []
     for i, j in d.config.pairs:
         predictor = d.predictors[str(j)]

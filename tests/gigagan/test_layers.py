@@ -1,4 +1,3 @@
-import itertools
 import math
 
 import pytest
@@ -6,7 +5,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from gigagan.config import StyleConfig, TextConfig
-from gigagan.models.attention import SelfAttention, l2_attention
+from gigagan.models.attention import SelfAttention
 from gigagan.models.layers import (
     AdaptiveConv,
     EqualLinear,
@@ -20,19 +19,6 @@ from gigagan.models.layers import (
 B, N, O, I, H, W = 2, 3, 5, 4, 7, 6
 
 
-def naive_adaptive_conv2d(x, bank, select, scale, demodulate):
-    """Equation by equation, one sample at a time, with the modulated filter written out."""
-    outputs = []
-    for b in range(len(x)):
-        kernel = sum(select[b, n] * bank[n] for n in range(len(bank)))
-        kernel = kernel * scale[b][None, :, None, None]
-        if demodulate:
-            norm = (kernel.square().sum((1, 2, 3)) + 1e-8).sqrt()
-            kernel = kernel / norm[:, None, None, None]
-        outputs.append(torch.nn.functional.conv2d(x[b : b + 1], kernel, padding="same"))
-    return torch.cat(outputs)
-
-
 def arguments(num_kernels, *, requires_grad=False):
     torch.manual_seed(0)
     made = (
@@ -42,22 +28,6 @@ def arguments(num_kernels, *, requires_grad=False):
         torch.randn(B, I, dtype=torch.double),
     )
     return tuple(t.requires_grad_(requires_grad) for t in made)
-
-
-@pytest.mark.parametrize("num_kernels", [1, N])
-@pytest.mark.parametrize("demodulate", [True, False])
-def test_adaptive_convolution_equals_one_modulated_convolution_per_sample(num_kernels, demodulate):
-    x, bank, select, scale = arguments(num_kernels, requires_grad=True)
-    fast = adaptive_conv2d(x, bank, select, scale, demodulate=demodulate)
-    slow = naive_adaptive_conv2d(x, bank, select, scale, demodulate)
-    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-10)
-    weights = torch.randn_like(fast)
-    # The only filter of a bank is used whatever its selection.
-    inputs = (x, bank, scale) if num_kernels == 1 else (x, bank, select, scale)
-    ours = torch.autograd.grad((fast * weights).sum(), inputs)
-    theirs = torch.autograd.grad((slow * weights).sum(), inputs)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("num_kernels", [1, N])
@@ -76,45 +46,6 @@ def test_demodulated_maps_keep_unit_variance_whatever_the_style():
     layer = AdaptiveConv(32, 16, style_dim=7, num_kernels=3)
     y = layer(torch.randn(3, 32, 16, 16), 5 * torch.randn(3, 7))
     assert 0.8 < y.std() < 1.2
-
-
-def naive_l2_attention(q, k, v, scale):
-    out = torch.zeros_like(q)
-    for b, h, i in itertools.product(*map(range, q.shape[:3])):
-        squares = [(q[b, h, i] - key).square().sum() for key in k[b, h]]
-        out[b, h, i] = (-scale * torch.stack(squares)).softmax(0) @ v[b, h]
-    return out
-
-
-@pytest.mark.parametrize("double_backward", [True, False])
-def test_l2_attention_equals_its_definition(double_backward):
-    torch.manual_seed(0)
-    q = torch.randn(2, 3, 5, 4, dtype=torch.double)
-    k, v = torch.randn(2, 2, 3, 7, 4, dtype=torch.double)
-    fast = l2_attention(q, k, v, scale=0.3, double_backward=double_backward)
-    torch.testing.assert_close(fast, naive_l2_attention(q, k, v, 0.3), rtol=0, atol=1e-10)
-
-
-def test_both_forms_of_l2_attention_have_the_same_gradients():
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 5, 4).requires_grad_() for _ in range(3))
-    weights = torch.randn(2, 3, 5, 4)
-    grads = [
-        torch.autograd.grad(
-            (l2_attention(q, k, v, scale=0.3, double_backward=double) * weights).sum(), (q, k, v)
-        )
-        for double in (True, False)
-    ]
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-def test_explicit_l2_attention_can_be_differentiated_twice():
-    q, k, v = (torch.randn(1, 1, 3, 2, requires_grad=True) for _ in range(3))
-    out = l2_attention(q, k, v, scale=0.3, double_backward=True)
-    (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
-    first.square().sum().backward()
-    assert k.grad.abs().sum() > 0
 
 
 def test_self_attention_is_not_the_identity_at_initialisation():

@@ -38,13 +38,3 @@ def test_r1_of_linear_predictions_is_the_squared_weighted_sum_over_every_level()
     penalty = losses.r1_penalty(logits, [0.7, 0.3], [x0, x1])
     expected = (0.7 * w0).square().sum() + (0.3 * w1).square().sum()
     torch.testing.assert_close(penalty, expected)
-
-
-def test_info_nce_equals_its_definition():
-    torch.manual_seed(0)
-    images, texts = torch.randn(3, 5), torch.randn(3, 5)
-    total = 0.0
-    for b in range(3):
-        cosines = [torch.cosine_similarity(images[b], texts[j], dim=0) * 7 for j in range(3)]
-        total -= torch.stack(cosines).log_softmax(0)[b]
-    torch.testing.assert_close(losses.info_nce(images, texts, scale=7), total / 3)
