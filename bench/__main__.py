@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from bench import adaptive, initial, precision
+from bench import adaptive, initial, model, precision
 
 BENCHMARKS = {
     "adaptive": adaptive.main,
     "initial": initial.main,
+    "model": model.main,
     "precision": precision.main,
 }
 
@@ -17,13 +18,20 @@ def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
-    names = parser.parse_args().names or list(BENCHMARKS)
-    unknown = sorted(set(names) - BENCHMARKS.keys())
-    if unknown:
-        parser.error(f"unknown benchmark {unknown[0]!r}: {', '.join(BENCHMARKS)}")
+    parser.add_argument("--rounds", type=int, default=3, help="of model: processes a candidate")
+    parser.add_argument("--what", default=",".join(model.TASKS), help="of model: %(default)s")
+    arguments = parser.parse_args()
+    names, what = arguments.names or list(BENCHMARKS), arguments.what.split(",")
+    for given, known in ((names, BENCHMARKS), (what, model.TASKS)):
+        unknown = sorted(set(given) - known.keys())
+        if unknown:
+            parser.error(f"{unknown[0]!r} is unknown: {', '.join(known)}")
     for name in names:
         print(f"== {name}: {(BENCHMARKS[name].__doc__ or '').splitlines()[0]}", flush=True)
-        BENCHMARKS[name]()
+        if name == "model":
+            model.main(arguments.rounds, what)
+        else:
+            BENCHMARKS[name]()
 
 
 if __name__ == "__main__":

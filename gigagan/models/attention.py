@@ -21,6 +21,9 @@ from gigagan.models.layers import (
     rms_normalize,
 )
 
+EXTRA_WIDTH = 8
+"""Head dimensions added for the last term; one would do, but GPU kernels want multiples of 8."""
+
 
 def l2_attention(
     q_BHLD: Tensor,
@@ -34,8 +37,9 @@ def l2_attention(
 
     The softmax ignores terms that do not depend on m, so −σ‖q − k‖² may be replaced by
     2σ q·k − σ‖k‖², whose last term rides in one extra head dimension: an ordinary fused
-    attention. Fused kernels cannot be differentiated twice: `double_backward=True` takes the
-    explicit form, which can (the R1 penalty needs it).
+    attention. Values get an empty one too, since fused kernels want equal widths and are left
+    without a word otherwise. They cannot be differentiated twice: `double_backward=True` takes
+    the explicit form, which can (the R1 penalty needs it).
     """
     if double_backward:
         squares_BHLM = (
@@ -45,11 +49,12 @@ def l2_attention(
         )
         weights_BHLM = (-scale * full_precision(squares_BHLM)).softmax(-1).to(v_BHMD.dtype)
         return weights_BHLM @ v_BHMD
-    ones_BHL1 = torch.ones_like(q_BHLD[..., :1])
+    ones_BHLE = F.pad(torch.ones_like(q_BHLD[..., :1]), (0, EXTRA_WIDTH - 1))
     half_norm_BHM1 = k_BHMD.square().sum(-1, keepdim=True) / 2
-    q = torch.cat([q_BHLD, ones_BHL1], dim=-1)
-    k = torch.cat([k_BHMD, -half_norm_BHM1], dim=-1)
-    return F.scaled_dot_product_attention(q, k, v_BHMD, scale=2 * scale)
+    q = torch.cat([q_BHLD, ones_BHLE], dim=-1)
+    k = torch.cat([k_BHMD, F.pad(-half_norm_BHM1, (0, EXTRA_WIDTH - 1))], dim=-1)
+    v = F.pad(v_BHMD, (0, EXTRA_WIDTH))
+    return F.scaled_dot_product_attention(q, k, v, scale=2 * scale)[..., : v_BHMD.shape[-1]]
 
 
 def split_heads(x_BLC: Tensor, head_width: int) -> Tensor:

@@ -2,12 +2,15 @@
 
 import itertools
 from collections import Counter
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import nn
+from torch.nn import functional as F
 
 from gigagan import losses
 from gigagan.config import (
@@ -25,10 +28,10 @@ from gigagan.models.attention import AttentionBlock, SelfAttention, split_heads
 from gigagan.models.discriminator import Discriminator
 from gigagan.models.encoders import ImageEncoder, ImageFeatures, TextEncoder, TextFeatures
 from gigagan.models.generator import Generator
-from gigagan.models.layers import AdaptiveConv, adaptive_conv2d, demodulation
+from gigagan.models.layers import AdaptiveConv, adaptive_conv2d, demodulation, pyramid
 from gigagan.models.upsampler import Upsampler
 from gigagan.models.vision import VisionAidedDiscriminator
-from gigagan.training import loop, step
+from gigagan.training import checkpoint, loop, step
 from gigagan.training.auxiliary import Auxiliary
 from gigagan.training.captions import CaptionFeatures, RecentCaptions
 from gigagan.training.distributed import World
@@ -439,7 +442,8 @@ def variances(network, num):
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "imagenet_64_to_256"])
 def test_latent_and_prompt_both_move_the_image(name):
-    by_z, by_prompt = variances(small_twin(name), 5)
+    network = small_twin(name)
+    by_z, by_prompt = variances(network, 6 if network.config.resolution < 128 else 4)
     assert 0.2 < by_z / (by_z + by_prompt) < 0.8
 
 
@@ -802,17 +806,12 @@ def test_the_upsampler_is_fed_and_measured_with_the_images_of_its_targets(tmp_pa
             return (fake - real).square().mean((1, 2, 3))
 
     pairs = []
-    ledger = Ledger()
-    d = RecordingDiscriminator(UPSAMPLER.discriminator, ledger)
+    d = Discriminator(UPSAMPLER.discriminator)
     players = step.Players(
         Fed(UPSAMPLER.upsampler), d, weights_of(UPSAMPLER), None, Perceptual()
     )  # fmt: skip
-    config = changed(UPSAMPLER, optimizer={"lr": 1e-9})
-    train(config, players, tmp_path, side=16)
+    train(changed(UPSAMPLER, optimizer={"lr": 1e-9}), players, tmp_path, side=16)
     assert len(pairs) == 4
     for one, other in pairs:
         assert name_of(one) == name_of(other)
         assert len(set(name_of(one))) == 3
-    assert sum(n for told, n in ledger.of_d.items() if not told.is_own_caption) > 0
-    assert not any(told.is_own_caption and told.is_fake and not told.is_generated
-                   for told in ledger.of_d)  # fmt: skip

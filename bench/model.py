@@ -1,0 +1,407 @@
+"""Our networks against gigagan-pytorch and aura-sr: time, memory, share of oneDNN's own rate.
+
+Each measurement runs in a process of its own, which prints a line of JSON; candidates take turns
+and never run beside each other. What is compared:
+
+- Parameters agree within 6 %, our text branch not counted; `rivals` says how theirs are built.
+- Ours reads 20 tokens of text per image, and its discriminator judges mismatched captions too;
+  theirs run unconditionally.
+- A training step is one update of D and one of G with their optimizers. Ours draws its images once
+  for both, gigagan-pytorch twice. Gradient penalties are then added at each one's own interval.
+- Times are medians. A call during which other processes had a processor for more than a tenth of
+  the time is thrown away, for a minute at most.
+- Memory is the peak of the process so far; what of it is new since the imports is shown beside it.
+
+Shape letters: B batch, L tokens, D features, Z latent, C colour, H W image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils import flop_counter
+
+from bench import rivals
+from bench.rivals import Calls, Parts, passes, without_gradients
+from gigagan.config import (
+    DiscriminatorConfig,
+    GeneratorConfig,
+    LossConfig,
+    TrainBaseConfig,
+    UpsamplerConfig,
+)
+from gigagan.models.discriminator import Discriminator
+from gigagan.models.encoders import TextFeatures
+from gigagan.models.generator import Generator
+from gigagan.models.layers import pyramid
+from gigagan.models.upsampler import Upsampler
+from gigagan.training import step
+
+BATCHES = {32: 16, 64: 8}
+CONFIGS = {
+    32: TrainBaseConfig(
+        generator=GeneratorConfig(mapping_layers=5),
+        discriminator=DiscriminatorConfig(blocks=(1, 1, 2, 3), head_layers=3),
+    ),
+    64: TrainBaseConfig(
+        generator=GeneratorConfig(
+            channels=(256, 256, 128, 64, 32),
+            kernels=(2, 2, 3, 4, 4),
+            blocks=(1, 1, 1, 1, 1),
+            attention=(0, 1, 1, 0, 0),
+        ),
+        discriminator=DiscriminatorConfig(
+            channels=(32, 64, 128, 256, 256),
+            levels=4,
+            blocks=(1, 2, 2, 2, 3),
+            attention=(0, 0, 1, 1, 0),
+            head_layers=4,
+        ),
+        loss=LossConfig(level_weights=(0.25, 0.25, 0.25, 0.25)),
+    ),
+}
+# At every resolution at least as wide as AuraSR at dim=16, and as many parameters.
+UPSAMPLER = UpsamplerConfig(
+    input_resolution=64,
+    down_channels=(32, 64, 128, 512),
+    up_channels=(512, 256, 128, 64, 32, 16),
+    kernels=(1, 1, 2, 4, 4, 4),
+    blocks=(5, 3, 2, 2, 2, 2),
+    attention=(2, 1, 1, 0, 0, 0),
+    latent_dim=128,
+    style_dim=512,
+    mapping_layers=4,
+)
+OURS = "gigagan"
+PACKAGES = {"gigagan_pytorch": "gigagan-pytorch", "aura_sr": "aura-sr"}
+BASES = (OURS, "gigagan_pytorch", "gigagan_pytorch.alike")
+UPSAMPLERS = (OURS, "aura_sr")
+CONVOLUTION, PRODUCT = "one large convolution", "one large matrix product"
+SECONDS = 20  # of measuring in a process, about
+SLOW_SECONDS = 120  # of a process, after which its candidate is not measured again
+GIVE_UP_SECONDS = 60  # of waiting for an undisturbed call
+PENALTY_EVERY = {OURS: CONFIGS[32].optimizer.r1_every, "gigagan_pytorch": 4}
+TASKS = {
+    "networks": ("networks-32", "networks-64"),
+    "train": ("train-32", "train-64"),
+    "sample": ("sample-32", "sample-64"),
+    "upsample": ("upsample-1", "upsample-4"),
+}
+
+
+# What is measured of ours.
+
+
+def features(batch: int) -> TextFeatures:
+    """Captions of 20 tokens."""
+    mask_BL = torch.ones(batch, 20, dtype=torch.bool)
+    return TextFeatures(torch.randn(batch, 20, 384), mask_BL, torch.randn(batch, 384))
+
+
+def networks(side: int, batch: int) -> tuple[Parts, Calls]:
+    """Each network forward, and forward and backward."""
+    config = CONFIGS[side]
+    g, d = Generator(config.generator), Discriminator(config.discriminator)
+    z_BZ, text = torch.randn(batch, config.generator.latent_dim), features(batch)
+    real = pyramid(torch.rand(batch, 3, side, side), config.discriminator.levels)
+    return {"G": g, "D": d}, passes(
+        lambda: g(z_BZ, text)[0].sum(),
+        lambda: torch.stack([x.sum() for x in d(real, text)]).sum(),
+    )
+
+
+def train(side: int, batch: int) -> tuple[Parts, Calls]:
+    """What the training loop does between two batches."""
+    config = CONFIGS[side]
+    g, d = Generator(config.generator), Discriminator(config.discriminator)
+    levels, num_predictions = d.config.levels, len(d.config.pairs)
+    players = step.Players(g, d, [1 / num_predictions] * num_predictions, None, None)
+    inputs = step.Inputs(
+        real=pyramid(torch.rand(batch, 3, side, side), levels),
+        captions=[""] * batch,
+        text=features(batch),
+        z_BZ=torch.randn(batch, g.config.latent_dim),
+        small=None,
+        other_text=features(batch),
+        has_other_B=torch.ones(batch, dtype=torch.bool),
+        crop=(0, 0),
+    )
+    opt_g, opt_d = (torch.optim.AdamW(m.parameters(), lr=1e-4, fused=True) for m in (g, d))
+
+    def update(*, penalize: bool) -> None:
+        fakes = step.synthesize(g, inputs)
+        d.requires_grad_(True)
+        opt_d.zero_grad(set_to_none=True)
+        step.accumulate_discriminator(players, config, inputs, fakes, auxiliary_strength=0.0)
+        if penalize:
+            step.accumulate_r1(players, inputs, weight=1.0)
+        nn.utils.clip_grad_norm_(d.parameters(), config.optimizer.max_grad_norm)
+        opt_d.step()
+        d.requires_grad_(False)
+        opt_g.zero_grad(set_to_none=True)
+        step.accumulate_generator(players, config, inputs, fakes, auxiliary_strength=0.0)
+        nn.utils.clip_grad_norm_(g.parameters(), config.optimizer.max_grad_norm)
+        opt_g.step()
+
+    calls: Calls = {
+        "step": lambda: update(penalize=False),
+        "step with penalty": lambda: update(penalize=True),
+    }
+    return {"G": g, "D": d}, calls
+
+
+def sample(side: int, batch: int) -> tuple[Parts, Calls]:
+    """Images from latents and text."""
+    g = Generator(CONFIGS[side].generator).eval()
+    z_BZ, text = torch.randn(batch, g.config.latent_dim), features(batch)
+    return {"G": g}, {"sample": lambda: without_gradients(lambda: g(z_BZ, text))}
+
+
+def upsample(batch: int) -> tuple[Parts, Calls]:
+    """The upsampler on tiles."""
+    network = Upsampler(UPSAMPLER).eval()
+    small, noise = torch.rand(batch, 3, 64, 64), torch.randn(batch, 3, 64, 64)
+    z_BZ, text = torch.randn(batch, network.config.latent_dim), features(batch)
+    call = lambda: without_gradients(lambda: network(small, noise, z_BZ, text))  # noqa: E731
+    return {"upsampler": network}, {"upsample": call}
+
+
+def reference() -> Calls:
+    """oneDNN's own rates: one large convolution and one large product, forward and backward."""
+    x_BCHW = torch.randn(16, 256, 32, 32, requires_grad=True)
+    filters = torch.randn(256, 256, 3, 3, requires_grad=True)
+    a, b = (torch.randn(2048, 2048, requires_grad=True) for _ in range(2))
+    return {
+        CONVOLUTION: lambda: F.conv2d(x_BCHW, filters, padding=1).sum().backward(),
+        PRODUCT: lambda: (a @ b).sum().backward(),
+    }
+
+
+# A measuring process.
+
+
+def child(candidate: str, task: str) -> dict[str, Any]:
+    """One measurement; what is imported does not count as memory of the networks."""
+    importlib.import_module(_package(candidate))
+    kind, size = task.split("-")
+    sizes = (int(size),) if kind == "upsample" else (int(size), BATCHES[int(size)])
+    torch.manual_seed(0)
+    before = peak_mb()
+    if candidate == OURS:
+        parts, calls = getattr(sys.modules[__name__], kind)(*sizes)
+    else:
+        parts, calls = getattr(rivals, kind)(candidate, *sizes)
+    if candidate == OURS and kind == "train":
+        calls |= reference()
+    return {
+        "before": before,
+        "parameters": {name: _parameters(part) for name, part in parts.items()},
+        "rows": measure(calls),
+    }
+
+
+def measure(calls: Calls) -> dict[str, dict[str, Any]]:
+    """Times in ms, taken in turns; peak memory in MB after the calls so far; 10⁹ multiply-adds."""
+    rows: dict[str, dict[str, Any]] = {}
+    started = time.perf_counter()
+    for name, call in calls.items():
+        call()
+        rows[name] = {"ms": [], "mb": peak_mb()}
+    warm_seconds = time.perf_counter() - started
+    for _ in range(min(max(round(SECONDS / warm_seconds), 1), 20)):
+        for name, call in calls.items():
+            rows[name]["ms"].append(_undisturbed_ms(call))
+    for name, call in calls.items():
+        rows[name]["gmac"] = gmac(call)
+    return rows
+
+
+def _undisturbed_ms(call: Callable[[], object]) -> float:
+    give_up = time.perf_counter() + GIVE_UP_SECONDS
+    while True:
+        started, foreign = time.perf_counter(), foreign_seconds()
+        call()
+        seconds = time.perf_counter() - started
+        is_disturbed = foreign_seconds() - foreign > 0.1 * seconds + 0.02
+        if not is_disturbed or time.perf_counter() > give_up:
+            return seconds * 1e3
+
+
+def peak_mb() -> float:
+    """The most memory that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def foreign_seconds() -> float:
+    """Processor time that went to others than this process; always 0 where there is no /proc."""
+    counts = Path("/proc/stat")
+    if not counts.is_file():
+        return 0.0
+    user, nice, system, _idle, _iowait, *rest = map(int, counts.read_text().split()[1:9])
+    busy = (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+    return busy - time.process_time()
+
+
+class _NoModules(contextlib.nullcontext[None]):
+    """In place of torch's module tracker, which fails on networks that run without gradients."""
+
+    parents = ("Global",)
+
+
+def gmac(call: Callable[[], object]) -> float:
+    """10⁹ multiply-adds in convolutions, products and attention."""
+    aten = torch.ops.aten
+    formulas = {
+        aten.convolution_backward: _convolution_backward,
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: (
+            flop_counter.sdpa_flop_count(q, k, v)
+        ),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: (
+            flop_counter.sdpa_backward_flop_count(g, q, k, v)
+        ),
+    }
+    counter = flop_counter.FlopCounterMode(display=False, custom_mapping=formulas)
+    counter.mod_tracker = _NoModules()
+    with counter:
+        call()
+    return counter.get_total_flops() / 2e9
+
+
+def _convolution_backward(
+    gradient: Sequence[int], x: Sequence[int], filters: Sequence[int], *args: Any, **_: Any
+) -> int:
+    """Each wanted gradient costs what the forward does; torch's own formula overcounts groups."""
+    forward = 2 * gradient[0] * math.prod(gradient[2:]) * math.prod(filters)
+    return forward * sum(args[7][:2])
+
+
+def _parameters(network: nn.Module) -> int:
+    """How many, without our text branch."""
+    return sum(p.numel() for n, p in network.named_parameters() if not n.startswith("text."))
+
+
+def _package(candidate: str) -> str:
+    return candidate.split(".")[0]
+
+
+# The process that starts the others and prints.
+
+
+def main(rounds: int = 3, what: Iterable[str] = tuple(TASKS)) -> None:
+    """Networks, training, sampling and upsampling against gigagan-pytorch and aura-sr."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        names = " and ".join(PACKAGES[name] for name in missing)
+        print(f"{names} not installed, ours runs alone: pip install -e .[bench]", flush=True)
+    for kind in what:
+        candidates = UPSAMPLERS if kind == "upsample" else BASES
+        present = [name for name in candidates if _package(name) not in missing]
+        for task in TASKS[kind]:
+            found: dict[str, list[dict[str, Any]]] = {name: [] for name in present}
+            left = list(present)
+            for _ in range(rounds):
+                for name in list(left):
+                    started = time.perf_counter()
+                    found[name].append(_run(name, task))
+                    if time.perf_counter() - started > SLOW_SECONDS:
+                        left.remove(name)
+            show(task, found)
+
+
+def _run(candidate: str, task: str) -> dict[str, Any]:
+    """Measure in a new process; what it says on the way is shown only if it fails."""
+    command = [sys.executable, "-m", "bench.model", "--candidate", candidate, "--task", task]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def show(task: str, found: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Medians, and in brackets how many times ours."""
+    kind, size = task.split("-")
+    title = f"batch {size}" if kind == "upsample" else f"{size} px, batch {BATCHES[int(size)]}"
+    print(f"\n{kind}, {title}")
+    for name, runs in found.items():
+        counts = (f"{part} {n / 1e6:.2f} M" for part, n in runs[0]["parameters"].items())
+        print(f"  {name}: {', '.join(counts)} parameters")
+    for row in found[OURS][0]["rows"]:
+        print(f"  {row}")
+        ours = None
+        measured = {name: runs for name, runs in found.items() if row in runs[0]["rows"]}
+        for name, runs in measured.items():
+            ms, mb = (_median(run["rows"][row][key] for run in runs) for key in ("ms", "mb"))
+            new_mb = mb - _median(run["before"] for run in runs)
+            gmac = runs[0]["rows"][row]["gmac"]
+            ours = ours or (ms, mb, new_mb)
+            time_ratio, mb_ratio, new_ratio = (
+                f"(×{x / y:.2f})" for x, y in zip((ms, mb, new_mb), ours, strict=True)
+            )
+            print(
+                f"    {name:22}{ms:9.1f} ms {time_ratio:9}{gmac:7.2f} GMAC {gmac / ms * 1e3:5.1f}/s"
+                f"  peak {mb:5.0f} MB {mb_ratio:8} new {new_mb:5.0f} MB {new_ratio}"
+            )
+    if kind == "train":
+        _show_amortised(found)
+        _show_share(found[OURS])
+    sys.stdout.flush()
+
+
+def _show_amortised(found: Mapping[str, list[dict[str, Any]]]) -> None:
+    """A step with each one's penalty at its own interval."""
+    print("  step, penalty amortised")
+    ours = None
+    for name, runs in found.items():
+        plain, penalized = (
+            _median(run["rows"][row]["ms"] for run in runs) for row in ("step", "step with penalty")
+        )
+        every = PENALTY_EVERY[_package(name)]
+        ms = plain + (penalized - plain) / every
+        ours = ours or ms
+        print(f"    {name:22} {ms:8.1f} ms (×{ms / ours:.2f}) every {every} steps")
+
+
+def _show_share(runs: Sequence[Mapping[str, Any]]) -> None:
+    """Our multiply-adds per second in a whole step over those of one large convolution."""
+
+    def rate(row: str) -> float:
+        seconds = _median(run["rows"][row]["ms"] for run in runs) / 1e3
+        return float(runs[0]["rows"][row]["gmac"]) / seconds
+
+    step_rate, convolution = rate("step"), rate(CONVOLUTION)
+    print(
+        f"  our step: {step_rate:.1f} GMAC/s, {step_rate / convolution:.0%} of oneDNN's "
+        f"convolution rate ({convolution:.1f} GMAC/s; matrix product {rate(PRODUCT):.1f})"
+    )
+
+
+def _median(values: Iterable[float | Sequence[float]]) -> float:
+    """Of all numbers in all lists."""
+    flat = (x for value in values for x in (value if isinstance(value, list) else [value]))
+    return float(statistics.median(flat))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m bench.model")
+    parser.add_argument("--candidate", required=True, choices=(*BASES, *UPSAMPLERS))
+    parser.add_argument("--task", required=True)
+    arguments = parser.parse_args()
+    print(json.dumps(child(arguments.candidate, arguments.task)))
