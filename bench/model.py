@@ -47,6 +47,7 @@ from gigagan.config import (
     TrainBaseConfig,
     UpsamplerConfig,
 )
+from gigagan.models.baking import bake
 from gigagan.models.discriminator import Discriminator
 from gigagan.models.encoders import TextFeatures
 from gigagan.models.generator import Generator
@@ -97,6 +98,7 @@ CONVOLUTION, PRODUCT = "one large convolution", "one large matrix product"
 SECONDS = 20  # of measuring in a process, about
 SLOW_SECONDS = 120  # of a process, after which its candidate is not measured again
 GIVE_UP_SECONDS = 60  # of waiting for an undisturbed call
+CANDIDATES = tuple(dict.fromkeys(BASES + UPSAMPLERS))
 PENALTY_EVERY = {OURS: CONFIGS[32].optimizer.r1_every, "gigagan_pytorch": 4}
 TASKS = {
     "networks": ("networks-32", "networks-64"),
@@ -179,8 +181,13 @@ def upsample(batch: int) -> tuple[Parts, Calls]:
     network = Upsampler(UPSAMPLER).eval()
     small, noise = torch.rand(batch, 3, 64, 64), torch.randn(batch, 3, 64, 64)
     z_BZ, text = torch.randn(batch, network.config.latent_dim), features(batch)
-    call = lambda: without_gradients(lambda: network(small, noise, z_BZ, text))  # noqa: E731
-    return {"upsampler": network}, {"upsample": call}
+    with torch.no_grad():
+        read = network.read(TextFeatures(*(part[:1] for part in text)))
+        baked = bake(network, network.style(z_BZ[:1], read), read)
+    return {"upsampler": network}, {
+        "upsample": lambda: without_gradients(lambda: network(small, noise, z_BZ, text)),
+        "upsample, baked": lambda: without_gradients(lambda: baked(small, noise)),
+    }
 
 
 def reference() -> Calls:
@@ -304,16 +311,19 @@ def _package(candidate: str) -> str:
 # The process that starts the others and prints.
 
 
-def main(rounds: int = 3, what: Iterable[str] = tuple(TASKS)) -> None:
+def main(
+    rounds: int = 3, what: Iterable[str] = tuple(TASKS), candidates: Sequence[str] = CANDIDATES
+) -> None:
     """Networks, training, sampling and upsampling against gigagan-pytorch and aura-sr."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         names = " and ".join(PACKAGES[name] for name in missing)
         print(f"{names} not installed, ours runs alone: pip install -e .[bench]", flush=True)
     for kind in what:
-        candidates = UPSAMPLERS if kind == "upsample" else BASES
-        present = [name for name in candidates if _package(name) not in missing]
-        for task in TASKS[kind]:
+        of_kind = UPSAMPLERS if kind.startswith("upsample") else BASES
+        wanted = {OURS, *candidates} - {n for n in candidates if _package(n) in missing}
+        present = [name for name in of_kind if name in wanted]
+        for task in TASKS.get(kind, (kind,)):
             found: dict[str, list[dict[str, Any]]] = {name: [] for name in present}
             left = list(present)
             for _ in range(rounds):

@@ -90,7 +90,7 @@ class Generator(nn.Module):
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
         self.config = config
-        self.text = condition_branch(config)
+        self.text = condition_branch(config, attends=any(config.attention))
         self.mapping = MappingNetwork(config)
         self.register_buffer("style_mean", torch.zeros(config.style_dim))
         self.constant = nn.Parameter(torch.randn(config.channels[0], 4, 4))

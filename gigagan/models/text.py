@@ -61,12 +61,16 @@ class TextBranch(nn.Module):
     """T: frozen features → t_local and t_global (GigaGAN, section 3.2).
 
     The encoder's pooled vector (CLIP's EOT token) goes through the layers as one more token and
-    comes out as the global descriptor; all other tokens come out as the local ones.
+    comes out as the global descriptor; all other tokens come out as the local ones, if anything
+    `attends` to them.
     """
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, *, attends: bool) -> None:
         super().__init__()
-        self.from_tokens = EqualLinear(config.encoder_width, config.width)
+        self.attends = attends
+        self.from_tokens: EqualLinear | None = None
+        if attends or config.depth:
+            self.from_tokens = EqualLinear(config.encoder_width, config.width)
         self.from_pooled = EqualLinear(config.pooled_width, config.width)
         self.layers = nn.ModuleList(
             TextLayer(config.width, head_width=config.head_width, mlp_ratio=config.mlp_ratio)
@@ -78,11 +82,14 @@ class TextBranch(nn.Module):
         if not isinstance(features, TextFeatures):
             raise TypeError(f"a text-conditional network was given {type(features).__name__}")
         tokens_BLD, mask_BL, pooled_BP = features
-        pooled_B1T = self.from_pooled(rms_normalize(pooled_BP))[:, None]
-        x = torch.cat([pooled_B1T, self.from_tokens(rms_normalize(tokens_BLD))], dim=1)
+        x = self.from_pooled(rms_normalize(pooled_BP))[:, None]
+        if self.from_tokens is not None:
+            x = torch.cat([x, self.from_tokens(rms_normalize(tokens_BLD))], dim=1)
         mask = torch.cat([torch.ones_like(mask_BL[:, :1]), mask_BL], dim=1)
         for layer in self.layers:
             x = layer(x, mask)
+        if not self.attends:
+            return Text(global_BT=rms_normalize(x[:, 0]))
         x = rms_normalize(x)
         return Text(local_BLT=x[:, 1:], mask_BL=mask_BL, global_BT=x[:, 0])
 
@@ -120,8 +127,8 @@ class NoBranch(nn.Module):
         return Text()
 
 
-def condition_branch(config: BlockConfig) -> nn.Module:
-    """The branch that a network's configuration asks for."""
+def condition_branch(config: BlockConfig, *, attends: bool) -> nn.Module:
+    """The branch that a configuration asks for; `attends`: the network has cross-attention."""
     if config.text is not None:
-        return TextBranch(config.text)
+        return TextBranch(config.text, attends=attends)
     return NoBranch() if config.classes is None else ClassBranch(config.classes)

@@ -35,7 +35,7 @@ class Upsampler(nn.Module):
     def __init__(self, config: UpsamplerConfig) -> None:
         super().__init__()
         self.config = config
-        self.text = condition_branch(config)
+        self.text = condition_branch(config, attends=any(config.attention))
         self.mapping = MappingNetwork(config)
         down, up = config.down_channels, config.up_channels
         self.from_rgb = EqualConv2d(3, down[0], 3, gain=ACTIVATION_GAIN)

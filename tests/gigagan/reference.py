@@ -208,6 +208,8 @@ def caption(branch, config, features, b):
     """What a network's branch makes of sample b: the pooled vector is the first of the tokens."""
     if config.text is not None:
         tokens_MD = features.tokens_BLD[b][features.mask_BL[b]]
+        if branch.from_tokens is None:
+            tokens_MD = ()  # nobody reads them
         x = [linear(branch.from_pooled, normalize(features.pooled_BD[b]))]
         x = torch.stack(x + [linear(branch.from_tokens, normalize(row)) for row in tokens_MD])
         for layer in branch.layers:

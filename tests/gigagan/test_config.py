@@ -495,15 +495,8 @@ def with_gradient(**networks):
     }
 
 
-# Nobody reads t_local: there is neither a layer of T nor cross-attention.
-WITHOUT_TOKENS = ("stylegan2", "larger", "tuned")
-UNUSED = pytest.mark.xfail(strict=True, reason="T's projection of tokens gets no gradient")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "row", [pytest.param(r, marks=UNUSED) if r in WITHOUT_TOKENS else r for r in ROWS]
-)
+@pytest.mark.parametrize("row", ROWS)
 def test_a_row_trains_every_parameter_with_finite_losses(row):
     config = ladder(row)
     players = ladder_players(config)

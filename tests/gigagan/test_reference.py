@@ -157,7 +157,7 @@ def test_mapping_network_equals_its_equations(kind):
 @pytest.mark.parametrize("depth", [0, 2])
 def test_text_branch_equals_one_caption_at_a_time_without_padding(depth):
     config = BlockConfig(text=TEXT.model_copy(update={"depth": depth}))
-    branch = randomized(TextBranch(config.text))
+    branch = randomized(TextBranch(config.text, attends=True))
     features, inputs = condition("text")
     fast = branch(features)
     slow = [naive.caption(branch, config, features, b) for b in range(B)]
