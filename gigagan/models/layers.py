@@ -61,9 +61,12 @@ def upsample(x_BCHW: Tensor) -> Tensor:
 
 def downsample(x_BCHW: Tensor) -> Tensor:
     """Halve the side with the [1, 3, 3, 1] / 8 filter, the transpose of `upsample`."""
-    return F.interpolate(
-        x_BCHW, scale_factor=0.5, mode="bilinear", align_corners=False, antialias=True
+    # CPUs lack this in half precision.
+    wide = full_precision(x_BCHW) if x_BCHW.device.type == "cpu" else x_BCHW
+    halved = F.interpolate(
+        wide, scale_factor=0.5, mode="bilinear", align_corners=False, antialias=True
     )
+    return halved.to(x_BCHW.dtype)
 
 
 def pyramid(x_BCHW: Tensor, num_levels: int) -> list[Tensor]:
@@ -177,11 +180,12 @@ def mix_filters(bank_NOIhw: Tensor, select_BN: Tensor) -> Tensor:
 
 def demodulation(filters_FOIhw: Tensor, scale_BI: Tensor, *, eps: float = 1e-8) -> Tensor:
     """d_bo = (Σ_ihw (K_boihw · s_bi)² + ε)^−½ in float32: B O (StyleGAN2, equation 3)."""
-    energy_FOI = full_precision(filters_FOIhw).square().sum((3, 4))
-    power_BI = full_precision(scale_BI).square()
-    if len(energy_FOI) == 1:
-        return (power_BI @ energy_FOI[0].T + eps).rsqrt()
-    return (torch.einsum("boi,bi->bo", energy_FOI, power_BI) + eps).rsqrt()
+    with torch.autocast(scale_BI.device.type, enabled=False):  # products would be of half precision
+        energy_FOI = full_precision(filters_FOIhw).square().sum((3, 4))
+        power_BI = full_precision(scale_BI).square()
+        if len(energy_FOI) == 1:
+            return (power_BI @ energy_FOI[0].T + eps).rsqrt()
+        return (torch.einsum("boi,bi->bo", energy_FOI, power_BI) + eps).rsqrt()
 
 
 def _convolve(x_BIHW: Tensor, filters_FOIhw: Tensor) -> Tensor:

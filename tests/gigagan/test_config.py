@@ -20,6 +20,7 @@ from gigagan.config import (
     UpsamplerConfig,
 )
 from gigagan.config.presets import LADDER, PRESETS, PUBLISHED, ladder, preset
+from gigagan.models.attention import EXTRA_WIDTH
 from gigagan.models.discriminator import Discriminator
 from gigagan.models.encoders import ImageEncoder, ImageFeatures, TextFeatures
 from gigagan.models.generator import Generator
@@ -174,8 +175,8 @@ def test_multiply_adds_of_a_discriminator_equal_a_count_by_hand():
     found = {row.name: row.multiply_adds for row in summarize(config).rows if row.multiply_adds}
     maps, positions, levels, heads = 16, 16, 2, 2
     projections = 3 * positions * maps**2
-    # L2 attention carries the norm of a key in one more channel of a head.
-    attention = heads * positions**2 * (8 + 1) + heads * positions**2 * 8
+    # L2 attention carries the norm of a key in an extra part of a head.
+    attention = 2 * heads * positions**2 * (8 + EXTRA_WIDTH)
     mlp = 2 * positions * maps * 3 * maps
     assert found == {
         "from_rgb.0": 3 * 8 * 64,
