@@ -22,8 +22,7 @@ from gigagan.models.layers import (
     AdaptiveConv,
     EqualConv2d,
     EqualLinear,
-    demodulation,
-    mix_filters,
+    fold_filter,
 )
 from gigagan.models.text import Text
 from gigagan.models.upsampler import Upsampler
@@ -107,14 +106,11 @@ def bake(network: Network, style_S: Tensor, text: Text) -> Baked:
 def _plain(layer: nn.Module, style_1S: Tensor) -> nn.Module | None:
     """The ordinary layer with the same output, or None for what stays."""
     if isinstance(layer, AdaptiveConv):
-        select_1N, scale_1I = layer.read(style_1S)
-        filter_OIhw = mix_filters(layer.bank, select_1N)[0] * scale_1I[:, :, None, None]
-        if layer.demodulate:
-            factor_1O = layer.gain * demodulation(mix_filters(layer.bank, select_1N), scale_1I)
-            filter_OIhw = filter_OIhw * factor_1O[0, :, None, None, None]
-        return _convolution(
-            filter_OIhw, layer.bias * layer.gain, filter_OIhw.shape[-1] // 2, BakedConv
+        filter_OIhw = fold_filter(
+            layer.bank, *layer.read(style_1S), demodulate=layer.demodulate, gain=layer.gain
         )
+        padding = filter_OIhw.shape[-1] // 2
+        return _convolution(filter_OIhw, layer.bias * layer.gain, padding, BakedConv)
     if isinstance(layer, EqualConv2d):
         bias = None if layer.bias is None else layer.bias * layer.bias_gain
         return _convolution(layer.weight * layer.weight_gain, bias, layer.padding, nn.Conv2d)

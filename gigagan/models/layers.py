@@ -6,6 +6,7 @@ Shape letters in this file:
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 
@@ -46,6 +47,13 @@ def residual_weights(gain: float) -> tuple[float, float]:
 def add_residual(trunk: Tensor, branch: Tensor, weight: float) -> Tensor:
     """weight · trunk + branch, in one pass over memory."""
     return torch.add(branch, trunk, alpha=weight)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Products of float32 stay in float32; the meta device, where layers are counted, has none."""
+    if device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def rms_normalize(x: Tensor, *, dim: int = -1, eps: float = 1e-8) -> Tensor:
@@ -152,10 +160,17 @@ def adaptive_conv2d(
     plus gain · bias. Without demodulation d = 1: put a gain into the scales there.
 
     `select_BN` is already softmaxed. Modulation is applied to the input and demodulation to the
-    output, which equals scaling the filters but never builds modulated filters per sample. Where
-    all samples share one filter (a bank of one, or one row of `select_BN` and `scale_BI` for any
-    number of images) it is one ordinary convolution. Demodulation is computed in float32.
+    output, which equals scaling the filters but never builds modulated filters per sample; with a
+    bank of one it is an ordinary convolution. Where all images share a style (`select_BN` and
+    `scale_BI` have one row) everything is folded into one filter. Demodulation is in float32.
     """
+    if len(scale_BI) == 1:
+        filter_OIhw = fold_filter(
+            bank_NOIhw, select_BN, scale_BI, demodulate=demodulate, gain=gain, eps=eps
+        ).to(x_BIHW.dtype)
+        bias = None if bias_O is None else (bias_O * gain).to(x_BIHW.dtype)
+        size = filter_OIhw.shape[2:]
+        return F.conv2d(x_BIHW, filter_OIhw, bias, padding=(size[0] // 2, size[1] // 2))
     x_BIHW = x_BIHW * scale_BI[:, :, None, None].to(x_BIHW.dtype)
     filters_FOIhw = mix_filters(bank_NOIhw, select_BN)
     y_BOHW = _convolve(x_BIHW, filters_FOIhw.to(x_BIHW.dtype))
@@ -165,6 +180,24 @@ def adaptive_conv2d(
     factor_BO = gain * demodulation(filters_FOIhw, scale_BI, eps=eps)
     factor = factor_BO[:, :, None, None].to(y_BOHW.dtype)
     return y_BOHW * factor if bias is None else torch.addcmul(bias, y_BOHW, factor)
+
+
+def fold_filter(
+    bank_NOIhw: Tensor,
+    select_1N: Tensor,
+    scale_1I: Tensor,
+    *,
+    demodulate: bool,
+    gain: float = 1.0,
+    eps: float = 1e-8,
+) -> Tensor:
+    """One style's selection, modulation and demodulation as one filter O I h w; bias apart."""
+    mixed_1OIhw = mix_filters(bank_NOIhw, select_1N)
+    filter_OIhw = mixed_1OIhw[0] * scale_1I[0, :, None, None]
+    if not demodulate:
+        return filter_OIhw
+    factor_1O = gain * demodulation(mixed_1OIhw, scale_1I, eps=eps)
+    return filter_OIhw * factor_1O[0, :, None, None, None]
 
 
 def mix_filters(bank_NOIhw: Tensor, select_BN: Tensor) -> Tensor:
@@ -180,7 +213,7 @@ def mix_filters(bank_NOIhw: Tensor, select_BN: Tensor) -> Tensor:
 
 def demodulation(filters_FOIhw: Tensor, scale_BI: Tensor, *, eps: float = 1e-8) -> Tensor:
     """d_bo = (Σ_ihw (K_boihw · s_bi)² + ε)^−½ in float32: B O (StyleGAN2, equation 3)."""
-    with torch.autocast(scale_BI.device.type, enabled=False):  # products would be of half precision
+    with without_autocast(scale_BI.device):
         energy_FOI = full_precision(filters_FOIhw).square().sum((3, 4))
         power_BI = full_precision(scale_BI).square()
         if len(energy_FOI) == 1:

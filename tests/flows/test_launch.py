@@ -124,7 +124,10 @@ def test_ranks_share_the_cores(monkeypatch):
 @pytest.mark.slow
 def test_torchrun_starts_every_rank(module, tmp_path):
     lines = []
-    child = module("import os; print(os.environ['RANK'], os.environ['WORLD_SIZE'])")
+    # One write: both ranks share the pipe.
+    child = module(
+        "import os; os.write(1, f\"{os.environ['RANK']} {os.environ['WORLD_SIZE']}\\n\".encode())"
+    )
     resources = Resources(backend="torchrun", processes=2)
     launch(child, resources, log_file=tmp_path / "log", log=lines.append)
     assert {"0 2", "1 2"} <= set(lines)

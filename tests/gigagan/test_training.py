@@ -21,6 +21,7 @@ from gigagan.models.discriminator import Discriminator
 from gigagan.models.encoders import TextEncoder, TextFeatures
 from gigagan.models.generator import Generator
 from gigagan.models.upsampler import Upsampler
+from gigagan.training import __main__ as training_main
 from gigagan.training import checkpoint, loop, step
 from gigagan.training.captions import CaptionFeatures, RecentCaptions
 from gigagan.training.distributed import World
@@ -323,3 +324,15 @@ def test_a_tiny_network_learns_which_shade_a_caption_names(tmp_path):
         dark, light = (made.generator(z, captions([c] * 8))[0].mean() for c in ("black", "white"))
     assert light - dark > 1.0
     assert np.isfinite([dark.item(), light.item()]).all()
+
+
+def test_training_refuses_networks_without_text_and_widths_that_are_not_the_encoders(monkeypatch):
+    with pytest.raises(ValueError, match=r"text = null: shards carry captions"):
+        training_main._text_encoder(None, World())
+    monkeypatch.setattr(
+        training_main.pretrained, "text_encoder", lambda name, device: WordEncoder()
+    )
+    assert training_main._text_encoder(TEXT, World()).name == "test:words"
+    wide = TEXT.model_copy(update={"pooled_width": 13})
+    with pytest.raises(ValueError, match=r"text\.pooled_width = 13 .*test:words: it gives 11"):
+        training_main._text_encoder(wide, World())
