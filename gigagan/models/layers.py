@@ -161,10 +161,11 @@ def adaptive_conv2d(
 
     `select_BN` is already softmaxed. Modulation is applied to the input and demodulation to the
     output, which equals scaling the filters but never builds modulated filters per sample; with a
-    bank of one it is an ordinary convolution. Where all images share a style (`select_BN` and
-    `scale_BI` have one row) everything is folded into one filter. Demodulation is in float32.
+    bank of one it is an ordinary convolution, and where all images share a style (`select_BN` and
+    `scale_BI` have one row). Then everything is folded into the filter if it is smaller than the
+    maps. Demodulation is computed in float32.
     """
-    if len(scale_BI) == 1:
+    if len(scale_BI) == 1 and x_BIHW.numel() > bank_NOIhw[0].numel():
         filter_OIhw = fold_filter(
             bank_NOIhw, select_BN, scale_BI, demodulate=demodulate, gain=gain, eps=eps
         ).to(x_BIHW.dtype)
