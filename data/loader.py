@@ -28,6 +28,8 @@ class Batch(NamedTuple):
     """uint8."""
     captions: list[str]
     keys: list[str]
+    planned_captions: list[str]
+    """Of the whole global batch, in its order, whether the pictures turned out readable or not."""
 
 
 @dataclass(frozen=True)
@@ -107,18 +109,25 @@ class ShardLoader:
         part of them: whatever the number of ranks, together they see the same pictures.
         """
         local = self.batch_size // self.world_size
-        position = images_seen + self.rank * local
+        own = slice(self.rank * local, (self.rank + 1) * local)
+        position = images_seen
         while True:
-            yield self._batch([self._sample(position + i) for i in range(local)])
+            samples = [self._sample(position + i) for i in range(self.batch_size)]
+            yield self._batch(samples[own], [sample.caption for sample in samples])
             position += self.batch_size
 
-    def _batch(self, samples: list[_Sample]) -> Batch:
+    def captions_between(self, start: int, stop: int) -> list[str]:
+        """Captions at these global positions; no picture is read."""
+        return [self._sample(position).caption for position in range(start, stop)]
+
+    def _batch(self, samples: list[_Sample], planned_captions: list[str]) -> Batch:
         got = list(self._pool.map(self._load, samples))
         images_BHWC = np.stack([image for _, image in got])
         return Batch(
             torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).contiguous(),
             [sample.caption for sample, _ in got],
             [sample.key for sample, _ in got],
+            planned_captions,
         )
 
     # The order ------------------------------------------------------------------------------

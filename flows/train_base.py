@@ -13,7 +13,7 @@ from flows.conductor import Outcome, conduct
 from flows.config import PipelineConfig
 from flows.stage import Context, Need, Stage
 
-SCRATCH = ("checkpoints", launch.LOG)
+SCRATCH = ("checkpoints", "text-features.pt", launch.LOG)
 
 
 def train(context: Context) -> None:
@@ -31,7 +31,7 @@ def needs(config: PipelineConfig) -> Mapping[str, Need]:
     }
 
 
-STAGE = Stage("train-base", version=2, run=train, needs=needs, scratch=SCRATCH, gpu=True)
+STAGE = Stage("train-base", version=3, run=train, needs=needs, scratch=SCRATCH, gpu=True)
 
 
 @flow(name=STAGE.name, persist_result=True)

@@ -27,7 +27,7 @@ def needs(config: PipelineConfig) -> Mapping[str, Need]:
 
 STAGE = Stage(
     "train-upsampler",
-    version=2,
+    version=3,
     run=train_base.train,
     needs=needs,
     scratch=train_base.SCRATCH,

@@ -11,9 +11,12 @@ from gigagan.config.networks import (
     UpsamplerConfig,
 )
 from gigagan.config.training import (
+    AugmentConfig,
     EvaluateConfig,
+    HealthConfig,
     LossConfig,
     OptimizerConfig,
+    SystemConfig,
     TrainBaseConfig,
     TrainConfig,
     TrainStage,
@@ -21,15 +24,18 @@ from gigagan.config.training import (
 )
 
 __all__ = [
+    "AugmentConfig",
     "BlockConfig",
     "ClassConfig",
     "DiscriminatorConfig",
     "EvaluateConfig",
     "Frozen",
     "GeneratorConfig",
+    "HealthConfig",
     "LossConfig",
     "OptimizerConfig",
     "StyleConfig",
+    "SystemConfig",
     "TextConfig",
     "TrainBaseConfig",
     "TrainConfig",

@@ -77,6 +77,106 @@ class LossConfig(Frozen):
     """Steps between two uses of the frozen image encoder (weights are not multiplied)."""
 
 
+class AugmentConfig(Frozen):
+    """Augmentation of all that D sees, real and generated alike; nothing is on by default."""
+
+    diffaugment: tuple[Literal["color", "translation", "cutout"], ...] = ()
+    """What is done to an image (DiffAugment, Zhao et al. 2020, arXiv:2006.10738).
+
+    `color`: brightness ± 0.5 (of a range of 2), saturation × 0 to 2, contrast × 0.5 to 1.5.
+    `translation`: up to 1/8 of the side, reflected at the edges. `cutout`: a square of half the
+    side becomes grey. Beware of `color` with captions: it turns a red thing grey or dark whose
+    caption says red, so D learns to overlook the words for colours."""
+    probability: float = Field(1.0, ge=0, le=1)
+    """Share of images that are augmented, all or nothing; ignored with `ada`."""
+    ada: bool = False
+    """Adapt that share to how far D overfits (ADA, Karras et al. 2020, arXiv:2006.06676)."""
+    ada_target: float = Field(0.6, gt=-1, lt=1)
+    """r_t = E[sign D(real)] that is aimed at; above it the share rises."""
+    ada_every: int = Field(4, ge=1)
+    """Steps between two changes of the share."""
+    ada_images: int = Field(500_000, ge=1)
+    """Images in which the share can rise from 0 to 1."""
+    blur_sigma: float = Field(0.0, ge=0)
+    """σ in pixels of the largest level with which D's input is blurred at first; 0 is never.
+
+    StyleGAN3-R (arXiv:2106.12423) has 10 where its Gaussian is 2^−(x/σ)², which is 8.5 here."""
+    blur_fade_images: int = Field(200_000, ge=1)
+    """Images over which σ falls linearly to 0."""
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if len(set(self.diffaugment)) < len(self.diffaugment):
+            raise ValueError(f"diffaugment={self.diffaugment} names one twice: name it once")
+        if self.ada and not self.diffaugment:
+            raise ValueError("ada needs something to apply: name it in diffaugment")
+        return self
+
+
+class HealthConfig(Frozen):
+    """When a step is skipped, a person is warned, or a run goes back to its last checkpoint."""
+
+    skip_factor: float = Field(20.0, gt=1)
+    """A step is skipped if its gradient norm exceeds this many times the running geometric mean
+    of its kind; ordinary noise stays within a factor of 3, an explosion passes 100."""
+    settle_steps: int = Field(50, ge=1)
+    """Good steps of a kind before norms are compared: the first ones fall by a factor of 10.
+    Steps that are not finite are skipped from the start."""
+    max_bad_share: float = Field(0.5, ge=0, le=1)
+    """Fatal: more than this share of the steps between two lines of the log was skipped."""
+    max_logit_spread: float = Field(50.0, gt=0)
+    """Fatal: |mean logit of real − of generated images|; 0.5 to 5 is usual, and the logistic
+    loss has no gradient left beyond 20."""
+    max_r1: float = Field(100.0, gt=0)
+    """Fatal: squared gradient of D's mean logit at real images; 0.01 to 1 is usual."""
+    overconfident_loss: float = Field(0.02, ge=0)
+    """Warning: D's losses on real and on generated images are both below this (0.69 is chance)
+    …"""
+    patience: int = Field(10, ge=1)
+    """… for this many lines of the log in a row."""
+    min_selection_entropy: float = Field(0.05, ge=0, le=1)
+    """Warning: entropy of the kernel selection in units of log N (1 = even, 0 = a bank of one)."""
+    max_self_weight: float = Field(0.95, gt=0, le=1)
+    """Warning: mean weight that a position gives itself in self-attention (1 = sees no other)."""
+    min_z_effect: float = Field(0.01, ge=0)
+    """Warning: standard deviation of a pixel over latents at a fixed prompt, the range being 2."""
+    max_rollbacks: int = Field(3, ge=0)
+    """How often a run goes back to its last checkpoint before it gives up."""
+    rollback_rate: float = Field(0.5, gt=0, le=1)
+    """The learning rate is multiplied by this at each return to a checkpoint."""
+    stall_seconds: float = Field(1_800, ge=0)
+    """A process whose step takes longer writes its stacks and ends; 0 = off. The longest pause
+    that is no fault (first compilation, pictures, a checkpoint on slow storage) must fit."""
+
+
+class SystemConfig(Frozen):
+    """How a step is laid out on the machine; what it computes stays the same to rounding."""
+
+    accumulate: int = Field(1, ge=1)
+    """Micro-batches per step and rank: memory of activations falls by this factor, a step takes
+    little longer. Statistics and contrasts over a batch then see one micro-batch. For batches
+    that do not fit."""
+    shard_optimizer: bool = False
+    """Each rank keeps AdamW's moments (8 bytes per parameter) of its part of the parameters only;
+    costs a broadcast of the weights per step. For networks whose state crowds out activations."""
+    bucket_mb: float = Field(25.0, gt=0)
+    """Megabytes of gradients that travel together while the backward still runs. More use the
+    network better, fewer begin earlier."""
+    channels_last: bool = False
+    """Convolution filters lie in memory with channels last: tensor cores of GPUs multiply these
+    without rearranging them. No memory."""
+    compile: bool = False
+    """Compile the blocks of G and D: minutes at the start, then fewer passes over memory per step;
+    R1 steps of D run uncompiled. For long runs on GPUs."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each resolution and compute the rest again in the backward: about a
+    third more time per step. For resolutions or batches that do not fit; try `accumulate`
+    first."""
+    collective_timeout_s: float = Field(600.0, gt=0)
+    """Seconds that ranks wait for one that does not answer before they end with an error; more
+    than the pictures, probes and checkpoints that rank 0 makes alone."""
+
+
 class TrainConfig(Frozen):
     """What the two training stages have in common."""
 
@@ -90,14 +190,26 @@ class TrainConfig(Frozen):
     """Optimizer, R1 and EMA."""
     loss: LossConfig = LossConfig()
     """Loss weights."""
+    augment: AugmentConfig = AugmentConfig()
+    """Augmentation of what D sees."""
+    health: HealthConfig = HealthConfig()
+    """When steps are skipped and when a run goes back to its last checkpoint."""
+    system: SystemConfig = SystemConfig()
+    """How a step is laid out on the machine."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast; `auto` is bf16 where the device multiplies it natively, else fp32."""
     checkpoint_images: int = Field(4_000, ge=1)
     """Images between two checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
     """How many of the newest checkpoints stay on disk."""
+    milestone_images: int | None = Field(None, ge=1)
+    """Images between two checkpoints that are kept for good; null means none."""
     sample_images: int = Field(4_000, ge=1)
     """Images between two sample grids with fixed prompts and z, and two probes."""
+    snapshot_images: int | None = Field(None, ge=1)
+    """Images between two snapshots in `snapshots/`, written with a sample grid; null means none.
+
+    For curves of FID and KID over a run."""
     log_images: int = Field(320, ge=1)
     """Images between two lines of the log."""
     num_probe_captions: int = Field(384, ge=0)

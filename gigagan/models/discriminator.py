@@ -29,6 +29,9 @@ from gigagan.models.layers import (
 )
 from gigagan.models.text import Features, Text, condition_branch
 
+STD_GROUP = 4
+"""Samples that share a minibatch standard deviation."""
+
 
 class LevelMaps(NamedTuple):
     """Maps of one pyramid level after one stage."""
@@ -102,12 +105,16 @@ class Reduce(nn.Module):
 
 
 def append_minibatch_std(x_BCHW: Tensor, *, num_groups: int) -> Tensor:
-    """Append the mean standard deviation over each group of the batch as one more map.
+    """Append the mean standard deviation over each group of samples as one more map.
 
-    The batch is `num_groups` groups laid end to end; statistics never mix levels or sets.
+    The batch is `num_groups` sets of images laid end to end, which are never mixed; within each,
+    every four samples are a group (StyleGAN2), so that ranks with a multiple of four samples see
+    what one process would see. A set that does not divide by four is one group.
     """
-    _, C, H, W = x_BCHW.shape
-    groups_GNCHW = x_BCHW.reshape(num_groups, -1, C, H, W)
+    B, C, H, W = x_BCHW.shape
+    samples_per_set = B // num_groups
+    size = STD_GROUP if samples_per_set % STD_GROUP == 0 else samples_per_set
+    groups_GNCHW = x_BCHW.reshape(-1, size, C, H, W)
     variance = full_precision(groups_GNCHW).var(dim=1, correction=0)
     std_G = (variance + 1e-8).sqrt().mean(dim=(1, 2, 3)).to(x_BCHW.dtype)
     per_sample_B = std_G.repeat_interleave(groups_GNCHW.shape[1])

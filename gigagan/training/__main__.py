@@ -7,15 +7,18 @@ import faulthandler
 import json
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from data.loader import ShardLoader
+from data.loader import CorruptShardsError, ShardLoader
 from gigagan import losses
 from gigagan.config import TextConfig, TrainBaseConfig, TrainStage
 from gigagan.evaluation.heldout import Heldout, read_heldout
@@ -28,14 +31,23 @@ from gigagan.models.openclip import OpenClipText
 from gigagan.models.upsampler import Upsampler
 from gigagan.models.vision import VisionAidedDiscriminator
 from gigagan.training import loop, step
+from gigagan.training.augment import Augment
 from gigagan.training.auxiliary import AlignerSpace, Auxiliary, ClipSpace, see
 from gigagan.training.captions import CaptionFeatures
+from gigagan.training.checkpoint import WriteError
 from gigagan.training.distributed import World, join
+from gigagan.training.guard import Divergence
 from gigagan.training.logs import Log
 from gigagan.training.probes import BaseProbe, UpsamplerProbe, from_uint8
 
 ALIGNER_PICTURES = 2_048
-FAILED = 1
+TEXT_FEATURES = "text-features.pt"
+FAILED, PREEMPTED = 1, 75
+"""Exit statuses; 75 (EX_TEMPFAIL): asked to stop, saved, the same command goes on."""
+
+
+_EXPECTED = (ValueError, OSError, Divergence, WriteError, CorruptShardsError)
+"""What has a message of its own; other errors come with their traceback."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,17 +69,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     faulthandler.enable()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    world = join()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # Kubernetes; Slurm's --signal
+        signal.signal(number, lambda *_: stop.set())
+    world: World | None = None
     try:
         config = read_config(args.config)
-        run(config, args.run_dir, args.shards, args.heldout, world)
-    except (ValueError, OSError, loop.DivergenceError) as error:
+        world = join(config.system.collective_timeout_s)
+        run(config, args.run_dir, args.shards, args.heldout, world, is_asked_to_stop=stop.is_set)
+        world.leave()
+    except loop.Preempted as preempted:
+        print(f"{preempted}; the same command goes on from there", flush=True)
+        return PREEMPTED
+    except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("GIGAGAN_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if not isinstance(error, _EXPECTED):
+            traceback.print_exc()
+        rank = f"rank {world.rank}: " if world is not None and world.size > 1 else ""
+        print(f"error: {rank}{error}", file=sys.stderr, flush=True)
+        if world is not None and world.size > 1:
+            sys.stdout.flush()
+            os._exit(FAILED)  # taking leave of a group waits for those who wait for us
         return FAILED
-    finally:
-        world.leave()
     return 0
 
 
@@ -85,7 +109,13 @@ def read_config(path: Path) -> TrainStage:
 
 
 def run(
-    config: TrainStage, run_dir: Path, shards: Path, heldout_path: Path | None, world: World
+    config: TrainStage,
+    run_dir: Path,
+    shards: Path,
+    heldout_path: Path | None,
+    world: World,
+    *,
+    is_asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Put the parts together, train, and write `result.json`."""
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -116,7 +146,7 @@ def run(
     # Frozen models, and the captions' features.
     encoder = _text_encoder(generator.config.text, world)
     captions = CaptionFeatures(encoder, world.device)
-    _warm(captions, loader, heldout, log)
+    _warm(captions, loader, heldout, run_dir / TEXT_FEATURES, world, log)
     auxiliary: Auxiliary | None = None
     if isinstance(config, TrainBaseConfig) and (config.loss.vision or config.loss.contrastive):
         auxiliary = _auxiliary(config, loader, captions, run_dir, world, log)
@@ -143,9 +173,24 @@ def run(
             fallback=_some_pictures(loader),
         )
     players = step.Players(
-        generator, discriminator, _weights(config, discriminator), auxiliary, perceptual
+        generator,
+        discriminator,
+        _weights(config, discriminator),
+        auxiliary,
+        perceptual,
+        Augment(config.augment),
     )
-    result = loop.train(config, players, captions, loader.batches, probe, run_dir, log, world)
+    result = loop.train(
+        config,
+        players,
+        captions,
+        loader,
+        probe,
+        run_dir,
+        log,
+        world,
+        is_asked_to_stop=is_asked_to_stop,
+    )
     log.close()
     if world.is_main:
         probes = {n: v for n, v in result.scalars.items() if n.startswith("probe/")}
@@ -186,9 +231,14 @@ def _weights(config: TrainStage, discriminator: Discriminator) -> list[float]:
 
 
 def _warm(
-    captions: CaptionFeatures, loader: ShardLoader, heldout: Heldout | None, log: Log
+    captions: CaptionFeatures,
+    loader: ShardLoader,
+    heldout: Heldout | None,
+    path: Path,
+    world: World,
+    log: Log,
 ) -> None:
-    """Encode a small set's captions before the first step."""
+    """A small set's captions are encoded before the first step, once for all ranks and attempts."""
     known = loader.captions() + (heldout.captions if heldout else [])
     if len(set(known)) > captions.max_captions:
         return
@@ -197,7 +247,11 @@ def _warm(
         if done == total or done % 1024 < 64:
             log.say(f"text features: {done:,} of {total:,} captions")
 
-    captions.warm(known, progress)
+    captions.load(path)
+    if world.is_main and captions.warm(known, progress):
+        captions.save(path)
+    world.barrier()
+    captions.load(path)
 
 
 def _auxiliary(
@@ -217,14 +271,14 @@ def _auxiliary(
     if name.startswith("open_clip:"):
         tower = pretrained.text_encoder(name, world.device)
         assert isinstance(tower, OpenClipText)
-        return Auxiliary(config.loss, encoder, ClipSpace(tower), heads)
+        return Auxiliary(config.loss, encoder, ClipSpace(tower), heads, world)
     path = run_dir / "aligner.safetensors"
     if world.is_main and not path.exists():
         _fit_aligner(config, encoder, loader, captions).save(path)
         log.say(f"fitted the aligner of {encoder.name} to {captions.encoder.name}")
     world.barrier()
     space = AlignerSpace(Aligner.load(path, world.device), config.loss.contrastive_scale)
-    return Auxiliary(config.loss, encoder, space, heads)
+    return Auxiliary(config.loss, encoder, space, heads, world)
 
 
 @torch.no_grad()

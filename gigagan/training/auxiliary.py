@@ -8,7 +8,7 @@ fitted once, before the first step, on real pictures at the size at which the lo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -21,6 +21,7 @@ from gigagan.models.aligner import Aligner
 from gigagan.models.encoders import ImageEncoder, ImageFeatures, TextFeatures
 from gigagan.models.openclip import OpenClipText
 from gigagan.models.vision import VisionAidedDiscriminator
+from gigagan.training.distributed import World
 
 
 def see(encoder: ImageEncoder, images_BCHW: Tensor, *, side: int) -> ImageFeatures:
@@ -91,6 +92,8 @@ class Auxiliary:
     encoder: ImageEncoder
     space: JointSpace
     heads: VisionAidedDiscriminator
+    world: World = field(default_factory=World)
+    """The contrastive loss compares the images and captions of all ranks."""
 
     def strength(self, images_seen: int) -> float:
         """0 before the start, then a linear ramp to 1."""
@@ -115,15 +118,26 @@ class Auxiliary:
         return losses.as_real(real_logits, weights) + losses.as_fake(fake_logits, weights)
 
     def generator_losses(
-        self, fake: Tensor, text_BT: Tensor, captions: Sequence[str], text: TextFeatures
+        self,
+        augmented: Tensor,
+        fake: Tensor,
+        text_BT: Tensor,
+        captions: Sequence[str],
+        text: TextFeatures,
     ) -> tuple[Tensor, Tensor]:
-        """The heads' non-saturating loss, and InfoNCE against the captions of the batch."""
-        seen = self.see(fake)
+        """The heads' non-saturating loss, and InfoNCE against the captions of the batch.
+
+        The heads see images augmented as D does; the contrastive loss, which tells what they
+        show, sees them as they are.
+        """
+        plain = self.see(fake)
+        seen = plain if augmented is fake else self.see(augmented)
         logits = self.heads(seen.stages, text_BT)
         vision = losses.as_real(logits, [1 / len(logits)] * len(logits))
+        gather = self.world.gather_with_gradient
         contrastive = losses.info_nce(
-            self.space.embed_images(seen.pooled_BD),
-            self.space.embed_captions(captions, text),
+            gather(self.space.embed_images(plain.pooled_BD)),
+            gather(self.space.embed_captions(captions, text)),
             scale=self.space.scale,
         )
         return vision, contrastive

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -64,21 +65,23 @@ def mismatch(
     captions: Sequence[str],
     recent: RecentCaptions,
     *,
+    rows: range,
     is_hard_B: Sequence[bool],
     uniform_B: Sequence[float],
     order_B: Sequence[int],
     rotation: float,
 ) -> list[str | None]:
-    """A wrong caption for each sample: a hard one, or the batch deranged; None where none differs.
+    """A wrong caption for each of some rows: a hard one, or the batch deranged; None if all equal.
 
-    All randomness is in the arguments: numbers in [0, 1) and a permutation of the batch.
+    `captions` are those of the global batch, which is deranged as a whole, and `rows` those that
+    this rank trains on. All randomness is in the arguments: numbers in [0, 1) and a permutation.
     """
     partners = derange(captions, order_B, rotation)
     wrong: list[str | None] = []
-    for caption, is_hard, uniform, partner in zip(
-        captions, is_hard_B, uniform_B, partners, strict=True
-    ):
-        nearest = recent.nearest(caption, uniform) if is_hard or partner is None else None
+    for row in rows:
+        partner = partners[row]
+        searches = is_hard_B[row] or partner is None
+        nearest = recent.nearest(captions[row], uniform_B[row]) if searches else None
         wrong.append(nearest or (None if partner is None else captions[partner]))
     return wrong
 
@@ -105,14 +108,30 @@ class CaptionFeatures:
         self,
         captions: Sequence[str],
         progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> None:
-        """Encode captions beforehand, those of like length together (less padding)."""
+    ) -> int:
+        """Encode captions beforehand, those of like length together (less padding); how many."""
         todo = sorted(set(captions) - self._known.keys(), key=lambda c: (len(c), c))
         todo = todo[: self.max_captions - len(self._known)]
         for start in range(0, len(todo), ENCODE_BATCH):
             batch = todo[start : start + ENCODE_BATCH]
             self._known.update(self._encode(batch))
             progress(start + len(batch), len(todo))
+        return len(todo)
+
+    def save(self, path: Path) -> None:
+        """Keep what is known on disk, for other ranks and later attempts."""
+        partial = path.with_name(path.name + ".partial")
+        torch.save({"encoder": self.encoder.name, "features": self._known}, partial)
+        partial.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Know what was saved, if there is a readable file of the same encoder."""
+        try:
+            saved = torch.load(path, weights_only=True)
+        except Exception:  # damaged or absent: it will be computed, and written, again
+            return
+        if saved.get("encoder") == self.encoder.name:
+            self._known |= saved["features"]
 
     def __call__(self, captions: Sequence[str]) -> TextFeatures:
         """Features of a batch, padded to its longest caption, on the device."""

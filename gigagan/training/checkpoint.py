@@ -1,10 +1,17 @@
-"""Save and restore everything that a run needs to go on as if it had not stopped."""
+"""Save and restore everything that a run needs to go on as if it had not stopped.
+
+A checkpoint is `images-N.pt`, with `images-N.json` beside it that says what it is: position,
+configuration, size and sha256. The JSON is written first and the weights take their name last, so a
+reader sees a whole checkpoint or none, whenever the writer dies.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,9 +19,33 @@ import torch
 
 _NAME = re.compile(r"images-(\d{10})\.pt")
 
+FREE_TO_CHANGE = (
+    "total_images",
+    "checkpoint_images",
+    "keep_checkpoints",
+    "milestone_images",
+    "sample_images",
+    "snapshot_images",
+    "log_images",
+    "num_probe_captions",
+    "prompts",
+    "health",
+    "system",
+)
+"""Settings, or sections, that a resumed run may change: they say how long a run is, what is
+looked at, and on what it runs, not what is learned."""
+
 
 class CheckpointError(ValueError):
-    """A checkpoint that does not fit the run."""
+    """A checkpoint that cannot be read, or does not fit the run."""
+
+
+class UnreadableError(CheckpointError):
+    """A checkpoint whose bytes are not those that were written."""
+
+
+class WriteError(RuntimeError):
+    """A checkpoint that could not be written; those before it are untouched."""
 
 
 class Stateful(Protocol):
@@ -31,54 +62,186 @@ def save(
     directory: Path,
     images_seen: int,
     parts: Mapping[str, Stateful],
-    about: dict[str, Any],
+    about: Mapping[str, Any],
     *,
     keep: int,
+    is_milestone: bool = False,
 ) -> Path:
-    """Write one file atomically (a reader sees the old checkpoint or the new one, never half).
+    """Write one checkpoint atomically; of those before it stay the newest `keep` and milestones.
 
-    A JSON beside it says what it is. Only the newest `keep` stay.
+    Raises:
+        WriteError: the disk is full, or refuses; nothing that was there is lost.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"images-{images_seen:010d}.pt"
     partial = path.with_suffix(".partial")
-    torch.save(
-        {name: part.state_dict() for name, part in parts.items()} | {"about": about}, partial
-    )
-    partial.replace(path)
-    path.with_suffix(".json").write_text(json.dumps(about, indent=2))
-    for old in _all(directory)[:-keep]:
-        old.with_suffix(".json").unlink(missing_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for left_over in directory.glob("*.partial"):  # of a writer that was killed
+            left_over.unlink()
+        with partial.open("wb") as file:
+            torch.save({name: part.state_dict() for name, part in parts.items()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        described = {
+            "images_seen": images_seen,
+            **about,
+            "is_milestone": is_milestone,
+            "bytes": partial.stat().st_size,
+            "sha256": _digest(partial),
+        }
+        _write(path.with_suffix(".json"), json.dumps(described, indent=2).encode())
+        partial.replace(path)
+        _flush(directory)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into RuntimeError
+        partial.unlink(missing_ok=True)
+        raise WriteError(f"{path} could not be written ({error})") from error
+    for old in [p for p in _all(directory) if not _described(p).get("is_milestone")][:-keep]:
         old.unlink()
+        old.with_suffix(".json").unlink(missing_ok=True)
     return path
 
 
 def latest(directory: Path) -> Path | None:
-    """The newest complete checkpoint, or None."""
+    """The newest checkpoint, or None."""
     return max(_all(directory), default=None)
 
 
-def restore(path: Path, parts: Mapping[str, Stateful]) -> dict[str, Any]:
-    """Load every part in place and return what `save` was told.
+def restore_newest(
+    directory: Path,
+    parts: Mapping[str, Stateful],
+    config: Mapping[str, Any],
+    *,
+    warn: Callable[[str], None] = print,
+    usable: Callable[[Mapping[str, Any]], bool] = lambda about: True,
+) -> dict[str, Any] | None:
+    """Load the newest readable checkpoint and return its description; None if there is none.
+
+    One whose bytes are not those that were written is passed over with a warning, for the one
+    before it. `usable` may refuse some by their description.
 
     Raises:
-        CheckpointError: the file is unreadable, or lacks a part, or holds other networks.
+        CheckpointError: all are unreadable, or the newest readable one is of another configuration.
     """
-    remedy = f"delete it to go on from the one before, or {path.parent} to start again"
+    paths = sorted(_all(directory), reverse=True)
+    for path in paths:
+        try:
+            if usable(_described(path)):
+                return restore(path, parts, config)
+        except UnreadableError as error:
+            warn(f"warning: {error}; trying the checkpoint before it")
+    if paths:
+        raise CheckpointError(
+            f"none of the {len(paths)} checkpoints in {directory} can be used: move the folder "
+            "away to start again"
+        )
+    return None
+
+
+def restore(
+    path: Path, parts: Mapping[str, Stateful], config: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Load every part in place and return the checkpoint's description.
+
+    Raises:
+        UnreadableError: the bytes are not those that were written.
+        CheckpointError: it is of another configuration (every difference is named), or lacks a
+            part.
+    """
+    about = _verified(path)
+    if config is not None:
+        changed = differences(about.get("config", {}), config)
+        if changed:
+            raise CheckpointError(
+                f"{path} was written with other settings:\n"
+                + "\n".join(f"  {line}" for line in changed)
+                + "\nput them back, or train into another folder"
+            )
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{path} is not a readable checkpoint ({error}): {remedy}") from error
-    missing = parts.keys() - saved.keys()
-    if missing:
-        raise CheckpointError(f"{path} lacks {sorted(missing)}: {remedy}")
+    except Exception as error:  # torch raises anything on damaged files
+        raise UnreadableError(f"{path} is not a readable checkpoint ({error})") from error
+    if missing := sorted(parts.keys() - saved.keys()):
+        raise CheckpointError(f"{path} lacks {missing}: it is of another version, start again")
     for name, part in parts.items():
         try:
             part.load_state_dict(saved[name])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path}: its {name!r} does not fit: {error}") from error
-    about: dict[str, Any] = saved["about"]
     return about
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Settings that differ and are not free to change, as `a.b: old → new`, sorted."""
+    before, after = dict(_flat(old)), dict(_flat(new))
+    return [
+        f"{key}: {_shown(before, key)} → {_shown(after, key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key, _ABSENT) != after.get(key, _ABSENT)
+        and key.partition(".")[0] not in FREE_TO_CHANGE
+    ]
+
+
+_ABSENT = object()
+
+
+def _shown(flat: Mapping[str, Any], key: str) -> str:
+    return json.dumps(flat[key]) if key in flat else "absent"
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves by dotted key; sequences are leaves, and tuples equal lists (JSON knows one)."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """The description beside a checkpoint, once its bytes have been found to fit it."""
+    about = _described(path)
+    if not about:
+        raise UnreadableError(f"{path.with_suffix('.json')} is missing or damaged")
+    try:
+        size = path.stat().st_size
+        if size != about["bytes"]:
+            raise UnreadableError(f"{path} has {size:,} bytes instead of {about['bytes']:,}")
+        if _digest(path) != about["sha256"]:
+            raise UnreadableError(f"{path} is damaged: its sha256 is not the one it was given")
+    except (OSError, KeyError) as error:
+        raise UnreadableError(f"{path} cannot be read ({error})") from error
+    return about
+
+
+def _described(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.with_suffix(".json").read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Aside, to the disk, then under its name."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _flush(directory: Path) -> None:
+    """Make renames last through a loss of power."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _all(directory: Path) -> list[Path]:

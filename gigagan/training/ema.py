@@ -18,10 +18,13 @@ class Ema:
         self.half_life = config.ema_half_life_images
         self.ramp = config.ema_ramp
 
+    def half_life_at(self, images_seen: int) -> float:
+        """In images: ramp · images seen, up to the full one (StyleGAN2-ADA's `ema_rampup`)."""
+        return min(self.half_life, self.ramp * images_seen)
+
     def decay(self, images_seen: int, batch_size: int) -> float:
-        """β of one step: 0.5 ** (batch / half-life), the half-life at most ramp · images seen."""
-        half_life = min(self.half_life, self.ramp * images_seen)
-        return 0.5 ** (batch_size / max(half_life, 1e-8))
+        """β of one step: 0.5 ** (batch / half-life)."""
+        return 0.5 ** (batch_size / max(self.half_life_at(images_seen), 1e-8))
 
     @torch.no_grad()
     def update(self, network: nn.Module, images_seen: int, batch_size: int) -> None:

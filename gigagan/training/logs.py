@@ -8,12 +8,16 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
+
+from gigagan.config import HealthConfig
+from gigagan.training.charts import draw_health
 
 
 class Log:
@@ -44,15 +48,23 @@ class Log:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1
 
-    def line(self, images_seen: int) -> dict[str, float]:
-        """Write the means since the last line, print progress, and return them."""
-        means = {name: (total / self._counts[name]).item() for name, total in self._sums.items()}
+    def line(
+        self, images_seen: int, *, mean: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> dict[str, float]:
+        """Write the means since the last line, print progress, and return them.
+
+        Every rank must call this; `mean` averages a tensor over ranks.
+        """
+        sums = [total.double() / self._counts[name] for name, total in self._sums.items()]
+        values = mean(torch.stack(sums)).tolist() if sums else []
+        means = dict(zip(self._sums, values, strict=True))
         self._sums, self._counts = {}, {}
         assert self._since is not None, "start() comes first"
         now = time.monotonic()
         rate = (images_seen - self._since[1]) / max(now - self._since[0], 1e-9)
         self._since = (now, images_seen)
         means["images_per_second"] = rate
+        means["cpu_seconds"] = time.process_time()
         self.scalars(images_seen, means)
         left = max(self.total_images - images_seen, 0) / max(rate, 1e-9)
         shown = "  ".join(
@@ -88,6 +100,13 @@ class Log:
         if self._mlflow is not None:
             self._mlflow.picture(images_seen, name, image)
         return path
+
+    def health(self, limits: HealthConfig) -> None:
+        """Draw the page of health charts anew, and show it in MLflow."""
+        path = self.run_dir / "health.png"
+        draw_health(self.run_dir / "metrics.jsonl", path, limits)
+        if self._mlflow is not None:
+            self._mlflow.file(path)
 
     def say(self, text: str) -> None:
         """Print a line in the main process."""
@@ -132,6 +151,9 @@ class _MlflowRun:
 
     def picture(self, step: int, name: str, image: Image.Image) -> None:
         self.client.log_image(self.run_id, image, key=name, step=step, synchronous=False)
+
+    def file(self, path: Path) -> None:
+        self.client.log_artifact(self.run_id, str(path))
 
     def close(self) -> None:
         import mlflow

@@ -5,9 +5,6 @@ Shape letters: B batch (of all ranks where said so), C colour, H W image, Z late
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,23 +18,27 @@ from gigagan.models import snapshot
 from gigagan.models.generator import Generator
 from gigagan.models.layers import pyramid
 from gigagan.models.upsampler import Upsampler
-from gigagan.training import checkpoint, step
+from gigagan.training import step
+from gigagan.training.acceleration import autocast, uncompiled
+from gigagan.training.augment import Draws
 from gigagan.training.captions import CaptionFeatures, RecentCaptions, mismatch
 from gigagan.training.distributed import World
-from gigagan.training.ema import Ema
+from gigagan.training.guard import Divergence, StallWatch
 from gigagan.training.logs import Log
 from gigagan.training.probes import Look, from_uint8
+from gigagan.training.run import Run
 
-BETA1 = 0.0  # GigaGAN and StyleGAN2: no momentum
-MEAN_STYLE_BATCHES = 32
+MEAN_STYLE_CAPTIONS, MEAN_STYLE_BATCH = 512, 64
+STOP_EVERY = 8
+"""Steps between two questions to all ranks whether one of them was asked to stop."""
 
 
-class DivergenceError(RuntimeError):
-    """A loss or gradient is no longer finite."""
+class Preempted(RuntimeError):  # noqa: N818 - not an error: the run goes on later
+    """The process was asked to stop; a checkpoint of the last step is written."""
 
 
 class Batch(Protocol):
-    """What the loader gives: this rank's part of a batch."""
+    """What the loader gives: this rank's part of a global batch."""
 
     @property
     def images_BCHW(self) -> Tensor:
@@ -47,27 +48,26 @@ class Batch(Protocol):
     def captions(self) -> list[str]:
         """One per image."""
 
+    @property
+    def planned_captions(self) -> list[str]:
+        """Of the whole global batch, in its order."""
+
+
+class Loader(Protocol):
+    """Where batches come from: a function of the position."""
+
+    def batches(self, images_seen: int = 0) -> Iterator[Batch]:
+        """From there on, without end."""
+
+    def captions_between(self, start: int, stop: int) -> list[str]:
+        """Captions at these positions."""
+
 
 class Probe(Protocol):
     """Looks at a generator every so often."""
 
     def look(self, generator: nn.Module) -> Look:
         """Draw and measure."""
-
-
-class Progress:
-    """The counters of a run, saved with it."""
-
-    def __init__(self) -> None:
-        self.images_seen = 0
-
-    def state_dict(self) -> dict[str, int]:
-        """Plain numbers."""
-        return {"images_seen": self.images_seen}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there."""
-        self.images_seen = state["images_seen"]
 
 
 class Result(NamedTuple):
@@ -82,148 +82,165 @@ def train(
     config: TrainStage,
     players: step.Players,
     captions: CaptionFeatures,
-    batches: Callable[[int], Iterator[Batch]],
+    loader: Loader,
     probe: Probe,
     run_dir: Path,
     log: Log,
     world: World,
+    *,
+    is_asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> Result:
     """Train until `config.total_images`, resuming from `run_dir` if it holds a checkpoint.
 
-    Writes checkpoints, sample pictures and, at the end, `snapshot.safetensors`.
+    Writes checkpoints, sample pictures and, at the end, `snapshot.safetensors`. Where the guard
+    sees a divergence the run goes back to the last checkpoint, with a lower learning rate.
 
     Raises:
-        DivergenceError: a gradient is not finite.
+        Divergence: it diverged more often than the configuration allows; a report is written.
+        Preempted: asked to stop, and a checkpoint of this position is written.
+        CheckpointError: what `run_dir` holds is unreadable or of another configuration.
     """
-    generator, discriminator = players.generator, players.discriminator
-    heads = players.auxiliary.heads if players.auxiliary else nn.Module()
-
-    # Optimizers and everything else that a resumed run needs.
-    opt_g = _adamw(config, generator)
-    opt_d = _adamw(config, discriminator, heads)
-    ema = Ema(generator, config.optimizer)
-    progress = Progress()
-    parts: dict[str, checkpoint.Stateful] = {
-        "generator": generator,
-        "discriminator": discriminator,
-        "heads": heads,
-        "opt_g": opt_g,
-        "opt_d": opt_d,
-        "ema": ema,
-        "progress": progress,
-    }
-    newest = checkpoint.latest(run_dir / "checkpoints")
-    if newest is not None:
-        checkpoint.restore(newest, parts)
-        log.say(f"resumed from {newest.name} at {progress.images_seen:,} images")
-    log.start(progress.images_seen)
-
-    batch_size = config.batch_size
+    run = Run(config, players, run_dir, log, world)
+    run.resume()
+    log.start(run.images_seen)
     found: dict[str, float] = {}
-    recent = _recent(config, batches, progress.images_seen, world)
-    stream = batches(progress.images_seen)
-    while progress.images_seen < config.total_images:
-        seen = progress.images_seen
-        number = seen // batch_size
-        for optimizer in (opt_g, opt_d):
-            _set_rate(optimizer, config, seen)
-        inputs = _inputs(config, players, captions, recent, next(stream), seen, world)
-        auxiliary = players.auxiliary
-        is_due = auxiliary is not None and auxiliary.is_due(number, seen)
-        strength = auxiliary.strength(seen) if auxiliary is not None and is_due else 0.0
+    with StallWatch(run_dir, config.health.stall_seconds, rank=world.rank) as watch:
+        while run.images_seen < config.total_images:
+            try:
+                found = _steps(run, captions, loader, probe, watch, is_asked_to_stop)
+            except Divergence as divergence:
+                watch.pause()
+                run.roll_back(divergence)
+                log.start(run.images_seen)
+    if world.is_main:
+        if not found:  # resumed at the very end
+            found = _look(run, probe, captions, loader)
+        _save_snapshot(run, captions, loader, run_dir / "snapshot.safetensors")
+    return Result(run.images_seen, found)
 
-        # One forward of the generator serves both steps.
-        with _autocast(config, world.device):
-            fakes = step.synthesize(generator, inputs)
+
+def _steps(
+    run: Run,
+    captions: CaptionFeatures,
+    loader: Loader,
+    probe: Probe,
+    watch: StallWatch,
+    is_asked_to_stop: Callable[[], bool],
+) -> dict[str, float]:
+    """Step after step from the run's position to its end; the last figures.
+
+    Raises:
+        Divergence: the guard found one.
+        Preempted: asked to stop.
+    """
+    config, players, world, log = run.config, run.players, run.world, run.log
+    generator, discriminator, heads = players.generator, players.discriminator, run.heads
+    found: dict[str, float] = {}
+    recent = _recent(config, loader, run.images_seen)
+    stream = loader.batches(run.images_seen)
+    while run.images_seen < config.total_images:
+        rate, has_r1 = run.set_rates(), run.has_r1
+        inputs = _inputs(
+            config,
+            players,
+            captions,
+            recent,
+            next(stream),
+            run.images_seen,
+            world,
+            augmented_share=run.ada.probability,
+        )
+        parts = step.split(inputs, config.system.accumulate)
+        share, keeps_graph = 1 / len(parts), len(parts) == 1
+        auxiliary = players.auxiliary
+        is_due = auxiliary is not None and auxiliary.is_due(run.number, run.images_seen)
+        strength = auxiliary.strength(run.images_seen) if auxiliary and is_due else 0.0
+        is_asking = world.size == 1 or run.number % STOP_EVERY == 0
+        metrics: step.Metrics = {}
+
+        # One forward of the generator serves both steps, unless a batch comes in parts.
+        fakes: list[list[Tensor]] = []
+        for part in parts:
+            with torch.set_grad_enabled(keeps_graph), autocast(config.precision, world.device):
+                fakes.append(step.synthesize(generator, part))
 
         # Discriminator.
         _require_grad(True, discriminator, heads)
-        opt_d.zero_grad(set_to_none=True)
-        with _autocast(config, world.device):
-            metrics = step.accumulate_discriminator(
-                players, config, inputs, fakes, auxiliary_strength=strength
-            )
-        if config.optimizer.r1_weight > 0 and number % config.optimizer.r1_every == 0:
+        run.opt_d.zero_grad(set_to_none=True)
+        for i, (part, fake) in enumerate(zip(parts, fakes, strict=True)):
+            if i == len(parts) - 1 and not has_r1:
+                run.reducer_d.arm()  # means of gradients leave while this backward runs
+            with autocast(config.precision, world.device):
+                terms = step.accumulate_discriminator(
+                    players, config, part, fake, auxiliary_strength=strength, share=share
+                )
+            step.add(metrics, terms, share)
+        if has_r1:
             weight = config.optimizer.r1_weight / 2 * config.optimizer.r1_every
-            metrics |= step.accumulate_r1(players, inputs, weight=weight)
-        world.mean_gradients(discriminator, heads)
-        metrics["d/gradient_norm"] = _clip(config, discriminator, heads)
-        opt_d.step()
+            for i, part in enumerate(parts):
+                if i == len(parts) - 1:
+                    run.reducer_d.arm()
+                with uncompiled():
+                    terms = step.accumulate_r1(players, part, weight=weight * share)
+                step.add(metrics, terms, share)
+        run.reducer_d.finish()
+        metrics["d/gradient_norm"] = run.update("d", run.opt_d, discriminator, heads)
 
         # Generator.
         _require_grad(False, discriminator, heads)
-        opt_g.zero_grad(set_to_none=True)
-        with _autocast(config, world.device):
-            metrics |= step.accumulate_generator(
-                players, config, inputs, fakes, auxiliary_strength=strength
-            )
-        world.mean_gradients(generator)
-        metrics["g/gradient_norm"] = _clip(config, generator)
-        opt_g.step()
-        del fakes
+        run.opt_g.zero_grad(set_to_none=True)
+        for i, (part, fake) in enumerate(zip(parts, fakes, strict=True)):
+            if i == len(parts) - 1:
+                run.reducer_g.arm()
+            with autocast(config.precision, world.device):
+                images = fake if keeps_graph else step.synthesize(generator, part)
+                terms = step.accumulate_generator(
+                    players, config, part, images, auxiliary_strength=strength, share=share
+                )
+            step.add(metrics, terms, share)
+        run.reducer_g.finish()
+        metrics["g/gradient_norm"] = run.update("g", run.opt_g, generator)
+        run.last_inputs = inputs
+        del fakes, fake, images, part, parts, inputs
 
         # Bookkeeping.
-        progress.images_seen += batch_size
-        ema.update(generator, progress.images_seen, batch_size)
+        run.images_seen += config.batch_size
+        run.ema.update(generator, run.images_seen, config.batch_size)
+        run.ada.update(metrics["d/sign_real"], world.mean)
         log.add(metrics)
-        is_done = progress.images_seen >= config.total_images
-        if is_done or _crosses(seen, batch_size, config.log_images):
-            found |= _checked(log.line(progress.images_seen), progress.images_seen)
-        if world.is_main and (is_done or _crosses(seen, batch_size, config.sample_images)):
-            found |= _look(probe, ema.network, progress.images_seen, log)
-        if world.is_main and (is_done or _crosses(seen, batch_size, config.checkpoint_images)):
-            about = {"images_seen": progress.images_seen, "config": config.model_dump(mode="json")}
-            checkpoint.save(
-                run_dir / "checkpoints",
-                progress.images_seen,
-                parts,
-                about,
-                keep=config.keep_checkpoints,
-            )
-    if not found and world.is_main:  # resumed at the very end
-        found |= _look(probe, ema.network, progress.images_seen, log)
-    if world.is_main:
-        about_snapshot: dict[str, str | int | float] = {
-            "images_seen": progress.images_seen,
-            "seed": config.seed,
-        }
-        averaged = ema.network
-        assert isinstance(averaged, Generator | Upsampler)
-        if isinstance(averaged, Generator):
-            averaged.style_mean.copy_(_mean_style(averaged, captions, batches))
-        snapshot.save(run_dir / "snapshot.safetensors", averaged, about_snapshot)
-    return Result(progress.images_seen, found)
+        watch.beat()
+        is_done = run.images_seen >= config.total_images
+        if is_done or run.crosses(config.log_images):
+            line = log.line(run.images_seen, mean=world.mean)
+            alarms = run.guard.check(line, run.images_seen)
+            figures = {
+                "learning_rate": rate,
+                "augment/probability": run.ada.probability,
+                "ema/half_life": run.ema.half_life_at(run.images_seen),
+                **run.guard.figures(),
+            }
+            log.scalars(run.images_seen, figures)
+            found |= line
+            run.heed(alarms)
+        if is_done or run.crosses(config.sample_images):
+            watch.pause()
+            if world.is_main:
+                found |= _look(run, probe, captions, loader)
+            watch.beat()
+        is_stopping = is_asking and world.any(is_asked_to_stop())
+        if is_done or is_stopping or run.crosses(config.checkpoint_images):
+            run.save(is_final=is_done or is_stopping)
+        if is_stopping and not is_done:
+            raise Preempted(f"asked to stop: wrote a checkpoint at {run.images_seen:,} images")
+    return found
 
 
-def _recent(
-    config: TrainStage,
-    batches: Callable[[int], Iterator[Batch]],
-    images_seen: int,
-    world: World,
-) -> RecentCaptions:
+def _recent(config: TrainStage, loader: Loader, images_seen: int) -> RecentCaptions:
     """The captions before this position, as an uninterrupted run would remember them."""
     recent = RecentCaptions(config.loss.recent_captions)
-    local_batch = config.batch_size // world.size
-    wanted = math.ceil(config.loss.recent_captions / local_batch)
-    steps_back = min(images_seen // config.batch_size, wanted)
-    start = images_seen - steps_back * config.batch_size
-    for batch in itertools.islice(batches(start), steps_back):
-        recent.add(batch.captions)
+    start = max(images_seen - config.loss.recent_captions, 0)
+    recent.add(loader.captions_between(start, images_seen))
     return recent
-
-
-@torch.no_grad()
-def _mean_style(
-    generator: Generator, captions: CaptionFeatures, batches: Callable[[int], Iterator[Batch]]
-) -> Tensor:
-    """w̄ over the captions of the first batches, one latent each: S."""
-    random = torch.Generator().manual_seed(0)
-    styles = []
-    for batch in itertools.islice(batches(0), MEAN_STYLE_BATCHES):
-        text = generator.read(captions(batch.captions))
-        z = torch.randn(len(batch.captions), generator.config.latent_dim, generator=random)
-        styles.append(generator.style(z.to(generator.style_mean.device), text))
-    return torch.cat(styles).mean(0)
 
 
 def _inputs(
@@ -234,14 +251,16 @@ def _inputs(
     batch: Batch,
     images_seen: int,
     world: World,
+    *,
+    augmented_share: float = 1.0,
 ) -> step.Inputs:
     """Draw everything random of a step from (seed, position), for all ranks alike, and share it."""
     random = torch.Generator().manual_seed(config.seed * 1_000_003 + images_seen)
     generator, levels = players.generator, players.discriminator.config.levels
     B = config.batch_size
     z_BZ = world.share(torch.randn(B, generator.config.latent_dim, generator=random))
-    is_hard_B = world.share(torch.rand(B, generator=random) < config.loss.hard_mismatches)
-    uniform_B = world.share(torch.rand(B, generator=random))
+    is_hard_B = torch.rand(B, generator=random) < config.loss.hard_mismatches
+    uniform_B = torch.rand(B, generator=random)
     rotation = float(torch.rand((), generator=random))
 
     real_BCHW = from_uint8(batch.images_BCHW.to(world.device, non_blocking=True))
@@ -255,50 +274,38 @@ def _inputs(
         room = max(target - getattr(config, "lpips_crop", target), 0) + 1
         top, left = torch.randint(room, (2,), generator=random).tolist()
         crop = (top, left)
+    draws: list[Draws | None] = []
+    for _ in range(3):  # of real and generated images in D's step, and of generated ones in G's
+        drawn = players.augment.draw(B, random, augmented_share)
+        draws.append(drawn and drawn.shared(world.share))
 
-    recent.add(batch.captions)
+    local = B // world.size
+    recent.add(batch.planned_captions)
     others = mismatch(
-        batch.captions,
+        batch.planned_captions,
         recent,
+        rows=range(world.rank * local, (world.rank + 1) * local),
         is_hard_B=is_hard_B.tolist(),
         uniform_B=uniform_B.tolist(),
         order_B=uniform_B.argsort().tolist(),
         rotation=rotation,
     )
+    # A picture that could not be read was replaced by another, perhaps of that very caption.
+    others = [o if o != own else None for o, own in zip(others, batch.captions, strict=True)]
     has_other_B = torch.tensor([other is not None for other in others], device=world.device)
     other_text = captions([o or own for o, own in zip(others, batch.captions, strict=True)])
-    text = captions(batch.captions)
-    return step.Inputs(real, batch.captions, text, z_BZ, small, other_text, has_other_B, crop)
-
-
-def _adamw(config: TrainStage, *modules: nn.Module) -> torch.optim.AdamW:
-    """AdamW with a stronger decay on attention weights (GigaGAN, appendix A)."""
-    settings = config.optimizer
-    attention: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for module in modules:
-        for name, parameter in module.named_parameters():
-            (attention if "attention" in name else others).append(parameter)
-    groups = [
-        {"params": others, "weight_decay": settings.weight_decay},
-        {"params": attention, "weight_decay": settings.attention_weight_decay},
-    ]
-    # The fused step is one pass over each parameter instead of ten.
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(BETA1, settings.beta2), fused=True)
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, config: TrainStage, images_seen: int) -> None:
-    """Linear warm-up over the first images."""
-    warmup = max(config.optimizer.warmup_images, 1)
-    rate = config.optimizer.lr * min((images_seen + config.batch_size) / warmup, 1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
-def _clip(config: TrainStage, *modules: nn.Module) -> Tensor:
-    """Scale gradients down to the largest allowed norm; the norm before that."""
-    parameters = [p for m in modules for p in m.parameters()]
-    return nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm).detach()
+    return step.Inputs(
+        real,
+        batch.captions,
+        captions(batch.captions),
+        z_BZ,
+        small,
+        other_text,
+        has_other_B,
+        crop,
+        tuple(draws),
+        images_seen,
+    )
 
 
 def _require_grad(value: bool, *modules: nn.Module) -> None:
@@ -307,45 +314,50 @@ def _require_grad(value: bool, *modules: nn.Module) -> None:
         module.requires_grad_(value)
 
 
-def _autocast(
-    config: TrainStage, device: torch.device
-) -> contextlib.AbstractContextManager[object]:
-    """bf16 where asked for, or where `auto` and the device multiplies bf16 natively.
+def _look(run: Run, probe: Probe, captions: CaptionFeatures, loader: Loader) -> dict[str, float]:
+    """A tick: picture and probes of the averaged generator, vital signs of the trained one.
 
-    A CPU without such instructions emulates them at a tenth of the speed of float32 or less.
+    Raises nothing of what the guard finds: vital signs only warn.
     """
-    native = (
-        torch.cuda.is_bf16_supported(including_emulation=False)
-        if device.type == "cuda"
-        else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
-    wanted = config.precision == "bf16" or (config.precision == "auto" and native)
-    return torch.autocast(device.type, torch.bfloat16) if wanted else contextlib.nullcontext()
-
-
-def _crosses(images_seen: int, batch_size: int, every: int) -> bool:
-    """Whether this step passes a multiple of `every`."""
-    return (images_seen + batch_size) // every > images_seen // every
-
-
-def _checked(line: dict[str, float], images_seen: int) -> dict[str, float]:
-    """Stop where a figure is not finite: going on would only overwrite good checkpoints."""
-    bad = [name for name, value in line.items() if value != value or abs(value) == float("inf")]
-    if bad:
-        raise DivergenceError(
-            f"{', '.join(bad)} not finite at {images_seen:,} images: lower optimizer.lr or raise "
-            "optimizer.r1_weight, and start again from the last checkpoint"
-        )
-    return line
-
-
-def _look(probe: Probe, averaged: nn.Module, images_seen: int, log: Log) -> dict[str, float]:
-    """A tick: picture and probes of the averaged generator."""
     started = time.monotonic()
-    look = probe.look(averaged)
-    log.picture(images_seen, "samples", look.grid)
-    log.scalars(images_seen, look.scalars)
+    log, seen = run.log, run.images_seen
+    look = probe.look(run.ema.network)
+    vitals = run.vital_signs()
+    log.picture(seen, "samples", look.grid)
+    log.scalars(seen, look.scalars | vitals)
+    run.heed(run.guard.check_vitals(vitals, seen))
+    log.health(run.config.health)
+    every = run.config.snapshot_images
+    if every is not None and run.crosses(every):
+        path = run.run_dir / "snapshots" / f"images-{seen:010d}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        _save_snapshot(run, captions, loader, path)
     shown = "  ".join(f"{name.removeprefix('probe/')} {v:.3f}" for name, v in look.scalars.items())
-    log.say(f"{images_seen:,} images seen: {shown}")
+    log.say(f"{seen:,} images seen: {shown}")
     log.pause(time.monotonic() - started)
     return look.scalars
+
+
+def _save_snapshot(run: Run, captions: CaptionFeatures, loader: Loader, path: Path) -> None:
+    """The averaged generator, for users."""
+    averaged = run.ema.network
+    assert isinstance(averaged, Generator | Upsampler)
+    if isinstance(averaged, Generator):
+        averaged.style_mean.copy_(_mean_style(averaged, captions, loader))
+    about: dict[str, str | int | float] = {
+        "images_seen": run.images_seen,
+        "seed": run.config.seed,
+    }
+    snapshot.save(path, averaged, about)
+
+
+@torch.no_grad()
+def _mean_style(generator: Generator, captions: CaptionFeatures, loader: Loader) -> Tensor:
+    """w̄ over the first captions of the training set, one latent each: S."""
+    random = torch.Generator().manual_seed(0)
+    styles = []
+    for start in range(0, MEAN_STYLE_CAPTIONS, MEAN_STYLE_BATCH):
+        text = generator.read(captions(loader.captions_between(start, start + MEAN_STYLE_BATCH)))
+        z = torch.randn(MEAN_STYLE_BATCH, generator.config.latent_dim, generator=random)
+        styles.append(generator.style(z.to(generator.style_mean.device), text))
+    return torch.cat(styles).mean(0)

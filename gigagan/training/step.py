@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from gigagan import losses
-from gigagan.config import TrainStage, TrainUpsamplerConfig
+from gigagan.config import AugmentConfig, TrainStage, TrainUpsamplerConfig
 from gigagan.models.discriminator import Discriminator
 from gigagan.models.encoders import TextFeatures
 from gigagan.models.generator import Generator
 from gigagan.models.layers import full_precision
 from gigagan.models.upsampler import Upsampler
+from gigagan.training.augment import Augment, Draws, mean_sign
 from gigagan.training.auxiliary import Auxiliary
 
 Metrics = dict[str, Tensor]  # detached, still on the device; the loop decides when to read them
@@ -42,6 +43,10 @@ class Inputs(NamedTuple):
     """… where there is one: False if all captions lately were the same."""
     crop: tuple[int, int]
     """Top and left corner of the crop on which LPIPS is measured."""
+    draws: tuple[Draws | None, ...] = (None, None, None)
+    """Augmentation of real and generated images in D's step, and of generated ones in G's."""
+    images_seen: int = 0
+    """Position, for what fades."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,48 @@ class Players:
     auxiliary: Auxiliary | None
     perceptual: nn.Module | None
     """LPIPS with a frozen VGG16, for the upsampler."""
+    augment: Augment = Augment(AugmentConfig())
+    """What is done to all images that D sees; nothing by default."""
+
+
+def split(inputs: Inputs, num_parts: int) -> list[Inputs]:
+    """A batch as equal parts, for gradient accumulation.
+
+    Raises:
+        ValueError: the batch does not divide.
+    """
+    if num_parts == 1:
+        return [inputs]
+    B = len(inputs.z_BZ)
+    if B % num_parts:
+        raise ValueError(
+            f"a rank's batch of {B} cannot be split into system.accumulate = {num_parts} equal "
+            "parts: choose a divisor"
+        )
+    size = B // num_parts
+    return [_rows(inputs, slice(start, start + size)) for start in range(0, B, size)]
+
+
+def _rows(inputs: Inputs, rows: slice) -> Inputs:
+    small = inputs.small
+    return Inputs(
+        real=[x[rows] for x in inputs.real],
+        captions=inputs.captions[rows],
+        text=TextFeatures(*(x[rows] for x in inputs.text)),
+        z_BZ=inputs.z_BZ[rows],
+        small=None if small is None else (small[0][rows], small[1][rows]),
+        other_text=TextFeatures(*(x[rows] for x in inputs.other_text)),
+        has_other_B=inputs.has_other_B[rows],
+        crop=inputs.crop,
+        draws=tuple(d and d.shared(lambda x: x[rows]) for d in inputs.draws),
+        images_seen=inputs.images_seen,
+    )
+
+
+def add(metrics: Metrics, terms: Metrics, share: float) -> None:
+    """Add a part's metrics to those of its step."""
+    for name, value in terms.items():
+        metrics[name] = metrics.get(name, torch.zeros_like(value)) + share * value
 
 
 def synthesize(generator: Generator | Upsampler, inputs: Inputs) -> list[Tensor]:
@@ -72,18 +119,19 @@ def accumulate_discriminator(
     fakes: Sequence[Tensor],
     *,
     auxiliary_strength: float,
+    share: float = 1.0,
 ) -> Metrics:
-    """Add D's gradients: real, generated, and both with another caption (matching-aware).
+    """Add `share` of D's gradients: real, generated, and images beside another caption.
 
     Real and generated images share one pass of the trunk, and so do an image's two captions.
     """
     d, weights = players.discriminator, players.weights
     B = len(inputs.z_BZ)
     levels = d.config.levels
-    both = [
-        torch.cat([real, fake.detach()])
-        for real, fake in zip(inputs.real[:levels], fakes[:levels], strict=True)
-    ]
+    augment, seen = players.augment, inputs.images_seen
+    reals = augment.apply(inputs.real[:levels], inputs.draws[0], seen)
+    drawn = augment.apply([x.detach() for x in fakes[:levels]], inputs.draws[1], seen)
+    both = [torch.cat(pair) for pair in zip(reals, drawn, strict=True)]
     text_BT = _read(d, inputs.text)
     features = d.trunk(both, num_sets=2)
     logits = d.predict(features, text_BT.repeat(2, 1))
@@ -96,6 +144,7 @@ def accumulate_discriminator(
         "d/fake": loss_fake.detach(),
         "d/logit_real": _mean_logit(real_logits, weights),
         "d/logit_fake": _mean_logit(fake_logits, weights),
+        "d/sign_real": mean_sign(real_logits, weights),
     }
 
     # Matching-aware: images with the caption of another count as fake.
@@ -103,20 +152,19 @@ def accumulate_discriminator(
     if config.loss.matching > 0 and len(rows):
         picked = [f._replace(maps_BCHW=f.maps_BCHW[rows]) for f in features]
         mismatched = d.predict(picked, _read(d, inputs.other_text)[samples])
-        num_terms = 2 if config.loss.matching_images == "both" else 1
-        loss_match = num_terms * losses.as_fake(mismatched, weights)
+        # The mean over all samples: one without another caption adds nothing. So parts of a
+        # batch, and ranks, have the mean of the whole.
+        loss_match = len(rows) / B * losses.as_fake(mismatched, weights)
         loss = loss + config.loss.matching * loss_match
         metrics["d/mismatch"] = loss_match.detach()
         metrics["d/logit_mismatch"] = _mean_logit(mismatched, weights)
 
     # Vision-aided: the heads on the frozen encoder.
     if players.auxiliary is not None and auxiliary_strength > 0:
-        loss_vision = players.auxiliary.discriminator_loss(
-            inputs.real[0], fakes[0].detach(), text_BT.detach()
-        )
+        loss_vision = players.auxiliary.discriminator_loss(reals[0], drawn[0], text_BT.detach())
         loss = loss + loss_vision
         metrics["d/vision"] = loss_vision.detach()
-    loss.backward()
+    (share * loss).backward()
     return metrics
 
 
@@ -139,10 +187,14 @@ def mismatched_rows(
 
 
 def accumulate_r1(players: Players, inputs: Inputs, *, weight: float) -> Metrics:
-    """Add D's gradients of `weight` · R1 on the real pyramid with its captions, in float32."""
+    """Add D's gradients of `weight` · R1 on the real pyramid with its captions, in float32.
+
+    With respect to the images before their augmentation (StyleGAN2-ADA).
+    """
     d = players.discriminator
     real = [full_precision(x.detach()).requires_grad_() for x in inputs.real[: d.config.levels]]
-    logits = d(real, inputs.text, double_backward=True)
+    seen = players.augment.apply(real, inputs.draws[0], inputs.images_seen)
+    logits = d(seen, inputs.text, double_backward=True)
     penalty = losses.r1_penalty(logits, players.weights, real)
     (weight * penalty).backward()
     return {"d/r1": penalty.detach()}
@@ -155,12 +207,16 @@ def accumulate_generator(
     fakes: Sequence[Tensor],
     *,
     auxiliary_strength: float,
+    share: float = 1.0,
 ) -> Metrics:
-    """Add G's gradients; D's parameters must not require any."""
+    """Add `share` of G's gradients; D's parameters must not require any."""
     d = players.discriminator
     with torch.no_grad():
         text_BT = _read(d, inputs.text)
-    features = d.trunk(list(fakes[: d.config.levels]))
+    seen = players.augment.apply(
+        list(fakes[: d.config.levels]), inputs.draws[2], inputs.images_seen
+    )
+    features = d.trunk(seen)
     loss_adversarial = losses.as_real(d.predict(features, text_BT), players.weights)
     loss = loss_adversarial
     metrics = {"g/adversarial": loss_adversarial.detach()}
@@ -169,12 +225,13 @@ def accumulate_generator(
         picked = [f._replace(maps_BCHW=f.maps_BCHW[keep_B]) for f in features]
         with torch.no_grad():
             other_BT = _read(d, inputs.other_text)[keep_B]
-        loss_match = losses.as_fake(d.predict(picked, other_BT), players.weights)
+        present = len(other_BT) / len(keep_B)
+        loss_match = present * losses.as_fake(d.predict(picked, other_BT), players.weights)
         loss = loss + config.loss.generator_matching * loss_match
         metrics["g/mismatch"] = loss_match.detach()
     if players.auxiliary is not None and auxiliary_strength > 0:
         vision, contrastive = players.auxiliary.generator_losses(
-            fakes[0], text_BT, inputs.captions, inputs.text
+            seen[0], fakes[0], text_BT, inputs.captions, inputs.text
         )
         extra = config.loss.vision * vision + config.loss.contrastive * contrastive
         loss = loss + auxiliary_strength * extra
@@ -183,7 +240,7 @@ def accumulate_generator(
         fidelity, terms = _fidelity(players, config, inputs, fakes[0])
         loss = loss + fidelity
         metrics |= terms
-    loss.backward()
+    (share * loss).backward()
     return metrics
 
 

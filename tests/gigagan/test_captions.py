@@ -78,6 +78,7 @@ def wrong_captions(captions, recent, *, hard=False, seed=0):
     return mismatch(
         captions,
         recent,
+        rows=range(size),
         is_hard_B=[hard] * size,
         uniform_B=[rng.random() for _ in captions],
         order_B=rng.sample(range(size), size),

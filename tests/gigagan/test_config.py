@@ -30,6 +30,8 @@ from gigagan.models.upsampler import Upsampler
 from gigagan.models.vision import VisionAidedDiscriminator
 from gigagan.training import loop, step
 from gigagan.training.auxiliary import Auxiliary
+from gigagan.training.distributed import World
+from gigagan.training.run import adamw
 
 TEXT = TextConfig(encoder="test:words", encoder_width=11, pooled_width=13, width=16, head_width=8)
 
@@ -503,7 +505,7 @@ def test_a_row_trains_every_parameter_with_finite_losses(row):
     players = ladder_players(config)
     g, d = players.generator, players.discriminator
     heads = players.auxiliary.heads if players.auxiliary else torch.nn.Module()
-    opt_g, opt_d = loop._adamw(config, g), loop._adamw(config, d, heads)
+    opt_g, opt_d = adamw(config, World(), g), adamw(config, World(), d, heads)
     trained, expected = set(), set()
     for _ in range(2):
         inputs = random_inputs(config)

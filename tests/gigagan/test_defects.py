@@ -104,7 +104,7 @@ class ShadeBatch:
 
     def __init__(self, position, size, side):
         values = [20 + (position // 2 + i // 2) * 37 % 200 for i in range(size)]
-        self.captions = [str(v) for v in values]
+        self.captions = self.planned_captions = [str(v) for v in values]
         shades = torch.tensor(values, dtype=torch.uint8)
         self.images_BCHW = shades[:, None, None, None].expand(size, 3, side, side).clone()
 
@@ -251,14 +251,16 @@ def train(config, players, run_dir, *, side):
     """The real training loop on grey pictures."""
     captions = CaptionFeatures(ShadeEncoder(), torch.device("cpu"))
 
-    def batches(images_seen):
-        return (
-            ShadeBatch(p, config.batch_size, side)
-            for p in itertools.count(images_seen, config.batch_size)
-        )
+    class Loader:
+        def batches(self, images_seen=0):
+            for position in itertools.count(images_seen, config.batch_size):
+                yield ShadeBatch(position, config.batch_size, side)
+
+        def captions_between(self, start, stop):
+            return ShadeBatch(start, stop - start, side).captions if stop > start else []
 
     log = Log(run_dir, config.total_images)
-    loop.train(config, players, captions, batches, NoProbe(), run_dir, log, World())
+    loop.train(config, players, captions, Loader(), NoProbe(), run_dir, log, World())
     log.close()
 
 
@@ -669,8 +671,7 @@ def test_no_file_holds_a_frozen_encoder_and_a_checkpoint_holds_all_else(tmp_path
         "heads": players.auxiliary.heads,
     }
     saved = torch.load(checkpoint.latest(tmp_path / "checkpoints"), weights_only=True)
-    assert saved.keys() == {*networks, "opt_g", "opt_d", "ema", "progress", "about"}
-    assert saved["progress"] == {"images_seen": 18}
+    assert saved.keys() == {*networks, "opt_g", "opt_d", "ema", "guard", "ada"}
     for name, network in networks.items():
         assert saved[name].keys() == network.state_dict().keys()
     assert saved["ema"].keys() == players.generator.state_dict().keys()

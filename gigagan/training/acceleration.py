@@ -1,0 +1,135 @@
+"""Ways to run the same networks in less memory or time, applied to them from outside.
+
+None of them changes what a network computes (but for rounding), nor the keys of its state dict.
+Apply `channels_last` before the average (EMA) is copied from a network, that both lie alike in
+memory, and the others after.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from typing import Literal, TypedDict
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from gigagan.models.attention import AttentionBlock
+from gigagan.models.discriminator import DownConv, Predictor, Reduce, Stage
+from gigagan.models.generator import SynthesisLevel
+from gigagan.models.layers import AdaptiveBlock, DownBlock, ResidualBlock
+
+_LEVELS = (SynthesisLevel, Stage, DownBlock)
+_COMPILED = (AdaptiveBlock, AttentionBlock, ResidualBlock, DownBlock, DownConv, Reduce, Predictor)
+_FLOAT32_BYTES = 4
+
+
+class MemoryPlan(TypedDict):
+    """Bytes per rank that a run holds besides activations."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    ema: int
+    total: int
+
+
+def autocast(
+    precision: Literal["auto", "fp32", "bf16"], device: torch.device
+) -> contextlib.AbstractContextManager[object]:
+    """bf16 where asked for, or where `auto` and the device multiplies bf16 natively.
+
+    Demodulation, softmax over a bank, losses and R1 keep float32. A CPU without bf16 instructions
+    emulates them at a tenth of the speed of float32 or less.
+    """
+    native = (
+        torch.cuda.is_bf16_supported(including_emulation=False)
+        if device.type == "cuda"
+        else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+    wanted = precision == "bf16" or (precision == "auto" and native)
+    return torch.autocast(device.type, torch.bfloat16) if wanted else contextlib.nullcontext()
+
+
+def checkpoint_activations(network: nn.Module) -> int:
+    """Keep only the inputs of each resolution level for the backward; the number of levels.
+
+    Everything within is computed again when its gradients are (non-reentrant checkpointing, which
+    can be differentiated twice). The levels draw no random numbers, so no generator is restored.
+    """
+    levels = _outermost(network, _LEVELS)
+    for level in levels:
+        level.forward = functools.partial(
+            checkpoint, level.forward, use_reentrant=False, preserve_rng_state=False
+        )
+    return len(levels)
+
+
+@torch.no_grad()
+def channels_last(network: nn.Module) -> None:
+    """Lay out convolution filters with channels last, before an optimizer takes them.
+
+    Only parameters with four dimensions: `module.to(memory_format=…)` raises on filter banks.
+    """
+    for parameter in network.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
+def compile_parts(network: nn.Module, *, backend: str = "inductor") -> int:
+    """Compile the blocks of G or D in place, when they first run; the number of blocks.
+
+    Blocks of equal structure share their code. Attention and compiled code cannot be differentiated
+    twice: run what R1 differentiates inside `uncompiled()`.
+    """
+    parts = _outermost(network, _COMPILED)
+    # All blocks of a kind count as one function, whose versions are limited to eight by default;
+    # beyond, they run uncompiled. Two sizes of batch (D sees real and generated together) each.
+    limit = max(torch._dynamo.config.recompile_limit, 4 * len(parts))
+    torch._dynamo.config.recompile_limit = limit
+    torch._dynamo.config.accumulated_recompile_limit = max(
+        torch._dynamo.config.accumulated_recompile_limit, 4 * limit
+    )
+    for part in parts:
+        part.compile(backend=backend, dynamic=False)
+    return len(parts)
+
+
+def uncompiled() -> contextlib.AbstractContextManager[object]:
+    """Inside, forward passes of compiled networks run as they were written.
+
+    Their backward, and a second one, may come later.
+    """
+    stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def memory_plan(num_g: int, num_d: int, *, ranks: int, shard: bool) -> MemoryPlan:
+    """Bytes per rank of `num_g` and `num_d` parameters in float32, activations apart.
+
+    Weights and gradients 4 bytes each per parameter (both networks' gradients exist together),
+    AdamW's two moments 8 (divided by `ranks` if `shard`, to the evenness of whole parameters),
+    the averaged generator 4. Frozen encoders, activations and about one bucket of gradients come
+    on top.
+    """
+    num_both = num_g + num_d
+    weights = gradients = _FLOAT32_BYTES * num_both
+    num_own = math.ceil(num_both / ranks) if shard else num_both
+    optimizer = 2 * _FLOAT32_BYTES * num_own
+    ema = _FLOAT32_BYTES * num_g
+    return MemoryPlan(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        ema=ema,
+        total=weights + gradients + optimizer + ema,
+    )
+
+
+def _outermost(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[nn.Module]:
+    """The modules of these kinds that lie in no other of them."""
+    if isinstance(network, kinds):
+        return [network]
+    return [found for child in network.children() for found in _outermost(child, kinds)]

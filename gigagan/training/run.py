@@ -1,0 +1,230 @@
+"""The state of a run: everything that steps change, and how it is saved, restored, rolled back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gigagan.config import TrainStage
+from gigagan.training import acceleration, checkpoint, guard, step
+from gigagan.training.augment import Ada
+from gigagan.training.distributed import GradientReducer, World, consolidate, make_optimizer
+from gigagan.training.ema import Ema
+from gigagan.training.guard import Alarm, Divergence, Guard
+from gigagan.training.logs import Log
+
+BETA1 = 0.0  # GigaGAN and StyleGAN2: no momentum
+
+
+class Run:
+    """Networks, optimizers, averages, guard and position of one training run."""
+
+    def __init__(
+        self,
+        config: TrainStage,
+        players: step.Players,
+        run_dir: Path,
+        log: Log,
+        world: World,
+    ) -> None:
+        self.config, self.players, self.run_dir = config, players, run_dir
+        self.log, self.world = log, world
+        self.images_seen = 0
+        self.last_inputs: step.Inputs | None = None
+        """What the last step saw, for vital signs."""
+        self._num_failed_saves = 0
+        generator, discriminator = players.generator, players.discriminator
+        self.heads: nn.Module = players.auxiliary.heads if players.auxiliary else nn.Module()
+        self.ema = Ema(generator, config.optimizer)
+        system = config.system
+        for network in (generator, discriminator):
+            if system.channels_last:
+                acceleration.channels_last(network)
+            if system.activation_checkpointing:
+                acceleration.checkpoint_activations(network)
+            if system.compile:
+                acceleration.compile_parts(network)
+        self.opt_g = adamw(config, world, generator)
+        self.opt_d = adamw(config, world, discriminator, self.heads)
+        self.reducer_g = GradientReducer(world, generator, bucket_mb=system.bucket_mb)
+        self.reducer_d = GradientReducer(
+            world, discriminator, self.heads, bucket_mb=system.bucket_mb
+        )
+        self.guard = Guard(config.health, world.device)
+        self.ada = Ada(config.augment, config.batch_size, world.device)
+        self._parts: dict[str, checkpoint.Stateful] = {
+            "generator": generator,
+            "discriminator": discriminator,
+            "heads": self.heads,
+            "opt_g": self.opt_g,
+            "opt_d": self.opt_d,
+            "ema": self.ema,
+            "guard": self.guard,
+            "ada": self.ada,
+        }
+
+    # Optimizers.
+
+    def set_rates(self) -> float:
+        """The learning rate of the next step: linear warm-up, and what rollbacks have left."""
+        settings = self.config.optimizer
+        warmup = max(settings.warmup_images, 1)
+        ramp = min((self.images_seen + self.config.batch_size) / warmup, 1.0)
+        rate = settings.lr * ramp * self.guard.rate_factor
+        for optimizer in (self.opt_g, self.opt_d):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        return rate
+
+    def update(self, name: str, optimizer: torch.optim.Optimizer, *modules: nn.Module) -> Tensor:
+        """Clip, let the guard judge, and step; the gradients' norm before clipping.
+
+        A step that the guard refuses leaves weights and moments as they are: the fused optimizer
+        reads that from the device, so nothing waits for it.
+        """
+        parameters = [p for m in modules for p in m.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        largest = self.config.optimizer.max_grad_norm
+        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+        has_r1 = name == "d" and self.has_r1
+        kind = "r1" if has_r1 else "plain"
+        optimizer.found_inf = self.guard.judge(name, norm, (), kind=kind)  # type: ignore[attr-defined]
+        optimizer.step()
+        return norm.detach()
+
+    @property
+    def number(self) -> int:
+        """Of the next step, from 0."""
+        return self.images_seen // self.config.batch_size
+
+    @property
+    def has_r1(self) -> bool:
+        """Whether the next step has a lazy R1 penalty."""
+        settings = self.config.optimizer
+        return settings.r1_weight > 0 and self.number % settings.r1_every == 0
+
+    # Health.
+
+    def heed(self, alarms: Sequence[Alarm]) -> None:
+        """Say what the guard says.
+
+        Raises:
+            Divergence: one of the alarms is fatal.
+        """
+        for alarm in alarms:
+            self.log.say(f"health: {alarm}")
+        if any(alarm.is_fatal for alarm in alarms):
+            raise Divergence(alarms)
+
+    def vital_signs(self) -> dict[str, float]:
+        """Of the networks that are trained, on what the last step saw."""
+        inputs = self.last_inputs
+        if inputs is None:
+            return {}
+        players = self.players
+        levels = players.discriminator.config.levels
+        return guard.vital_signs(
+            players.generator,
+            players.discriminator,
+            inputs.z_BZ,
+            inputs.text,
+            inputs.real[:levels],
+            inputs.small,
+        )
+
+    # Checkpoints.
+
+    def resume(self) -> None:
+        """Go on from the newest readable checkpoint, if there is one."""
+        about = self._restore()
+        if about is not None:
+            self.log.say(f"resumed at {self.images_seen:,} images")
+
+    def roll_back(self, divergence: Divergence) -> None:
+        """Go back to the last checkpoint of a healthy run, and on with a lower learning rate.
+
+        Raises:
+            Divergence: the number of attempts is used up, or there is no checkpoint; a report is
+                written.
+        """
+        where, folder = self.images_seen, self.run_dir / "checkpoints"
+        if not self.guard.can_roll_back or checkpoint.latest(folder) is None:
+            if self.world.is_main:
+                page = guard.write_report(self.run_dir, divergence.alarms, self.guard.history)
+                self.log.say(f"health: gave up at {where:,} images; report: {page}")
+            raise divergence
+        self.world.barrier()
+        self._restore()
+        self.guard.roll_back(divergence.alarms, where, self.images_seen)
+        self.log.say(
+            f"health: rolled back from {where:,} to {self.images_seen:,} images, learning rate "
+            f"× {self.guard.rate_factor:g}"
+        )
+        # The attempt counts even if the process is killed before its next checkpoint.
+        self.save()
+
+    def save(self, *, is_final: bool = False) -> None:
+        """Write a checkpoint; every rank must call this.
+
+        A disk that is full does not end a run: the next checkpoint is another chance. The last
+        one must be written.
+
+        Raises:
+            WriteError: the final one could not be written.
+        """
+        consolidate(self.opt_g, self.opt_d)
+        if not self.world.is_main:
+            return
+        config = self.config
+        every = config.milestone_images
+        try:
+            checkpoint.save(
+                self.run_dir / "checkpoints",
+                self.images_seen,
+                self._parts,
+                {"config": config.model_dump(mode="json"), "ranks": self.world.size},
+                keep=config.keep_checkpoints,
+                is_milestone=every is not None and self.crosses(every),
+            )
+        except checkpoint.WriteError as error:
+            self._num_failed_saves += 1
+            if is_final:
+                raise
+            self.log.say(f"warning: {error}; training goes on, and tries again later")
+        self.log.scalars(
+            self.images_seen, {"health/failed_checkpoints": float(self._num_failed_saves)}
+        )
+
+    def crosses(self, every: int) -> bool:
+        """Whether the last step passed a multiple of `every`."""
+        return self.images_seen // every > (self.images_seen - self.config.batch_size) // every
+
+    def _restore(self) -> dict[str, object] | None:
+        about = checkpoint.restore_newest(
+            self.run_dir / "checkpoints",
+            self._parts,
+            self.config.model_dump(mode="json"),
+            warn=self.log.say,
+        )
+        if about is not None:
+            self.images_seen = int(about["images_seen"])
+        return about
+
+
+def adamw(config: TrainStage, world: World, *modules: nn.Module) -> torch.optim.Optimizer:
+    """AdamW with a stronger decay on attention weights (GigaGAN, appendix A)."""
+    settings = config.optimizer
+    attention: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            (attention if "attention" in name else others).append(parameter)
+    groups = [
+        {"params": others, "weight_decay": settings.weight_decay},
+        {"params": attention, "weight_decay": settings.attention_weight_decay},
+    ]
+    betas, shard = (BETA1, settings.beta2), config.system.shard_optimizer
+    return make_optimizer(groups, world, lr=settings.lr, betas=betas, shard=shard)

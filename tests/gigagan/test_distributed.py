@@ -1,0 +1,172 @@
+import copy
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from gigagan.training.distributed import (
+    GradientReducer,
+    World,
+    _batched,
+    _owners,
+    consolidate,
+    join,
+    make_optimizer,
+)
+
+RANKS = Path(__file__).with_name("ranks.py")
+
+
+def start_ranks(name, folder):
+    """Two gloo processes, as torchrun would start them, but nobody ends one for the other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(RANKS.parents[2]), os.environ.get("PYTHONPATH", "")]),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+    }
+    command = [sys.executable, str(RANKS), name, str(folder)]
+    processes = []
+    for rank in ("0", "1"):
+        env |= {"RANK": rank, "LOCAL_RANK": rank}
+        with (folder / f"{name}{rank}.txt").open("w") as output:
+            processes.append(
+                subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
+            )
+    return processes
+
+
+def two_ranks(name, folder):
+    """Exit statuses and last words; the second rank is ended once the first is gone."""
+    first, second = start_ranks(name, folder)
+    try:
+        first.wait(timeout=60)
+        second.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        first.kill()
+        second.kill()
+    words = [(folder / f"{name}{rank}.txt").read_text()[-3000:] for rank in (0, 1)]
+    return [first.wait(), second.wait()], words
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """What the ranks do, as a module: test folders are not packages."""
+    spec = importlib.util.spec_from_file_location("ranks", RANKS)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["reducer", "gather"])
+def test_two_ranks_equal_one_process(name, tmp_path):
+    status, words = two_ranks(name, tmp_path)
+    assert status == [0, 0], words
+
+
+def test_divided_optimizer_state_equals_adamw_and_goes_on_in_one_process(ranks, tmp_path):
+    status, words = two_ranks("sharded", tmp_path)
+    assert status == [0, 0], words
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    network = ranks.network(29)
+    network.load_state_dict(saved["network"])
+    optimizer = ranks.optimizer_of(network, World(), True)
+    optimizer.load_state_dict(saved["optimizer"])
+    ranks.steps(network, optimizer, 5, 7)
+    for name, weights in torch.load(tmp_path / "after.pt", weights_only=True).items():
+        assert torch.equal(network.state_dict()[name], weights), name
+
+
+def test_the_others_end_with_an_error_when_a_rank_dies(tmp_path):
+    status, words = two_ranks("dies", tmp_path)
+    assert status == [1, 3]
+    assert "by peer" in words[0]  # closed or reset
+
+
+def test_the_others_end_with_an_error_when_a_rank_hangs(tmp_path):
+    status, words = two_ranks("hangs", tmp_path)
+    assert status[0] == 1
+    assert "Timed out waiting 2000ms" in words[0]
+
+
+def test_a_single_process_is_left_as_it_is(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    world = join(timeout_s=3)
+    layer, x = nn.Linear(3, 2), torch.randn(5, 3)
+    reducer = GradientReducer(world, layer)
+    with reducer.last_backward():
+        layer(x.to(world.device)).sum().backward()
+    world.mean_gradients(layer)
+    assert layer.weight.grad is not None
+    assert world.gather_with_gradient(x) is x
+    assert world.any(True)
+    assert not world.any(False)
+    assert torch.equal(world.mean(x.requires_grad_()), x)
+    assert not world.mean(x).requires_grad
+    consolidate(make_optimizer([{"params": [layer.weight]}], world, lr=1, betas=(0.0, 0.9)))
+    world.leave()
+
+
+def test_the_rth_contiguous_part_of_a_batch_is_a_ranks_share():
+    batch = torch.arange(12).reshape(6, 2)
+    parts = [World(rank=r, size=3).share(batch) for r in range(3)]
+    assert [len(part) for part in parts] == [2, 2, 2]
+    assert torch.equal(torch.cat(parts), batch)
+    with pytest.raises(ValueError, match="multiple of the number of ranks"):
+        World(rank=0, size=4).share(batch)
+
+
+def test_buckets_keep_the_order_and_their_size_and_never_mix_types():
+    sizes = [3, 5, 2, 40, 7]
+    parameters = [nn.Parameter(torch.zeros(n)) for n in sizes]
+    parameters.append(nn.Parameter(torch.zeros(1, dtype=torch.float64)))
+    buckets = list(_batched(parameters, 40e-6))  # ten float32
+    assert [[p.numel() for p in b] for b in buckets] == [[3, 5, 2], [40], [7], [1]]
+    assert list(_batched([], 1.0)) == []
+
+
+def test_parameters_are_divided_evenly_and_alike_on_every_rank():
+    parameters = [nn.Parameter(torch.zeros(n)) for n in (2, 11, 3, 7, 5, 10)]
+    owner = _owners(parameters, 2)
+    assert owner == _owners(parameters, 2)
+    loads = [sum(p.numel() for p in parameters if owner[p] == rank) for rank in (0, 1)]
+    assert sorted(loads) == [19, 19]
+
+
+def test_moments_loaded_from_another_layout_update_the_same_elements():
+    def make(memory_format):
+        torch.manual_seed(3)
+        weight = torch.randn(7, 5, 3, 3).contiguous(memory_format=memory_format)
+        parameter = nn.Parameter(weight)
+        optimizer = make_optimizer([{"params": [parameter]}], World(), lr=0.1, betas=(0.3, 0.9))
+        return parameter, optimizer
+
+    def step(parameter, optimizer, seed):
+        random = torch.Generator().manual_seed(seed)
+        parameter.grad = torch.empty_like(parameter)
+        parameter.grad.copy_(torch.randn(parameter.shape, generator=random))
+        optimizer.step()
+
+    ours, optimizer = make(torch.contiguous_format)
+    step(ours, optimizer, 0)
+    theirs, resumed = make(torch.channels_last)
+    theirs.data.copy_(ours)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for seed in (1, 2):
+        step(ours, optimizer, seed)
+        step(theirs, resumed, seed)
+    torch.testing.assert_close(ours, theirs)
