@@ -4,48 +4,66 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Collection, Mapping
+from pathlib import Path
 
-from bench import adaptive, initial, model, precision
+from bench import adaptive, initial, model, precision, predict, training
 
 BENCHMARKS = {
     "adaptive": adaptive.main,
     "initial": initial.main,
     "model": model.main,
     "precision": precision.main,
+    "predict": predict.main,
+    "training": training.main,
 }
+TASKS: dict[str, Mapping[str, Collection[str]]] = {
+    "model": model.TASKS,
+    "training": training.TASKS,
+}
+CANDIDATES = {"model": model.CANDIDATES, "training": training.CANDIDATES}
 
 
 def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
-    parser.add_argument("--rounds", type=int, default=3, help="of model: processes a candidate")
-    parser.add_argument(
-        "--what",
-        default=",".join(model.TASKS),
-        help="of model: %(default)s, or single tasks like train-32",
-    )
-    parser.add_argument(
-        "--candidates", default=",".join(model.CANDIDATES), help="of model: %(default)s"
-    )
+    both = "of model and training"
+    parser.add_argument("--rounds", type=int, default=3, help=f"{both}: processes a candidate")
+    known_tasks = "; ".join(f"{name}: {','.join(tasks)}" for name, tasks in TASKS.items())
+    parser.add_argument("--what", help=f"{known_tasks}; or single tasks like train-32")
+    parser.add_argument("--candidates", help=f"{both}: {','.join(_all(CANDIDATES))}")
+    parser.add_argument("--shards", type=Path, help="of training: pictures of its profile")
+    parser.add_argument("--steps", type=int, default=16, help="of training: of its profile")
     arguments = parser.parse_args()
-    names, what = arguments.names or list(BENCHMARKS), arguments.what.split(",")
-    candidates = arguments.candidates.split(",")
-    tasks = {*model.TASKS, *itertools.chain.from_iterable(model.TASKS.values())}
+    names = arguments.names or list(BENCHMARKS)
+    what = arguments.what.split(",") if arguments.what else None
+    candidates = arguments.candidates.split(",") if arguments.candidates else None
+    tasks = {name: {*of, *itertools.chain.from_iterable(of.values())} for name, of in TASKS.items()}
     for given, known in (
         (names, set(BENCHMARKS)),
-        (what, tasks),
-        (candidates, set(model.CANDIDATES)),
+        (what or [], _all({name: tasks[name] for name in names if name in tasks})),
+        (candidates or [], _all(CANDIDATES)),
     ):
-        unknown = sorted(set(given) - known)
+        unknown = sorted(set(given) - set(known))
         if unknown:
             parser.error(f"{unknown[0]!r} is unknown: {', '.join(sorted(known))}")
     for name in names:
         print(f"== {name}: {(BENCHMARKS[name].__doc__ or '').splitlines()[0]}", flush=True)
-        if name == "model":
-            model.main(arguments.rounds, what, candidates)
-        else:
+        if name not in TASKS:
             BENCHMARKS[name]()
+            continue
+        chosen = [task for task in what or TASKS[name] if task in tasks[name]]
+        among = [n for n in candidates or CANDIDATES[name] if n in CANDIDATES[name]]
+        if name == "model":
+            model.main(arguments.rounds, chosen, among)
+        else:
+            training.main(arguments.rounds, chosen, among, arguments.shards, arguments.steps)
+
+
+def _all(of: Mapping[str, Collection[str]]) -> list[str]:
+    """What the benchmarks know together, each once."""
+    return list(dict.fromkeys(itertools.chain.from_iterable(of.values())))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,10 @@
-"""Our networks against gigagan-pytorch and aura-sr: time, memory, share of oneDNN's own rate.
+"""Our networks against gigagan-pytorch and aura-sr: passes, sampling, upsampling; time and memory.
 
 Each measurement runs in a process of its own, which prints a line of JSON; candidates take turns
 and never run beside each other. What is compared:
 
 - Parameters agree within 6 %, our text branch not counted; `rivals` says how theirs are built.
-- Ours reads 20 tokens of text per image, and its discriminator judges mismatched captions too;
-  theirs run unconditionally.
-- A training step is one update of D and one of G with their optimizers. Ours draws its images once
-  for both, gigagan-pytorch twice. Gradient penalties are then added at each one's own interval.
+- Ours reads 20 tokens of text per image; theirs run unconditionally.
 - Times are medians. A call during which other processes had a processor for more than a tenth of
   the time is thrown away, for a minute at most.
 - Memory is the peak of the process so far; what of it is new since the imports is shown beside it.
@@ -29,12 +26,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils import flop_counter
 
@@ -53,7 +49,6 @@ from gigagan.models.encoders import TextFeatures
 from gigagan.models.generator import Generator
 from gigagan.models.layers import pyramid
 from gigagan.models.upsampler import Upsampler
-from gigagan.training import step
 
 BATCHES = {32: 16, 64: 8}
 CONFIGS = {
@@ -94,15 +89,12 @@ OURS = "gigagan"
 PACKAGES = {"gigagan_pytorch": "gigagan-pytorch", "aura_sr": "aura-sr"}
 BASES = (OURS, "gigagan_pytorch", "gigagan_pytorch.alike")
 UPSAMPLERS = (OURS, "aura_sr")
-CONVOLUTION, PRODUCT = "one large convolution", "one large matrix product"
 SECONDS = 20  # of measuring in a process, about
 SLOW_SECONDS = 120  # of a process, after which its candidate is not measured again
 GIVE_UP_SECONDS = 60  # of waiting for an undisturbed call
 CANDIDATES = tuple(dict.fromkeys(BASES + UPSAMPLERS))
-PENALTY_EVERY = {OURS: CONFIGS[32].optimizer.r1_every, "gigagan_pytorch": 4}
 TASKS = {
     "networks": ("networks-32", "networks-64"),
-    "train": ("train-32", "train-64"),
     "sample": ("sample-32", "sample-64"),
     "upsample": ("upsample-1", "upsample-4"),
 }
@@ -129,46 +121,6 @@ def networks(side: int, batch: int) -> tuple[Parts, Calls]:
     )
 
 
-def train(side: int, batch: int) -> tuple[Parts, Calls]:
-    """What the training loop does between two batches."""
-    config = CONFIGS[side]
-    g, d = Generator(config.generator), Discriminator(config.discriminator)
-    levels, num_predictions = d.config.levels, len(d.config.pairs)
-    players = step.Players(g, d, [1 / num_predictions] * num_predictions, None, None)
-    inputs = step.Inputs(
-        real=pyramid(torch.rand(batch, 3, side, side), levels),
-        captions=[""] * batch,
-        text=features(batch),
-        z_BZ=torch.randn(batch, g.config.latent_dim),
-        small=None,
-        other_text=features(batch),
-        has_other_B=torch.ones(batch, dtype=torch.bool),
-        crop=(0, 0),
-    )
-    opt_g, opt_d = (torch.optim.AdamW(m.parameters(), lr=1e-4, fused=True) for m in (g, d))
-
-    def update(*, penalize: bool) -> None:
-        fakes = step.synthesize(g, inputs)
-        d.requires_grad_(True)
-        opt_d.zero_grad(set_to_none=True)
-        step.accumulate_discriminator(players, config, inputs, fakes, auxiliary_strength=0.0)
-        if penalize:
-            step.accumulate_r1(players, inputs, weight=1.0)
-        nn.utils.clip_grad_norm_(d.parameters(), config.optimizer.max_grad_norm)
-        opt_d.step()
-        d.requires_grad_(False)
-        opt_g.zero_grad(set_to_none=True)
-        step.accumulate_generator(players, config, inputs, fakes, auxiliary_strength=0.0)
-        nn.utils.clip_grad_norm_(g.parameters(), config.optimizer.max_grad_norm)
-        opt_g.step()
-
-    calls: Calls = {
-        "step": lambda: update(penalize=False),
-        "step with penalty": lambda: update(penalize=True),
-    }
-    return {"G": g, "D": d}, calls
-
-
 def sample(side: int, batch: int) -> tuple[Parts, Calls]:
     """Images from latents and text."""
     g = Generator(CONFIGS[side].generator).eval()
@@ -190,33 +142,24 @@ def upsample(batch: int) -> tuple[Parts, Calls]:
     }
 
 
-def reference() -> Calls:
-    """oneDNN's own rates: one large convolution and one large product, forward and backward."""
-    x_BCHW = torch.randn(16, 256, 32, 32, requires_grad=True)
-    filters = torch.randn(256, 256, 3, 3, requires_grad=True)
-    a, b = (torch.randn(2048, 2048, requires_grad=True) for _ in range(2))
-    return {
-        CONVOLUTION: lambda: F.conv2d(x_BCHW, filters, padding=1).sum().backward(),
-        PRODUCT: lambda: (a @ b).sum().backward(),
-    }
-
-
 # A measuring process.
 
 
 def child(candidate: str, task: str) -> dict[str, Any]:
-    """One measurement; what is imported does not count as memory of the networks."""
-    importlib.import_module(_package(candidate))
+    """One measurement of a task of this file."""
     kind, size = task.split("-")
     sizes = (int(size),) if kind == "upsample" else (int(size), BATCHES[int(size)])
+    if candidate == OURS:
+        return measured(candidate, lambda: getattr(sys.modules[__name__], kind)(*sizes))
+    return measured(candidate, lambda: getattr(rivals, kind)(candidate, *sizes))
+
+
+def measured(candidate: str, build: Callable[[], tuple[Parts, Calls]]) -> dict[str, Any]:
+    """What `build` gives, measured; what is imported does not count as memory of the networks."""
+    importlib.import_module(package(candidate))
     torch.manual_seed(0)
     before = peak_mb()
-    if candidate == OURS:
-        parts, calls = getattr(sys.modules[__name__], kind)(*sizes)
-    else:
-        parts, calls = getattr(rivals, kind)(candidate, *sizes)
-    if candidate == OURS and kind == "train":
-        calls |= reference()
+    parts, calls = build()
     return {
         "before": before,
         "parameters": {name: _parameters(part) for name, part in parts.items()},
@@ -304,7 +247,8 @@ def _parameters(network: nn.Module) -> int:
     return sum(p.numel() for n, p in network.named_parameters() if not n.startswith("text."))
 
 
-def _package(candidate: str) -> str:
+def package(candidate: str) -> str:
+    """The package that a candidate is of."""
     return candidate.split(".")[0]
 
 
@@ -314,30 +258,36 @@ def _package(candidate: str) -> str:
 def main(
     rounds: int = 3, what: Iterable[str] = tuple(TASKS), candidates: Sequence[str] = CANDIDATES
 ) -> None:
-    """Networks, training, sampling and upsampling against gigagan-pytorch and aura-sr."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        names = " and ".join(PACKAGES[name] for name in missing)
-        print(f"{names} not installed, ours runs alone: pip install -e .[bench]", flush=True)
+    """Networks, sampling and upsampling against gigagan-pytorch and aura-sr."""
     for kind in what:
         of_kind = UPSAMPLERS if kind.startswith("upsample") else BASES
-        wanted = {OURS, *candidates} - {n for n in candidates if _package(n) in missing}
-        present = [name for name in of_kind if name in wanted]
         for task in TASKS.get(kind, (kind,)):
-            found: dict[str, list[dict[str, Any]]] = {name: [] for name in present}
-            left = list(present)
-            for _ in range(rounds):
-                for name in list(left):
-                    started = time.perf_counter()
-                    found[name].append(_run(name, task))
-                    if time.perf_counter() - started > SLOW_SECONDS:
-                        left.remove(name)
-            show(task, found)
+            title, batch = _title(task)
+            show(title, compete(__name__, task, of_kind, {OURS, *candidates}, rounds), batch)
 
 
-def _run(candidate: str, task: str) -> dict[str, Any]:
+def compete(
+    module: str, task: str, order: Sequence[str], wanted: Collection[str], rounds: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Measure the candidates whose package is there in turns, each time in a new process."""
+    is_missing = {name: importlib.util.find_spec(name) is None for name in PACKAGES}
+    present = [n for n in order if n in wanted and not is_missing.get(package(n), False)]
+    for name in sorted({package(n) for n in order if n in wanted and n not in present}):
+        print(f"{PACKAGES[name]} not installed: pip install -e .[bench]", flush=True)
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in present}
+    left = list(present)
+    for _ in range(rounds):
+        for name in list(left):
+            started = time.perf_counter()
+            found[name].append(_run(module, name, task))
+            if time.perf_counter() - started > SLOW_SECONDS:
+                left.remove(name)
+    return found
+
+
+def _run(module: str, candidate: str, task: str) -> dict[str, Any]:
     """Measure in a new process; what it says on the way is shown only if it fails."""
-    command = [sys.executable, "-m", "bench.model", "--candidate", candidate, "--task", task]
+    command = [sys.executable, "-m", module, "--candidate", candidate, "--task", task]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -345,65 +295,43 @@ def _run(candidate: str, task: str) -> dict[str, Any]:
     return found
 
 
-def show(task: str, found: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Medians, and in brackets how many times ours."""
+def _title(task: str) -> tuple[str, int]:
+    """What is printed above a task's rows, and its batch."""
     kind, size = task.split("-")
-    title = f"batch {size}" if kind == "upsample" else f"{size} px, batch {BATCHES[int(size)]}"
-    print(f"\n{kind}, {title}")
+    batch = int(size) if kind == "upsample" else BATCHES[int(size)]
+    return (
+        f"{kind}, batch {batch}" if kind == "upsample" else f"{kind}, {size} px, batch {batch}",
+        batch,
+    )
+
+
+def show(title: str, found: Mapping[str, list[dict[str, Any]]], batch: int) -> None:
+    """Medians, and in brackets how many times those of the first candidate, which is ours."""
+    print(f"\n{title}")
     for name, runs in found.items():
         counts = (f"{part} {n / 1e6:.2f} M" for part, n in runs[0]["parameters"].items())
         print(f"  {name}: {', '.join(counts)} parameters")
-    for row in found[OURS][0]["rows"]:
+    for row in next(iter(found.values()))[0]["rows"]:
         print(f"  {row}")
         ours = None
         measured = {name: runs for name, runs in found.items() if row in runs[0]["rows"]}
         for name, runs in measured.items():
-            ms, mb = (_median(run["rows"][row][key] for run in runs) for key in ("ms", "mb"))
-            new_mb = mb - _median(run["before"] for run in runs)
+            ms, mb = (median(run["rows"][row][key] for run in runs) for key in ("ms", "mb"))
+            new_mb = mb - median(run["before"] for run in runs)
             gmac = runs[0]["rows"][row]["gmac"]
             ours = ours or (ms, mb, new_mb)
             time_ratio, mb_ratio, new_ratio = (
                 f"(×{x / y:.2f})" for x, y in zip((ms, mb, new_mb), ours, strict=True)
             )
             print(
-                f"    {name:22}{ms:9.1f} ms {time_ratio:9}{gmac:7.2f} GMAC {gmac / ms * 1e3:5.1f}/s"
+                f"    {name:22}{ms:9.1f} ms {time_ratio:9}{batch / ms * 1e3:7.1f} images/s"
+                f"{gmac:8.2f} GMAC {gmac / ms * 1e3:5.1f}/s"
                 f"  peak {mb:5.0f} MB {mb_ratio:8} new {new_mb:5.0f} MB {new_ratio}"
             )
-    if kind == "train":
-        _show_amortised(found)
-        _show_share(found[OURS])
     sys.stdout.flush()
 
 
-def _show_amortised(found: Mapping[str, list[dict[str, Any]]]) -> None:
-    """A step with each one's penalty at its own interval."""
-    print("  step, penalty amortised")
-    ours = None
-    for name, runs in found.items():
-        plain, penalized = (
-            _median(run["rows"][row]["ms"] for run in runs) for row in ("step", "step with penalty")
-        )
-        every = PENALTY_EVERY[_package(name)]
-        ms = plain + (penalized - plain) / every
-        ours = ours or ms
-        print(f"    {name:22} {ms:8.1f} ms (×{ms / ours:.2f}) every {every} steps")
-
-
-def _show_share(runs: Sequence[Mapping[str, Any]]) -> None:
-    """Our multiply-adds per second in a whole step over those of one large convolution."""
-
-    def rate(row: str) -> float:
-        seconds = _median(run["rows"][row]["ms"] for run in runs) / 1e3
-        return float(runs[0]["rows"][row]["gmac"]) / seconds
-
-    step_rate, convolution = rate("step"), rate(CONVOLUTION)
-    print(
-        f"  our step: {step_rate:.1f} GMAC/s, {step_rate / convolution:.0%} of oneDNN's "
-        f"convolution rate ({convolution:.1f} GMAC/s; matrix product {rate(PRODUCT):.1f})"
-    )
-
-
-def _median(values: Iterable[float | Sequence[float]]) -> float:
+def median(values: Iterable[float | Sequence[float]]) -> float:
     """Of all numbers in all lists."""
     flat = (x for value in values for x in (value if isinstance(value, list) else [value]))
     return float(statistics.median(flat))
@@ -411,7 +339,7 @@ def _median(values: Iterable[float | Sequence[float]]) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m bench.model")
-    parser.add_argument("--candidate", required=True, choices=(*BASES, *UPSAMPLERS))
+    parser.add_argument("--candidate", required=True, choices=CANDIDATES)
     parser.add_argument("--task", required=True)
     arguments = parser.parse_args()
     print(json.dumps(child(arguments.candidate, arguments.task)))

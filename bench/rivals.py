@@ -1,13 +1,17 @@
 """The networks and training steps of two other packages, at sizes like those of ours.
 
 Nothing of theirs is changed, and neither needs a flag to run on a CPU. gigagan-pytorch runs without
-text, because its text branch wants CLIP's weights. It trains with its own trainer, but without an
-average of the generator's weights (ours is measured without one too). Its networks come in two
-layouts, both with about the parameters of ours:
+text, because its text branch wants CLIP's weights. It trains with its own trainer; where speed is
+measured, without an average of the generator's weights (as ours). Its networks come in two layouts,
+both with about the parameters of ours:
 
 - `gigagan_pytorch`: what it builds unless told otherwise, only narrower: attention of 512 channels
   at 16 and 32 px, and a decoder that reconstructs D's input.
 - `gigagan_pytorch.alike`: maps and attention as ours has them at each resolution, and no decoder.
+
+For pictures rather than speed there are two larger ones, of 20 M and 6 M parameters at 32 px:
+`gigagan_pytorch.large` is all defaults but the number of maps; `gigagan_pytorch.large8` differs in
+the resolution of attention alone, 8 px: that at 32 px takes most of a step's time on a CPU.
 
 AuraSR's published network has 617.6 M parameters at `dim=64`; `dim` scales all of its widths but
 those of the style network and of the attention heads.
@@ -19,7 +23,7 @@ import contextlib
 import itertools
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +44,15 @@ GENERATORS: Arguments = {
         "dim_capacity": 11,
         "dim_latent": 256,
         "style_network": {"dim": 256, "depth": 3},
+    },
+    ("gigagan_pytorch.large", 32): {
+        "dim_capacity": 28,
+        "style_network": {"dim": 512, "depth": 4},
+    },
+    ("gigagan_pytorch.large8", 32): {
+        "dim_capacity": 28,
+        "style_network": {"dim": 512, "depth": 4},
+        "self_attn_resolutions": (8,),
     },
     ("gigagan_pytorch.alike", 32): {
         "dim_capacity": 12,
@@ -64,6 +77,8 @@ NARROW_ATTENTION = {
 DISCRIMINATORS: Arguments = {
     ("gigagan_pytorch", 32): {"dim_capacity": 9},
     ("gigagan_pytorch", 64): {"dim_capacity": 10},
+    ("gigagan_pytorch.large", 32): {"dim_capacity": 17},
+    ("gigagan_pytorch.large8", 32): {"dim_capacity": 17, "attn_resolutions": (8,)},
     ("gigagan_pytorch.alike", 32): {
         "dim_capacity": 12,
         "dim_max": 128,
@@ -138,34 +153,51 @@ def without_gradients(call: Callable[[], object]) -> object:
         return call()
 
 
-def train(layout: str, side: int, batch: int) -> tuple[Parts, Calls]:
-    """A step of its own trainer, for D and for G."""
+def trainer(layout: str, side: int, **settings: Any) -> Any:
+    """Its own trainer on a CPU, all defaults but `settings`; it prints nothing to stdout here."""
     from gigagan_pytorch import GigaGAN
 
-    g, d = generator(layout, side), discriminator(layout, side)
     folder = Path(tempfile.mkdtemp())  # it makes two folders whether it writes to them or not
     with contextlib.redirect_stdout(sys.stderr):
-        trainer = GigaGAN(
-            generator=g,
-            discriminator=d,
-            create_ema_generator_at_init=False,
-            discr_aux_recon_loss_weight=0.0 if layout.endswith(".alike") else 1.0,
+        return GigaGAN(
+            generator=generator(layout, side),
+            discriminator=discriminator(layout, side),
             model_folder=str(folder / "models"),
             results_folder=str(folder / "results"),
             accelerate_kwargs={"cpu": True},
+            **settings,
         )
+
+
+def settings(layout: str) -> dict[str, Any]:
+    """What its trainer must be told of a layout: where D has no decoder, none reconstructs."""
+    return {"discr_aux_recon_loss_weight": 0.0} if layout.endswith(".alike") else {}
+
+
+def step(
+    trainer: Any, images: Iterator[torch.Tensor], batch: int, *, penalize: bool
+) -> dict[str, float]:
+    """One update of D, then one of G, as its training loop makes them; the losses it reports."""
+    of_d = trainer.train_discriminator_step(dl_iter=images, apply_gradient_penalty=penalize)
+    of_g = trainer.train_generator_step(batch_size=batch, dl_iter=images)
+    return {
+        f"{player}/{name}": float(value)
+        for player, losses in (("d", of_d), ("g", of_g))
+        for name, value in losses._asdict().items()
+        if value is not None
+    }
+
+
+def train(layout: str, side: int, batch: int) -> tuple[Parts, Calls]:
+    """A step of its own trainer, for D and for G."""
+    own = trainer(layout, side, create_ema_generator_at_init=False, **settings(layout))
     image_BCHW = torch.rand(batch, 3, side, side)
     images = (image_BCHW.clone() for _ in itertools.count())
-
-    def step(*, penalize: bool) -> None:
-        trainer.train_discriminator_step(dl_iter=images, apply_gradient_penalty=penalize)
-        trainer.train_generator_step(batch_size=batch, dl_iter=images)
-
     calls: Calls = {
-        "step": lambda: step(penalize=False),
-        "step with penalty": lambda: step(penalize=True),
+        "step": lambda: step(own, images, batch, penalize=False),
+        "step with penalty": lambda: step(own, images, batch, penalize=True),
     }
-    return {"G": g, "D": d}, calls
+    return {"G": own.G, "D": own.D}, calls
 
 
 def sample(layout: str, side: int, batch: int) -> tuple[Parts, Calls]:

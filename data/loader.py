@@ -49,6 +49,10 @@ class CorruptShardsError(RuntimeError):
     """More unreadable pictures than chance explains."""
 
 
+class _LostError(Exception):
+    """A tar is not what it was when it was indexed: it is gone, or was cut short."""
+
+
 class ShardLoader:
     """Batches of one folder of shards for one rank, without end and resumable at any position."""
 
@@ -92,6 +96,8 @@ class ShardLoader:
             raise ValueError(f"{shards} holds no sample: run the filter stage again")
         self.corrupt: set[str] = set()
         """Keys of the pictures that could not be read, each replaced by its successor."""
+        self._lost: set[Path] = set()
+        """Tars that went away or were cut short since they were indexed."""
         self._memo: tuple[int, list[_Sample]] = (-1, [])
         self._pool = ThreadPoolExecutor(threads)
         self._lock = threading.Lock()
@@ -151,13 +157,17 @@ class ShardLoader:
     # Pictures -------------------------------------------------------------------------------
 
     def _load(self, sample: _Sample) -> tuple[_Sample, np.ndarray]:
-        """The sample with its picture [H, W, C]; the next one of its shard where it is corrupt."""
-        siblings = self._shards[sample.shard]
-        for step in range(len(siblings)):
-            other = siblings[(sample.place + step) % len(siblings)]
-            if (image := self._picture(other)) is not None:
-                return other, image
-        raise CorruptShardsError(f"{sample.tar}: no readable picture in it; run the filter again")
+        """The sample with its picture [H, W, C]; the next readable one where it is corrupt."""
+        own = self._shards[sample.shard]
+        later = self._shards[sample.shard + 1 :] + self._shards[: sample.shard]
+        for siblings in (own[sample.place :] + own[: sample.place], *later):
+            for other in siblings:
+                if (image := self._picture(other)) is not None:
+                    return other, image
+        raise CorruptShardsError(
+            f"{sample.tar}: no readable picture in it, nor in any other: the shards are damaged, "
+            "run the filter stage again"
+        )
 
     def _picture(self, sample: _Sample) -> np.ndarray | None:
         image = self._cache.get(sample.key)
@@ -178,7 +188,13 @@ class ShardLoader:
         with self._lock:
             self.corrupt.add(sample.key)
             count, allowed = len(self.corrupt), max(1, self.CORRUPT_SHARE * self.num_samples)
-        warnings.warn(f"{sample.tar}: skipped {sample.key}.png: {error}", stacklevel=2)
+            is_known = sample.tar in self._lost
+            if isinstance(error, _LostError):
+                self._lost.add(sample.tar)
+        if isinstance(error, _LostError) and not is_known:  # not once per picture of the tar
+            warnings.warn(f"{sample.tar}: {error}: others take its pictures' place", stacklevel=2)
+        elif not is_known:
+            warnings.warn(f"{sample.tar}: skipped {sample.key}.png: {error}", stacklevel=2)
         if count > allowed:
             raise CorruptShardsError(
                 f"{count} of {self.num_samples} pictures are unreadable (last: {sample.key} of "
@@ -222,9 +238,14 @@ def _read_tar(path: Path, entry: dict, shard: int) -> list[_Sample]:
 
 def _decoded(sample: _Sample, side: int) -> np.ndarray:
     """The picture as uint8 [H, W, C]."""
-    with sample.tar.open("rb") as file:
-        file.seek(sample.offset)
-        data = file.read(sample.size)
+    try:
+        with sample.tar.open("rb") as file:
+            file.seek(sample.offset)
+            data = file.read(sample.size)
+    except OSError as error:
+        raise _LostError(f"can no longer be read ({error.strerror})") from error
+    if len(data) < sample.size:
+        raise _LostError("was cut short since it was indexed")
     image_HWC = np.array(Image.open(io.BytesIO(data), formats=["PNG"]).convert("RGB"))
     if image_HWC.shape != (side, side, 3):
         raise ValueError(f"is {image_HWC.shape}, not {side} px square")

@@ -52,6 +52,8 @@ class Resources(Frozen):
     """Processes of the stage: ranks for torchrun, workers for data stages."""
     threads: int | None = Field(None, ge=1)
     """Threads of each process; null shares the cores out evenly."""
+    max_restarts: int = Field(3, ge=0)
+    """How often torchrun starts all ranks again, from the last checkpoint, after one died."""
     env: dict[str, str] = {}
     """Further environment variables for child processes."""
 

@@ -17,6 +17,8 @@ LOG = "output.log"
 """Name of the file in a stage's output that keeps what its process printed."""
 TAIL_LINES = 20
 GRACE_S = 20.0
+PREEMPTED = 75
+"""Exit status of a training that was asked to stop and has saved its state."""
 
 
 class LaunchError(RuntimeError):
@@ -27,7 +29,9 @@ def command(module: Sequence[str], resources: Resources) -> list[str]:
     """The command line that runs `module` (its name, then its arguments) on these resources."""
     if resources.backend == "torchrun":
         run = ["torch.distributed.run", "--standalone"]
-        run += [f"--nproc-per-node={resources.processes}", "-m"]
+        run += [f"--nproc-per-node={resources.processes}"]
+        # A rank that dies takes the others with it; all begin again from the checkpoint.
+        run += [f"--max-restarts={resources.max_restarts}", "-m"]
         return [sys.executable, "-m", *run, *module]
     return [sys.executable, "-m", *module]
 
@@ -82,6 +86,11 @@ def launch(
     except BaseException:
         _terminate(child)
         raise
+    if status == PREEMPTED:
+        raise LaunchError(
+            f"{' '.join(module[:2])} was asked to stop and has saved its state: the same command "
+            f"goes on from there (its output: {log_file})"
+        )
     if status:
         ended = f"exited with status {status}" if status > 0 else f"was ended by signal {-status}"
         raise LaunchError(

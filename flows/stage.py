@@ -157,6 +157,8 @@ class Stage:
     """Top-level names that only serve to resume: not part of the output, free to delete."""
     gpu: bool = False
     """Whether runs of it queue for the `gpu` concurrency limit."""
+    unkeyed: tuple[str, ...] = ()
+    """Settings of its section that, like resources, do not decide what the output is."""
 
     @property
     def section(self) -> str:
@@ -205,7 +207,7 @@ class Store:
 
     def key(self, stage: Stage, config: PipelineConfig, contents: Mapping[str, str]) -> str:
         """Identity of an output: all that decides what it holds."""
-        section = getattr(config, stage.section).model_dump(mode="json")
+        section = getattr(config, stage.section).model_dump(mode="json", exclude={*stage.unkeyed})
         return _digest([stage.name, stage.version, section, dict(contents)])
 
     def resolve(self, stage: Stage, config: PipelineConfig, *, check: bool = False) -> Resolved:

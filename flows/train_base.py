@@ -14,6 +14,8 @@ from flows.config import PipelineConfig
 from flows.stage import Context, Need, Stage
 
 SCRATCH = ("checkpoints", "text-features.pt", launch.LOG)
+UNKEYED = ("health", "system", "keep_checkpoints", "milestone_images", "checkpoint_images")
+"""A run goes on in its folder with other limits of health, or laid out differently."""
 
 
 def train(context: Context) -> None:
@@ -31,7 +33,15 @@ def needs(config: PipelineConfig) -> Mapping[str, Need]:
     }
 
 
-STAGE = Stage("train-base", version=3, run=train, needs=needs, scratch=SCRATCH, gpu=True)
+STAGE = Stage(
+    "train-base",
+    version=3,
+    run=train,
+    needs=needs,
+    scratch=SCRATCH,
+    unkeyed=UNKEYED,
+    gpu=True,
+)
 
 
 @flow(name=STAGE.name, persist_result=True)

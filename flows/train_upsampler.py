@@ -31,6 +31,7 @@ STAGE = Stage(
     run=train_base.train,
     needs=needs,
     scratch=train_base.SCRATCH,
+    unkeyed=train_base.UNKEYED,
     gpu=True,
 )
 

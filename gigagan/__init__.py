@@ -10,8 +10,13 @@ if TYPE_CHECKING:
 __all__ = ["load"]
 
 
-def load(snapshot: str, upsampler: str | None = None, *, device: str = "cpu") -> Sampler:
-    """Open a snapshot (and an upsampler's) for sampling; see `gigagan.inference.sampler.load`."""
+def load(
+    snapshot: str | None = None, upsampler: str | None = None, *, device: str = "cpu"
+) -> Sampler:
+    """Open a snapshot (and an upsampler's) for sampling; see `gigagan.inference.sampler.load`.
+
+    Without any, those that come with the package.
+    """
     from gigagan.inference.sampler import load as load_sampler
 
     return load_sampler(snapshot, upsampler, device=device)

@@ -46,6 +46,10 @@ def parser() -> argparse.ArgumentParser:
     upscale.add_argument("--out", type=Path, default=Path("upscaled"), help="folder (%(default)s)")
     upscale.add_argument("--seed", type=int, default=0, help="of the latents (%(default)s)")
 
+    export = commands.add_parser("export", help="a snapshot at half its size, for publication")
+    export.add_argument("snapshot", type=Path, help="what training wrote")
+    export.add_argument("out", type=Path, help="the file to write, weights as bfloat16")
+
     evaluate = commands.add_parser("evaluate", help="measure on captions with pictures")
     _networks(evaluate)
     evaluate.add_argument("--config", type=Path, help="JSON of an evaluation section")
@@ -56,8 +60,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _networks(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--base", type=Path, required=True, help="snapshot of the base generator")
-    command.add_argument("--upsampler", type=Path, help="snapshot of the upsampler")
+    command.add_argument(
+        "--base", type=Path, help="snapshot of the base generator (default: the package's)"
+    )
+    command.add_argument(
+        "--upsampler", type=Path, help="snapshot of the upsampler (default: with no --base, too)"
+    )
     command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1… (%(default)s)")
 
 
@@ -73,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "describe": _describe,
         "sample": _sample,
         "upscale": _upscale,
+        "export": _export,
         "evaluate": _evaluate,
     }[args.command]
     try:
@@ -162,9 +171,21 @@ def _upscale(args: argparse.Namespace) -> None:
         print(target)
 
 
+def _export(args: argparse.Namespace) -> None:
+    import torch
+
+    from gigagan.models import snapshot
+
+    network, about = snapshot.load(args.snapshot)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    snapshot.save(args.out, network, about, dtype=torch.bfloat16)
+    sizes = [path.stat().st_size / 1e6 for path in (args.snapshot, args.out)]
+    print(f"{args.out}: {sizes[1]:.1f} MB of {sizes[0]:.1f} MB")
+
+
 def _evaluate(args: argparse.Namespace) -> None:
     from gigagan.evaluation import protocol, report
-    from gigagan.inference.sampler import load
+    from gigagan.inference.sampler import load, or_published
 
     text = args.config.read_text() if args.config else "{}"
     config = EvaluateConfig.model_validate_json(text)
@@ -172,9 +193,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     if captions is None:
         raise ValueError("nothing to evaluate on: give --heldout, or captions in the config")
     sampler = load(args.base, args.upsampler, device=args.device)
-    snapshots = {"base": args.base}
-    if args.upsampler:
-        snapshots["upsampler"] = args.upsampler
+    base, upsampler = or_published(args.base, args.upsampler)
+    snapshots = {"base": base} | ({"upsampler": upsampler} if upsampler else {})
 
     def progress(what: str, done: int, total: int | None) -> None:
         print(f"{done}/{total} {what}", flush=True)

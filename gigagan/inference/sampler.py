@@ -19,23 +19,33 @@ from gigagan.models.generator import Generator
 from gigagan.models.text import Text
 from gigagan.models.upsampler import Upsampler
 
+PUBLISHED = Path(__file__).parents[1] / "snapshots"
+"""Trained networks that come with the package: emoji, text → 32 px → 128 px."""
 MEAN_LATENTS = 64
 """Latents over which the mean style of a prompt is taken."""
 
 
-def load(path: str | Path, upsampler: str | Path | None = None, *, device: str = "cpu") -> Sampler:
+def load(
+    path: str | Path | None = None,
+    upsampler: str | Path | None = None,
+    *,
+    device: str = "cpu",
+) -> Sampler:
     """Open the snapshot of a base generator and, if given, that of an upsampler.
+
+    Without any, both of those that come with the package.
 
     Raises:
         SnapshotError: a file is missing, damaged, or of the other kind.
         MissingWeightsError: the frozen text encoder's weights are not installed.
     """
-    base, _ = snapshot.load(Path(path), device=device)
+    path, upsampler = or_published(path, upsampler)
+    base, _ = snapshot.load(path, device=device)
     if not isinstance(base, Generator):
         raise snapshot.SnapshotError(f"{path} is the snapshot of an upsampler: give a base's here")
     larger: Upsampler | None = None
     if upsampler is not None:
-        opened, _ = snapshot.load(Path(upsampler), device=device)
+        opened, _ = snapshot.load(upsampler, device=device)
         if not isinstance(opened, Upsampler):
             raise snapshot.SnapshotError(f"{upsampler} is not the snapshot of an upsampler")
         larger = opened
@@ -45,6 +55,16 @@ def load(path: str | Path, upsampler: str | Path | None = None, *, device: str =
                 f"makes {base.config.resolution} px"
             )
     return Sampler(base, larger, device=device)
+
+
+def or_published(
+    base: str | Path | None, upsampler: str | Path | None
+) -> tuple[Path, Path | None]:
+    """These snapshots; without a base those of the package, of both networks."""
+    if base is None:
+        base = PUBLISHED / "emoji-32.safetensors"
+        upsampler = upsampler or PUBLISHED / "emoji-32-to-128.safetensors"
+    return Path(base), None if upsampler is None else Path(upsampler)
 
 
 class Sampler:

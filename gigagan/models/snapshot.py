@@ -6,8 +6,10 @@ It holds no optimizer and no random state: that is the checkpoint's business.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -24,16 +26,28 @@ class SnapshotError(ValueError):
     """A file that is not a snapshot this version can open."""
 
 
-def save(path: Path, network: Generator | Upsampler, about: dict[str, str | int | float]) -> None:
-    """Write the network's weights with its config; `about` says where they come from."""
+def save(
+    path: Path,
+    network: Generator | Upsampler,
+    about: Mapping[str, str | int | float],
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write the network's weights with its config; `about` says where they come from.
+
+    `dtype` rounds floating-point weights, bfloat16 to half the size; `load` gives float32 again.
+    """
     described = {
         "format": FORMAT,
         "kind": "base" if isinstance(network, Generator) else "upsampler",
         "config": network.config.model_dump(mode="json"),
-        "about": about,
+        "about": dict(about),
     }
     partial = path.with_suffix(".partial")
-    tensors = {name: value.contiguous() for name, value in network.state_dict().items()}
+    tensors = {
+        name: (value.to(dtype) if dtype and value.is_floating_point() else value).contiguous()
+        for name, value in network.state_dict().items()
+    }
     # A single entry: the order of several is not fixed, and equal weights shall be equal bytes.
     save_file(tensors, partial, metadata={ENTRY: json.dumps(described)})
     partial.replace(path)
@@ -54,8 +68,11 @@ def load(path: Path, *, device: str = "cpu") -> tuple[Generator | Upsampler, dic
     except SafetensorError as error:
         raise SnapshotError(f"{path}: not a readable safetensors file ({error})") from error
     if described.get("format") != FORMAT:
+        found = str(described.get("format"))
+        is_ours = found.startswith(FORMAT.rstrip("0123456789"))
         raise SnapshotError(
-            f"{path}: format {described.get('format')!r} in its metadata, expected {FORMAT!r}"
+            f"{path}: format {found!r} in its metadata, expected {FORMAT!r}"
+            + ("; it was written by a newer version: upgrade gigagan" if is_ours else "")
         )
     network: Generator | Upsampler
     try:
@@ -66,6 +83,7 @@ def load(path: Path, *, device: str = "cpu") -> tuple[Generator | Upsampler, dic
         network.load_state_dict(tensors)
     except (ValidationError, RuntimeError) as error:
         raise SnapshotError(
-            f"{path}: config and weights do not fit this version: {error}"
+            f"{path}: config and weights do not fit this version (if it was written by a newer "
+            f"version, upgrade gigagan): {error}"
         ) from error
     return network.to(device).eval().requires_grad_(False), described["about"]

@@ -145,7 +145,7 @@ def panels(limits: HealthConfig) -> list[Panel]:
         Panel(
             "probe: median rank of the own picture",
             {"model": "probe/pixel_median_rank", "chance": "probe/pixel_chance_rank"},
-            is_log=True,
+            span=(0, 1),
         ),
         Panel(
             "probe: LPIPS to unseen pictures",
@@ -193,9 +193,7 @@ def draw_health(
         for position in rollbacks:
             axes.axvline(position, color=GREY, linewidth=1, linestyle=":")
         axes.set_xlim(0, last * 1.02 or 1)
-    figure.suptitle(
-        _title(metrics_jsonl.resolve().parent.name, last, curves, rollbacks), fontsize=12
-    )
+    figure.suptitle(_title(metrics_jsonl.resolve().parent.name, last, curves), fontsize=12)
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06, hspace=0.03, wspace=0.02)  # type: ignore[union-attr,call-arg]
     out_png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out_png)
@@ -257,15 +255,18 @@ def _present(known: Sequence[Panel], curves: Mapping[str, Curve]) -> list[Panel]
 
 def _draw_panel(axes: Axes, panel: Panel, curves: Mapping[str, Curve]) -> None:
     """One small chart: curves, limits, legend, scale."""
-    if panel.is_log:
-        _scale_log(axes)
+    present = [curves[name] for name in panel.series.values() if name in curves]
+    is_log = panel.is_log and any(v > 0 for curve in present for v in curve.values)
+    if is_log:
+        axes.set_yscale("log")
     spare = iter(OTHER_COLOURS)
     for label, name in panel.series.items():
         if name not in curves:
             continue
         colour = COLOURS.get(label) or next(spare)
-        _draw_curve(axes, curves[name], colour, label, is_smoothed=panel.is_smoothed)
-        limit = (panel.dashed or {}).get(label)
+        curve = _positive(curves[name]) if is_log else curves[name]
+        _draw_curve(axes, curve, colour, label, is_smoothed=panel.is_smoothed)
+        limit = (panel.dashed or {}).get(label, "")
         if limit in curves:
             axes.plot(*curves[limit], color=colour, linestyle="--", linewidth=1)
     for value in panel.limits:
@@ -274,6 +275,8 @@ def _draw_panel(axes: Axes, panel: Panel, curves: Mapping[str, Curve]) -> None:
         low, high = axes.get_ylim()
         room = 0.04 * (panel.span[1] - panel.span[0])
         axes.set_ylim(min(low, panel.span[0] - room), max(high, panel.span[1] + room))
+    if is_log:
+        _label_log(axes)
     axes.set_title(panel.title, fontsize=10, loc="left")
     axes.xaxis.set_major_formatter(_short)
     axes.tick_params(labelsize=8)
@@ -283,6 +286,12 @@ def _draw_panel(axes: Axes, panel: Panel, curves: Mapping[str, Curve]) -> None:
         axes.spines[side].set_visible(False)
     if any(panel.series):
         axes.legend(fontsize=8, frameon=False, loc="best", handlelength=1.2, labelspacing=0.2)
+
+
+def _positive(curve: Curve) -> Curve:
+    """What a logarithmic axis can show; the rest would only warn."""
+    shown = [(i, v) for i, v in zip(*curve, strict=True) if v > 0]
+    return Curve([i for i, _ in shown], [v for _, v in shown])
 
 
 def _draw_curve(axes: Axes, curve: Curve, colour: str, label: str, *, is_smoothed: bool) -> None:
@@ -302,17 +311,17 @@ def _draw_curve(axes: Axes, curve: Curve, colour: str, label: str, *, is_smoothe
     )
 
 
-def _scale_log(axes: Axes) -> None:
-    """A logarithmic axis labelled 0.5, 1, 2 and not with powers, as few as the span needs."""
+def _label_log(axes: Axes) -> None:
+    """A logarithmic axis labelled 0.5, 1, 2 and not with powers; over many decades 0.1, 1, 10."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(lambda value, _position: f"{value:g}")
 
 
-def _short(images: float, _position: int | None = None) -> str:
+def _short(images: float, _position: float | None = None) -> str:
     """12000 → 12k, 2500000 → 2.5M."""
     for size, letter in ((1e6, "M"), (1e3, "k")):
         if abs(images) >= size:
@@ -320,7 +329,7 @@ def _short(images: float, _position: int | None = None) -> str:
     return f"{images:g}"
 
 
-def _title(run_name: str, last: int, curves: Mapping[str, Curve], rollbacks: Sequence[int]) -> str:
+def _title(run_name: str, last: int, curves: Mapping[str, Curve]) -> str:
     """Which run, how far, and what happened to it."""
     parts = [f"{run_name}: {last:,} images seen"]
     if "images_per_second" in curves:
@@ -331,5 +340,8 @@ def _title(run_name: str, last: int, curves: Mapping[str, Curve], rollbacks: Seq
             for name in ("health/skipped_d", "health/skipped_g")
             if name in curves
         )
-        parts += [f"{skipped:g} steps skipped", f"{len(rollbacks)} rollbacks (dotted)"]
+        parts += [
+            f"{skipped:g} steps skipped",
+            f"{curves[ROLLBACKS].values[-1]:g} rollbacks (dotted)",
+        ]
     return "  ·  ".join([*parts, "dashed = limit"])

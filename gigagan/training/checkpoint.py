@@ -93,7 +93,8 @@ def save(
         partial.replace(path)
         _flush(directory)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into RuntimeError
-        partial.unlink(missing_ok=True)
+        for unfinished in (partial, path.with_name(path.stem + ".json.partial")):
+            unfinished.unlink(missing_ok=True)
         raise WriteError(f"{path} could not be written ({error})") from error
     for old in [p for p in _all(directory) if not _described(p).get("is_milestone")][:-keep]:
         old.unlink()

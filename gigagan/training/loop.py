@@ -279,12 +279,11 @@ def _inputs(
         drawn = players.augment.draw(B, random, augmented_share)
         draws.append(drawn and drawn.shared(world.share))
 
-    local = B // world.size
     recent.add(batch.planned_captions)
     others = mismatch(
         batch.planned_captions,
         recent,
-        rows=range(world.rank * local, (world.rank + 1) * local),
+        rows=world.rows(B),
         is_hard_B=is_hard_B.tolist(),
         uniform_B=uniform_B.tolist(),
         order_B=uniform_B.argsort().tolist(),
@@ -305,6 +304,7 @@ def _inputs(
         crop,
         tuple(draws),
         images_seen,
+        world.share(torch.arange(B) >= B // 2),
     )
 
 

@@ -38,11 +38,12 @@ class Run:
         self._num_failed_saves = 0
         generator, discriminator = players.generator, players.discriminator
         self.heads: nn.Module = players.auxiliary.heads if players.auxiliary else nn.Module()
-        self.ema = Ema(generator, config.optimizer)
         system = config.system
+        if system.channels_last:
+            acceleration.channels_last(generator)
+            acceleration.channels_last(discriminator)
+        self.ema = Ema(generator, config.optimizer)  # a copy of what is not wrapped yet
         for network in (generator, discriminator):
-            if system.channels_last:
-                acceleration.channels_last(network)
             if system.activation_checkpointing:
                 acceleration.checkpoint_activations(network)
             if system.compile:

@@ -47,6 +47,8 @@ class Inputs(NamedTuple):
     """Augmentation of real and generated images in D's step, and of generated ones in G's."""
     images_seen: int = 0
     """Position, for what fades."""
+    in_second_half_B: Tensor | None = None
+    """Whether a sample is in the second half of the global batch; None: this is all of it."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ def _rows(inputs: Inputs, rows: slice) -> Inputs:
         crop=inputs.crop,
         draws=tuple(d and d.shared(lambda x: x[rows]) for d in inputs.draws),
         images_seen=inputs.images_seen,
+        in_second_half_B=None if inputs.in_second_half_B is None else inputs.in_second_half_B[rows],
     )
 
 
@@ -148,7 +151,11 @@ def accumulate_discriminator(
     }
 
     # Matching-aware: images with the caption of another count as fake.
-    rows, samples = mismatched_rows(config.loss.matching_images, inputs.has_other_B)
+    rows, samples = mismatched_rows(
+        config.loss.matching_images, inputs.has_other_B, inputs.in_second_half_B
+    )
+    if config.loss.matching > 0:  # ranks average these: each has them, whatever its captions are
+        metrics |= dict.fromkeys(("d/mismatch", "d/logit_mismatch"), loss_real.new_zeros(()))
     if config.loss.matching > 0 and len(rows):
         picked = [f._replace(maps_BCHW=f.maps_BCHW[rows]) for f in features]
         mismatched = d.predict(picked, _read(d, inputs.other_text)[samples])
@@ -169,17 +176,22 @@ def accumulate_discriminator(
 
 
 def mismatched_rows(
-    images: Literal["real", "half", "both"], has_other_B: Tensor
+    images: Literal["real", "half", "both"],
+    has_other_B: Tensor,
+    in_second_half_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Which of the 2 B images (real, then generated) meet whose other caption: rows, samples.
 
-    Samples without another caption take no part.
+    Samples without another caption take no part. Of `half`, the generated images are those of the
+    second half of the global batch, so that ranks and parts choose as one process would.
     """
     B = len(has_other_B)
     sample_B = torch.arange(B, device=has_other_B.device)
+    if in_second_half_B is None:
+        in_second_half_B = sample_B >= B // 2
     row, sample = {
         "real": (sample_B, sample_B),
-        "half": (sample_B + B * (sample_B >= B // 2), sample_B),
+        "half": (sample_B + B * in_second_half_B, sample_B),
         "both": (torch.cat([sample_B, sample_B + B]), sample_B.repeat(2)),
     }[images]
     keep = has_other_B[sample]
@@ -220,6 +232,8 @@ def accumulate_generator(
     loss_adversarial = losses.as_real(d.predict(features, text_BT), players.weights)
     loss = loss_adversarial
     metrics = {"g/adversarial": loss_adversarial.detach()}
+    if config.loss.generator_matching > 0:
+        metrics["g/mismatch"] = loss_adversarial.new_zeros(())
     if config.loss.generator_matching > 0 and bool(inputs.has_other_B.any()):
         keep_B = inputs.has_other_B
         picked = [f._replace(maps_BCHW=f.maps_BCHW[keep_B]) for f in features]

@@ -53,6 +53,12 @@ def test_a_failure_brings_status_last_lines_and_log_file(module, tmp_path):
     assert "  79" not in text
 
 
+def test_a_training_that_was_asked_to_stop_is_not_called_a_failure(module, tmp_path):
+    child = module("raise SystemExit(75)")
+    with pytest.raises(LaunchError, match="asked to stop and has saved its state"):
+        launch(child, INLINE, log_file=tmp_path / "log", log=str)
+
+
 def test_a_signal_is_named(module, tmp_path):
     child = module("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(LaunchError, match="signal 9"):
@@ -107,6 +113,7 @@ def test_torchrun_is_one_node_with_that_many_processes():
         "torch.distributed.run",
         "--standalone",
         "--nproc-per-node=3",
+        "--max-restarts=3",
         "-m",
         "gigagan.training",
         "--x",

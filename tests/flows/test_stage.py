@@ -118,6 +118,17 @@ def test_resources_name_and_store_are_no_part_of_a_key(bench):
     )
 
 
+def test_settings_that_do_not_decide_the_output_are_no_part_of_a_key(bench):
+    from flows.train_base import STAGE
+
+    def key(**overrides):
+        return bench.store.key(STAGE, bench.config.override(overrides), {})
+
+    plain = key()
+    assert key(**{"train_base.health.patience": 3, "train_base.system.accumulate": 2}) == plain
+    assert key(**{"train_base.optimizer.lr": 0.001}) != plain
+
+
 def test_a_new_version_of_a_stage_has_a_new_key(bench):
     newer = Stage("download", 2, bench.download.run)
     assert (

@@ -175,13 +175,14 @@ def fresh_compiler():
         setattr(torch._dynamo.config, name, value)
 
 
+@pytest.mark.slow
 def test_compiled_parts_keep_keys_and_r1_runs_them_uncompiled(fresh_compiler):
     plain, fast = make("discriminator"), make("discriminator")
     # Traced and differentiated like any compiled code, but without a C++ compiler.
     assert acceleration.compile_parts(fast, backend="aot_eager") == 8
     assert fast.state_dict().keys() == plain.state_dict().keys()
     assert_equal(gradients(fast, loss), gradients(plain, loss))
-    with pytest.raises(RuntimeError, match="double backward"):
+    with pytest.raises(RuntimeError, match=r"create_graph=False|double backward"):
         gradients(fast, r1)
     with acceleration.uncompiled():
         penalty = r1(fast)
@@ -196,9 +197,9 @@ def test_compiled_parts_keep_keys_and_r1_runs_them_uncompiled(fresh_compiler):
 @pytest.mark.skipif(
     shutil.which("g++") is None, reason="torch.compile on CPUs needs a C++ compiler"
 )
-def test_compiled_generator_equals_eager(fresh_compiler):
+def test_a_compiled_level_of_the_generator_equals_eager(fresh_compiler):
     plain, fast = make("generator"), make("generator")
-    acceleration.compile_parts(fast)
+    assert acceleration.compile_parts(fast.levels[1]) == 3  # convolutions and attention
     for ours, theirs in zip(forward(fast), forward(plain), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     assert_equal(gradients(fast, loss), gradients(plain, loss), 1e-9)

@@ -170,3 +170,14 @@ def test_moments_loaded_from_another_layout_update_the_same_elements():
         step(ours, optimizer, seed)
         step(theirs, resumed, seed)
     torch.testing.assert_close(ours, theirs)
+
+
+def test_only_one_module_talks_to_torch_distributed():
+    root = RANKS.parents[2]
+    talks = {
+        path.relative_to(root).as_posix()
+        for room in ("gigagan", "data", "flows")
+        for path in (root / room).rglob("*.py")
+        if "torch.distributed as" in path.read_text() or "from torch.distributed" in path.read_text()
+    }
+    assert talks == {"gigagan/training/distributed.py"}

@@ -1,0 +1,435 @@
+"""The processes of the tests of whole runs: a tiny run, and faults that strike it.
+
+`tiny_run.py train ARGUMENTS` is `python -m gigagan.training` with an encoder that needs no weights.
+`tiny_run.py serve` forks such a process per request, so that torch is imported once.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import resource
+import signal
+import sys
+import tarfile
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from data.loader import Batch, ShardLoader
+from gigagan.config import (
+    AugmentConfig,
+    DiscriminatorConfig,
+    GeneratorConfig,
+    HealthConfig,
+    LossConfig,
+    OptimizerConfig,
+    SystemConfig,
+    TextConfig,
+    TrainBaseConfig,
+)
+from gigagan.losses import prediction_weights
+from gigagan.models import pretrained
+from gigagan.models.discriminator import Discriminator
+from gigagan.models.encoders import ImageEncoder, ImageFeatures, TextEncoder, TextFeatures
+from gigagan.models.generator import Generator
+from gigagan.models.vision import VisionAidedDiscriminator
+from gigagan.training import __main__ as training_main
+from gigagan.training import checkpoint, loop, step
+from gigagan.training.augment import Augment
+from gigagan.training.auxiliary import Auxiliary
+from gigagan.training.captions import CaptionFeatures, RecentCaptions
+from gigagan.training.distributed import GradientReducer, World, join
+from gigagan.training.logs import Log
+from gigagan.training.run import Run
+
+SIDE, NUM_SAMPLES, PER_SHARD = 8, 13, 5
+FAULTS, RANK = "TINY_FAULTS", "RANK"
+TEXT = TextConfig(encoder="test:words", encoder_width=11, pooled_width=11, width=16, head_width=8)
+CONFIG = TrainBaseConfig(
+    generator=GeneratorConfig(
+        channels=(8, 8), kernels=(1, 2), blocks=(1, 1), attention=(0, 1), head_width=8,
+        latent_dim=5, style_dim=12, text=TEXT,
+    ),
+    discriminator=DiscriminatorConfig(
+        channels=(8, 8), levels=2, blocks=(1, 0), attention=(0, 1), head_width=8, text=TEXT
+    ),
+    loss=LossConfig(level_weights=(0.6, 0.4), contrastive=0, vision=0, recent_captions=7),
+    optimizer=OptimizerConfig(r1_every=2, warmup_images=32, ema_half_life_images=20),
+    augment=AugmentConfig(
+        diffaugment=("translation",), ada=True, ada_target=-0.9, ada_every=3, ada_images=40
+    ),
+    health=HealthConfig(max_rollbacks=2, stall_seconds=100),
+    system=SystemConfig(collective_timeout_s=20),
+    precision="fp32", total_images=56, batch_size=4, log_images=8, sample_images=28,
+    checkpoint_images=8, keep_checkpoints=2, milestone_images=24,
+)  # fmt: skip
+
+
+def write_shards(folder: Path, num_samples: int = NUM_SAMPLES) -> Path:
+    """Shards as the filter stage writes them: noise, and captions that differ in a word or two."""
+    folder.mkdir(parents=True)
+    entries = []
+    for shard, start in enumerate(range(0, num_samples, PER_SHARD)):
+        name = f"train-{shard:05d}.tar"
+        with tarfile.open(folder / name, "w") as archive:
+            for place in range(start, min(start + PER_SHARD, num_samples)):
+                png = io.BytesIO()
+                random = np.random.default_rng(place)
+                Image.fromarray(random.integers(256, size=(SIDE, SIDE, 3), dtype=np.uint8)).save(
+                    png, "PNG"
+                )
+                caption = f"a {'large' if place % 2 else 'small'} thing number{place % 9}"
+                for kind, content in (("png", png.getvalue()), ("txt", caption.encode())):
+                    member = tarfile.TarInfo(f"{place:08d}.{kind}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+        entries.append({"name": name, "bytes": (folder / name).stat().st_size})
+    (folder / "index.json").write_text(json.dumps({"resolution": SIDE, "shards": entries}))
+    return folder
+
+
+class WordEncoder(TextEncoder):
+    """Each word is a fixed random vector."""
+
+    name = "test:words"
+    width = pooled_width = 11
+    max_tokens = 8
+
+    def encode(self, captions):
+        rows = [torch.stack([self._vector(w) for w in c.split()]) for c in captions]
+        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        mask = torch.arange(tokens.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]
+        return TextFeatures(tokens, mask, torch.stack([r.mean(0) for r in rows]))
+
+    @staticmethod
+    def _vector(word):
+        seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "big")
+        return torch.randn(11, generator=torch.Generator().manual_seed(seed))
+
+
+# Faults
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_step(at, act, count=1):
+    """Before G's update of the step at this position, the `count`-th time."""
+    update, met = Run.update, []
+
+    def fatal(self, name, *rest):
+        if name == "g" and self.images_seen == at:
+            met.append(at)
+            if len(met) == count:
+                act()
+        return update(self, name, *rest)
+
+    Run.update = fatal
+
+
+def kill_in_step(at, count=1):
+    at_step(at, die, count)
+
+
+def leave_in_step(at):
+    at_step(at, lambda: os._exit(3))
+
+
+def terminate_in_step(at):
+    at_step(at, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def lose_tar(at, path, share=None, keep_bytes=None):
+    if share is not None:
+        ShardLoader.CORRUPT_SHARE = share
+
+    def lose():
+        if keep_bytes is None:
+            Path(path).unlink()
+        else:
+            os.truncate(path, keep_bytes)
+
+    at_step(at, lose)
+
+
+def kill_in_save(at):
+    """With half of a checkpoint's bytes in its file."""
+    save = torch.save
+
+    def torn(state, file):
+        if Path(getattr(file, "name", "")).stem != f"images-{at:010d}":
+            return save(state, file)
+        whole = io.BytesIO()
+        save(state, whole)
+        file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+        file.flush()
+        die()
+
+    torch.save = torn
+
+
+def kill_at_rename(to, is_done=False):
+    replace = Path.replace
+
+    def fatal(self, target):
+        if Path(target).name != to:
+            return replace(self, target)
+        if is_done:
+            replace(self, target)
+        die()
+
+    Path.replace = fatal
+
+
+def kill_in_line(at):
+    """With half of a line of the log in its file."""
+    scalars = Log.scalars
+
+    def torn(self, images_seen, values):
+        if images_seen == at:
+            with (self.run_dir / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"images": images_seen, **values})[:20])
+            die()
+        scalars(self, images_seen, values)
+
+    Log.scalars = torn
+
+
+def small_files(at):
+    """No file can grow beyond 20 kB while these checkpoints are written."""
+    save = checkpoint.save
+
+    def limited(directory, images_seen, *rest, **options):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if images_seen in at:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        try:
+            return save(directory, images_seen, *rest, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    checkpoint.save = limited
+
+
+def full_disk(at):
+    save = torch.save
+
+    def refused(state, file):
+        if Path(getattr(file, "name", "")).stem in {f"images-{n:010d}" for n in at}:
+            file.write(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(state, file)
+
+    torch.save = refused
+
+
+def not_a_number(start, stop):
+    """The captions' features of these positions."""
+    inputs = loop._inputs
+
+    def poisoned(*args, **options):
+        found = inputs(*args, **options)
+        if not start <= found.images_seen < stop:
+            return found
+        nan = torch.full_like(found.text.pooled_BD, float("nan"))
+        return found._replace(text=found.text._replace(pooled_BD=nan))
+
+    loop._inputs = poisoned
+
+
+# The same step on several ranks and on one
+
+
+class Pixels(ImageEncoder):
+    """A linear map of the picture, and the picture as its only stage."""
+
+    name, width, stage_channels, image_size = "test:pixels", 11, (3,), None
+
+    def forward(self, x_BCHW):
+        small = F.avg_pool2d(x_BCHW, 8).flatten(1)
+        matrix = torch.randn(small.shape[1], 11, generator=torch.Generator().manual_seed(5))
+        return ImageFeatures(small @ matrix.to(small), [x_BCHW])
+
+
+class Space:
+    scale = 3.0
+
+    def embed_images(self, pooled_BD):
+        return F.normalize(pooled_BD)
+
+    def embed_captions(self, captions, text):
+        return F.normalize(text.pooled_BD)
+
+
+def doubled(x):
+    if isinstance(x, torch.Tensor):
+        return x.double() if x.is_floating_point() else x
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return type(x)(*map(doubled, x))
+    return type(x)(map(doubled, x)) if isinstance(x, list | tuple) else x
+
+
+def one_step(config, world, num_parts):
+    """Gradients of D with its heads, of G, and metrics, as the loop accumulates them."""
+    torch.manual_seed(3)
+    g, d = Generator(config.generator).double(), Discriminator(config.discriminator).double()
+    heads = VisionAidedDiscriminator((3,), text_width=config.discriminator.condition_width)
+    auxiliary = Auxiliary(config.loss, Pixels(), Space(), heads.double(), world)
+    with torch.no_grad():
+        for p in [*g.parameters(), *d.parameters()]:
+            p += 0.1 * torch.randn_like(p)  # nothing that starts at zero stays there
+    weights = prediction_weights(
+        config.discriminator.pairs, config.loss.level_weights, intermediate=0.3
+    )
+    players = step.Players(g, d, weights, auxiliary, None, Augment(config.augment))
+    reducers = [GradientReducer(world, *m, bucket_mb=0.01) for m in ((d, heads), (g,))]
+
+    B = config.batch_size
+    random = torch.Generator().manual_seed(1)
+    pictures = torch.randint(256, (B, 3, SIDE, SIDE), generator=random, dtype=torch.uint8)
+    planned = [f"thing number{i % 5}" if i % 3 else "the same" for i in range(B)]
+    rows = world.rows(B)
+    own = slice(rows.start, rows.stop)
+    batch = Batch(pictures[own], planned[own], ["key"] * len(rows), planned)
+    inputs = loop._inputs(
+        config, players, CaptionFeatures(WordEncoder(), torch.device("cpu")), RecentCaptions(9),
+        batch, 0, world, augmented_share=0.6,
+    )  # fmt: skip
+    assert inputs.has_other_B.all()
+    place_B = torch.arange(B)  # the second half has no other captions at all
+    inputs = inputs._replace(has_other_B=world.share((place_B % 3 < 2) & (place_B < B // 2)))
+    inputs = doubled(inputs)
+
+    parts = step.split(inputs, num_parts)
+    share, metrics, found = 1 / num_parts, {}, []
+    fakes = [step.synthesize(g, part) for part in parts]
+    for part, fake in zip(parts, fakes, strict=True):
+        terms = step.accumulate_discriminator(
+            players, config, part, fake, auxiliary_strength=1.0, share=share
+        )
+        step.add(metrics, terms, share)
+    for i, part in enumerate(parts):
+        if i == num_parts - 1:
+            reducers[0].arm()
+        step.add(metrics, step.accumulate_r1(players, part, weight=0.7 * share), share)
+    reducers[0].finish()
+    found += [p.grad for m in (d, heads) for p in m.parameters()]
+    loop._require_grad(False, d, heads)
+    for i, (part, fake) in enumerate(zip(parts, fakes, strict=True)):
+        if i == num_parts - 1:
+            reducers[1].arm()
+        terms = step.accumulate_generator(
+            players, config, part, fake, auxiliary_strength=1.0, share=share
+        )
+        step.add(metrics, terms, share)
+    reducers[1].finish()
+    return found + [p.grad for p in g.parameters()], metrics
+
+
+def equal_steps(matching_images, num_parts):
+    """A rank's step is that of one process with the whole batch."""
+    world = join(20)
+    loss = CONFIG.loss.model_copy(
+        update={
+            "matching_images": matching_images,
+            "generator_matching": 0.3,
+            "vision": 0.4,
+            "vision_resolution": 32,
+            # A contrast is over one micro-batch of all ranks.
+            "contrastive": 0.5 if num_parts == 1 else 0.0,
+        }
+    )
+    judge = CONFIG.discriminator.model_copy(update={"minibatch_std": True})
+    config = CONFIG.model_copy(update={"batch_size": 16, "loss": loss, "discriminator": judge})
+    ours, metrics = one_step(config, world, num_parts)
+    theirs, expected = one_step(config, World(), 1)
+    assert sum(p is not None for p in theirs) > 40
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert list(metrics) == list(expected)
+    for name, value in metrics.items():
+        # The mean over those that have another caption; the only figure that is not a sum.
+        if name == "d/logit_mismatch" or (num_parts > 1 and name == "g/contrastive"):
+            continue
+        got = world.mean(value).double()
+        torch.testing.assert_close(got, expected[name].double(), rtol=1e-6, atol=1e-9)
+    world.leave()
+    return 0
+
+
+# Processes
+
+
+def train(argv):
+    """The training process with planted faults, on all ranks or on one."""
+    for fault in json.loads(os.environ.get(FAULTS, "[]")):
+        name, rank = fault.pop("fault"), fault.pop("rank", None)
+        if rank is None or str(rank) == os.environ.get(RANK, "0"):
+            globals()[name](**fault)
+    pretrained.text_encoder = lambda name, device: WordEncoder()
+    Log.health = lambda self, limits: None  # a page of charts takes longer than the run
+    return training_main.main(argv)
+
+
+def perform(argv):
+    if argv[0] == "train":
+        return train(argv[1:])
+    return equal_steps(argv[1], int(argv[2]))
+
+
+def run_child(request):
+    os.setsid()
+    output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(output, number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(request["env"])
+    status = 70
+    try:
+        status = perform(request["argv"])
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def wait(pid, seconds):
+    """The exit status; a process that is too slow is ended, and has none."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
+
+
+def serve():
+    """One JSON request per line, one answer per line."""
+    torch.set_num_threads(1)
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "pid" in request:
+            print(json.dumps(wait(request["pid"], request["seconds"])), flush=True)
+        elif (pid := os.fork()) == 0:
+            run_child(request)
+        else:
+            print(json.dumps(pid), flush=True)
+
+
+if __name__ == "__main__":
+    serve() if sys.argv[1] == "serve" else sys.exit(perform(sys.argv[1:]))
