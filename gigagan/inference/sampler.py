@@ -57,9 +57,7 @@ def load(
     return Sampler(base, larger, device=device)
 
 
-def or_published(
-    base: str | Path | None, upsampler: str | Path | None
-) -> tuple[Path, Path | None]:
+def or_published(base: str | Path | None, upsampler: str | Path | None) -> tuple[Path, Path | None]:
     """These snapshots; without a base those of the package, of both networks."""
     if base is None:
         base = PUBLISHED / "emoji-32.safetensors"

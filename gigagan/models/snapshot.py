@@ -29,7 +29,7 @@ class SnapshotError(ValueError):
 def save(
     path: Path,
     network: Generator | Upsampler,
-    about: Mapping[str, str | int | float],
+    about: Mapping[str, object],
     *,
     dtype: torch.dtype | None = None,
 ) -> None:

@@ -6,7 +6,7 @@ Shape letters: B batch, C colour, H W image, Z latent, T text width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -62,7 +62,7 @@ class Players:
     auxiliary: Auxiliary | None
     perceptual: nn.Module | None
     """LPIPS with a frozen VGG16, for the upsampler."""
-    augment: Augment = Augment(AugmentConfig())
+    augment: Augment = field(default_factory=lambda: Augment(AugmentConfig()))
     """What is done to all images that D sees; nothing by default."""
 
 
