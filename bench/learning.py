@@ -45,7 +45,6 @@ from gigagan.models.aligner import Aligner, fit_aligner
 
 JUDGES = {"inception": "inception-2015-12-05", "efficientnet": "embedded:efficientnet-lite0"}
 TEXT = "embedded:minilm-l6"
-NUM_FIT = 3000
 KID = {"subset_size": 100, "num_subsets": 50}
 DIVERSITY_PROMPTS, DIVERSITY_LATENTS = 12, 4
 RANKS = (1, 10)
@@ -147,7 +146,7 @@ class Plan:
         return [caption for group in self.groups for caption in group.unseen]
 
 
-def make_plan(samples: list[Sample], heldout: Path, num: int, seed: int) -> Plan:
+def make_plan(samples: list[Sample], heldout: Path, num: int, num_fit: int, seed: int) -> Plan:
     """Choose by seed alone, whatever the snapshots are."""
     rng = np.random.default_rng([seed, 0])
     shuffled = [samples[i] for i in rng.permutation(len(samples))]
@@ -160,7 +159,7 @@ def make_plan(samples: list[Sample], heldout: Path, num: int, seed: int) -> Plan
 
     judged = {id(s) for s in training} | {id(s) for g in groups for s in g.other_background}
     rest = [s for s in shuffled if id(s) not in judged]
-    fit = _spread(rest, NUM_FIT)
+    fit = _spread(rest, num_fit)
     first = {s.caption.name: s for s in reversed(fit)}
     asked = {id(s) for s in training}
     reference = [s for s in shuffled if id(s) not in asked][-len(training) :]
@@ -232,6 +231,13 @@ Pictures = Sequence[np.ndarray] | np.ndarray
 """uint8 H W C each."""
 
 
+def _save(path: Path, keys: list[str], features_ND: np.ndarray) -> None:
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.savez(file, keys=np.array(keys), features=features_ND)
+    partial.replace(path)
+
+
 def _kept(folder: Path, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
     path = folder / f"{name}.npy"
     if path.is_file():
@@ -259,15 +265,29 @@ class Encoders:
     cache: Path
 
     def inception(self, pictures: Pictures, what: str) -> np.ndarray:
-        """Features [N, 2048] of pictures as they are, as `gigagan.evaluation` compares them."""
-        parts = [np.empty((0, 2048), np.float32)]
-        for start in range(0, len(pictures), CHUNK):
-            began = time.monotonic()
-            chunk = list(pictures[start : start + CHUNK])
-            parts.append(inception_features(chunk, cache=self.cache))
-            if time.monotonic() - began > 1:
-                say(f"{what}: {start + len(chunk)} of {len(pictures)} through Inception")
-        return np.concatenate(parts)
+        """Features [N, 2048] of pictures as they are, as `gigagan.evaluation` compares them.
+
+        A picture that several sets share, or that an earlier run met, is encoded once.
+        """
+        keys = [_digest(f"{p.shape}", p.tobytes()) for p in pictures]
+        known = self._known
+        missing = {k: p for k, p in zip(keys, pictures, strict=True) if k not in known}
+        for start in range(0, len(missing), CHUNK):
+            chunk = dict(itertools.islice(missing.items(), start, start + CHUNK))
+            features_ND = inception_features(list(chunk.values()))
+            _save(self.cache / f"inception-{_digest(*chunk)}.npz", [*chunk], features_ND)
+            known |= dict(zip(chunk, features_ND, strict=True))
+            say(f"{what}: {start + len(chunk)} of {len(missing)} through Inception")
+        return np.stack([known[k] for k in keys])
+
+    @cached_property
+    def _known(self) -> dict[str, np.ndarray]:
+        """Inception features by the hash of a picture."""
+        known: dict[str, np.ndarray] = {}
+        for path in sorted(self.cache.glob("inception-*.npz")):
+            with np.load(path) as content:
+                known |= dict(zip(content["keys"].tolist(), content["features"], strict=True))
+        return known
 
     def pooled(self, encoder: str, pictures: Pictures, px: int, what: str) -> Tensor:
         """What a judge with this image encoder looks at [N, D]."""
@@ -278,7 +298,7 @@ class Encoders:
 
         def compute() -> np.ndarray:
             say(f"{what}: {len(pictures)} through {encoder} at {px} px")
-            return image_vectors(pictures, network, px=px).numpy()
+            return image_vectors(list(pictures), network, px=px).numpy()
 
         return torch.from_numpy(_kept(self.cache, f"pooled-{key}", compute))
 
@@ -547,8 +567,10 @@ class Bench:
             own = "left out of the fit" if prefix == "training" else "same captions"
             add(own, self._judged(prefix, _images(samples), _captions(samples), "real"))
             add("same captions", _pixels(prefix, _images(samples), samples))
-        fitted = self._judged("training", _images(plan.fitted), _captions(plan.fitted), "real")
-        add("of the fit, other captions", fitted)
+        if len(plan.fitted) > 1:  # a small fit may hold none of these concepts
+            pictures, captions = _images(plan.fitted), _captions(plan.fitted)
+            fitted = self._judged("training", pictures, captions, "real")
+            add("of the fit, other captions", fitted)
         others = [sample for group in plan.groups for sample in group.other_background]
         judged = self._judged("compositional", _images(others), _captions(others), "real")
         add("a background they had", judged)
@@ -860,6 +882,7 @@ def learned(
     out: Path,
     *,
     num: int = 384,
+    num_fit: int = 3000,
     seed: int = 0,
     judge: str = "inception",
     aligner: Path | None = None,
@@ -869,7 +892,15 @@ def learned(
     runs = sorted((Snapshot(p, encoders.cache) for p in snapshots), key=lambda s: s.images_seen)
     samples = read_samples(shards, seed)
     say(f"{len(samples)} samples of {len({s.caption.name for s in samples})} concepts")
-    plan = make_plan(samples, heldout, num, seed)
+    plan = make_plan(samples, heldout, num, num_fit, seed)
+
+    # Pictures come first: they are quick, and say much.
+    drawn = [draw_all(run, plan, seed) for run in runs]
+    draw_grids(out, plan, drawn[-1])
+    draw_over_time(out, plan, [run.images_seen for run in runs], drawn)
+    say(f"wrote grids of pictures to {out}")
+
+    # Judges, and what they say of real pictures.
     judges = {"judge": Judge(fit_judge(judge, plan, encoders), encoders)}
     if aligner is not None:
         judges["training_judge"] = Judge(Aligner.load(aligner), encoders)
@@ -877,19 +908,13 @@ def learned(
     reference = bench.reference(seed)
     say("real pictures are measured")
 
-    drawn, measured = [], []
-    for run in runs:
-        drawn.append(draw_all(run, plan, seed))
+    # Every snapshot.
+    measured = []
+    for run, found in zip(runs, drawn, strict=True):
         what = f"{run.images_seen:,} images seen"
-        metrics = bench.measure(drawn[-1], what)
-        measured.append(
-            {
-                "file": run.path.name,
-                "sha256": run.sha256,
-                "images_seen": run.images_seen,
-                "metrics": metrics,
-            }
-        )
+        metrics = bench.measure(found, what)
+        about = {"file": run.path.name, "sha256": run.sha256, "images_seen": run.images_seen}
+        measured.append({**about, "metrics": metrics})
         shown = ("training/kid_x1000", "heldout/kid_x1000", "training/judge_recall_at_10")
         say(f"{what}: " + ", ".join(f"{name} {metrics[name]:.3g}" for name in shown))
 
@@ -901,9 +926,7 @@ def learned(
     report.write_json(out / "results.json", results)
     (out / "results.md").write_text(tables(results))
     draw_curve(out / "curve.png", results)
-    draw_grids(out, plan, drawn[-1])
-    draw_over_time(out, plan, [run.images_seen for run in runs], drawn)
-    say(f"wrote {out}")
+    say(f"wrote {out / 'results.md'}")
     return results
 
 
@@ -964,6 +987,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--heldout", type=Path, required=True, help="folder with a captions.json")
     root.add_argument("--out", type=Path, required=True, help="results, and cache/ for the next")
     root.add_argument("--num", type=int, default=384, help="captions of a set, and concepts")
+    root.add_argument("--num-fit", type=int, default=3000, help="pictures the judge is fitted on")
     root.add_argument("--seed", type=int, default=0)
     root.add_argument("--judge", choices=sorted(JUDGES), default="inception")
     root.add_argument("--aligner", type=Path, help="that of the run: it took part in training")
@@ -974,7 +998,7 @@ def main() -> None:
     """Do what was asked for."""
     torch.set_grad_enabled(False)
     arguments = vars(parser().parse_args())
-    arguments["out"].mkdir(parents=True, exist_ok=True)
+    (arguments["out"] / "cache").mkdir(parents=True, exist_ok=True)
     learned(**arguments)
 
 
