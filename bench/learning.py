@@ -564,13 +564,17 @@ class Bench:
 
         # Agreement with captions.
         for prefix, samples in (("training", plan.training), ("heldout", plan.heldout)):
-            own = "left out of the fit" if prefix == "training" else "same captions"
-            add(own, self._judged(prefix, _images(samples), _captions(samples), "real"))
+            judged = self._judged(prefix, _images(samples), _captions(samples), "real")
+            for name, value in judged.items():
+                # What the aligner of the training was fitted on is all of its training pictures.
+                is_left_out = prefix == "training" and "/judge_" in name
+                kind = "same captions, left out of the fit" if is_left_out else "same captions"
+                add(kind, {name: value})
             add("same captions", _pixels(prefix, _images(samples), samples))
         if len(plan.fitted) > 1:  # a small fit may hold none of these concepts
-            pictures, captions = _images(plan.fitted), _captions(plan.fitted)
-            fitted = self._judged("training", pictures, captions, "real")
-            add("of the fit, other captions", fitted)
+            fitted = self._judged("training", _images(plan.fitted), _captions(plan.fitted), "real")
+            own = {name: value for name, value in fitted.items() if "/judge_" in name}
+            add("of the fit, other captions of the concepts", own)
         others = [sample for group in plan.groups for sample in group.other_background]
         judged = self._judged("compositional", _images(others), _captions(others), "real")
         add("a background they had", judged)
@@ -706,12 +710,13 @@ def _explained(settings: Mapping[str, Any]) -> list[str]:
         "",
         f"- Distances: training captions against {counts['reference']} other real samples, "
         f"held-out ones against all {counts['heldout_pictures']} held-out pictures; ± is the "
-        f"deviation over {KID['num_subsets']} subsets of {KID['subset_size']}. FID of so few "
+        f"deviation over {KID['num_subsets']} subsets of at most {KID['subset_size']}. "
+        "The real halves of the held-out set are half as large. FID of so few "
         "pictures is biased upwards; compare it within a row only.",
         f"- The judge: a ridge projection from {judges['judge']['image_encoder']} to "
         f"{judges['judge']['text_encoder']}, fitted here on {judges['judge']['num_fit']} real "
-        "training pictures; those of the training captions were left out of its fit, others of "
-        "the same concepts were in it. "
+        "training pictures; those of the training captions were left out of its fit, another "
+        f"picture of {counts['fitted']} of these concepts was in it. "
         + (
             "Its image encoder took part in training."
             if judges["judge"]["image_encoder"] == JUDGES["efficientnet"]
@@ -787,7 +792,8 @@ def draw_curve(path: Path, results: Mapping[str, Any]) -> None:
                 axes.axhline(reference["chance"][name], color=_GREY, linestyle=":", linewidth=1.5)
         axes.set_title(f"{title} ({hint})" if hint else title, fontsize=11)
         axes.set_xlabel("thousand images seen")
-        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(0, low), high + 0.04 * (high - min(0, low)))
         axes.grid(alpha=0.25)
         if "recall" in kind or "accuracy" in kind:
             axes.set_ylim(0, 1.03)

@@ -49,7 +49,11 @@ def save(
         for name, value in network.state_dict().items()
     }
     # A single entry: the order of several is not fixed, and equal weights shall be equal bytes.
-    save_file(tensors, partial, metadata={ENTRY: json.dumps(described)})
+    try:
+        save_file(tensors, partial, metadata={ENTRY: json.dumps(described)})
+    except SafetensorError as error:  # a full disk, say
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({error})") from error
     partial.replace(path)
 
 

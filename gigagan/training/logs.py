@@ -5,10 +5,11 @@ The only module of the package that imports MLflow.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,9 @@ class Log:
             kept = [
                 line for line in path.read_text().splitlines() if _position(line) <= images_seen
             ]
-            path.write_text("".join(line + "\n" for line in kept))
+            partial = path.with_name(path.name + ".partial")
+            partial.write_text("".join(line + "\n" for line in kept))
+            partial.replace(path)
         self._since = (time.monotonic(), images_seen)
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
@@ -87,7 +90,7 @@ class Log:
         """Write numbers at a position."""
         if not self.is_main:
             return
-        with (self.run_dir / "metrics.jsonl").open("a") as file:
+        with self.spare("metrics"), (self.run_dir / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"images": images_seen, **values}) + "\n")
         if self._mlflow is not None:
             self._mlflow.scalars(images_seen, values)
@@ -95,8 +98,9 @@ class Log:
     def picture(self, images_seen: int, name: str, image: Image.Image) -> Path:
         """Save a picture under samples/ and show it in MLflow with a step slider."""
         path = self.run_dir / "samples" / f"{name}-{images_seen:09d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
+        with self.spare("a picture"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
         if self._mlflow is not None:
             self._mlflow.picture(images_seen, name, image)
         return path
@@ -104,9 +108,18 @@ class Log:
     def health(self, limits: HealthConfig) -> None:
         """Draw the page of health charts anew, and show it in MLflow."""
         path = self.run_dir / "health.png"
-        draw_health(self.run_dir / "metrics.jsonl", path, limits)
-        if self._mlflow is not None:
-            self._mlflow.file(path)
+        with self.spare("the health page"):
+            draw_health(self.run_dir / "metrics.jsonl", path, limits)
+            if self._mlflow is not None:
+                self._mlflow.file(path)
+
+    @contextlib.contextmanager
+    def spare(self, what: str) -> Iterator[None]:
+        """A full disk costs a line or a picture, and a warning, but not the run."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"warning: {what} could not be written ({error}); training goes on")
 
     def say(self, text: str) -> None:
         """Print a line in the main process."""

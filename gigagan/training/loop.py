@@ -330,8 +330,9 @@ def _look(run: Run, probe: Probe, captions: CaptionFeatures, loader: Loader) -> 
     every = run.config.snapshot_images
     if every is not None and run.crosses(every):
         path = run.run_dir / "snapshots" / f"images-{seen:010d}.safetensors"
-        path.parent.mkdir(exist_ok=True)
-        _save_snapshot(run, captions, loader, path)
+        with log.spare("a snapshot"):
+            path.parent.mkdir(exist_ok=True)
+            _save_snapshot(run, captions, loader, path)
     shown = "  ".join(f"{name.removeprefix('probe/')} {v:.3f}" for name, v in look.scalars.items())
     log.say(f"{seen:,} images seen: {shown}")
     log.pause(time.monotonic() - started)

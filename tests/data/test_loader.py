@@ -57,7 +57,7 @@ def test_a_batch_is_pictures_with_their_own_captions_and_keys(folder):
     loader = ShardLoader(folder, batch_size=6, seed=0)
     batch = next(loader.batches(0))
     assert (batch.images_BCHW.dtype, batch.images_BCHW.shape) == (torch.uint8, (6, 3, 8, 8))
-    for image_CHW, caption, key in zip(*batch, strict=True):
+    for image_CHW, caption, key in zip(*batch[:3], strict=True):
         assert tuple(image_CHW[:, 0, 0].tolist()) == colour(int(key))
         assert caption == f"colour {int(key) % 7}"
     assert loader.num_samples == NUM_SAMPLES

@@ -410,7 +410,7 @@ def discriminator_terms(d, weights, real, fake, text, other, has_other_B, matchi
 
     The last counts pairs with another caption as fake: the mean over generated ones is added to
     that over real ones if both meet all; "half" is the mean over the first half's real and the
-    second half's generated images. Without any pair it is left out.
+    second half's generated images. An image without another caption adds zero to its mean.
     """
     B = len(has_other_B)
     terms = [
@@ -427,8 +427,7 @@ def discriminator_terms(d, weights, real, fake, text, other, has_other_B, matchi
         return terms
     wrong = {"real": discriminator(d, real, other), "fake": discriminator(d, fake, other)}
     one_by_one = [logistic(+1, wrong[kind], weights, [b]) for kind, b in pairs]
-    mean = sum(one_by_one) / len(one_by_one)
-    return [*terms, 2 * mean if matching_images == "both" else mean]
+    return [*terms, sum(one_by_one) / B]
 
 
 def r1(d, pyramid, features, weights):
