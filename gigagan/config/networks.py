@@ -53,6 +53,10 @@ class TextConfig(Frozen):
     """Channels of one attention head."""
     mlp_ratio: int = Field(2, ge=1)
     """Hidden width of a layer's MLP over its width (paper: 4)."""
+    centred: bool = True
+    """Whether the mean of the training captions' features is taken out of them (paper: no).
+
+    Without it captions of a narrow set differ little, and the style w hardly with them."""
 
     @model_validator(mode="after")
     def _widths_agree(self) -> Self:
@@ -88,6 +92,7 @@ PAPER_TEXT = TextConfig(
     depth=4,
     head_width=64,
     mlp_ratio=4,
+    centred=False,
 )
 
 
@@ -138,6 +143,9 @@ class StyleConfig(BlockConfig):
     """Layers of the mapping network M(z, t_global) → w (paper: 4)."""
     mapping_lr_multiplier: float = Field(0.1, gt=0)
     """Learning rate of the mapping network over that of the rest (StyleGAN2: 0.01)."""
+    linear_style: bool = False
+    """Whether the last layer of M has no activation (paper: it has one), so that the styles of
+    different captions and latents have no common mean at the start."""
 
 
 class GeneratorConfig(StyleConfig):
@@ -153,6 +161,10 @@ class GeneratorConfig(StyleConfig):
     """Attention blocks (self, then cross to the text) per resolution."""
     style_input: bool = True
     """Whether w also shifts the constant 4×4 input."""
+    constant_input: bool = True
+    """Whether the 4×4 input has a learned constant at all (paper: it is nothing else).
+
+    It is what all images have in common, and the quickest to follow D."""
 
     @property
     def resolution(self) -> int:
@@ -161,6 +173,10 @@ class GeneratorConfig(StyleConfig):
 
     @model_validator(mode="after")
     def _levels_agree(self) -> Self:
+        if not (self.style_input or self.constant_input):
+            raise ValueError(
+                "style_input and constant_input are both false: the generator would have no input"
+            )
         sides = [4 << i for i in range(len(self.channels))]
         _one_entry_each(self, "channels", ("kernels", "blocks", "attention"), sides)
         _heads_fit(self.channels, self.attention, self.head_width)

@@ -93,7 +93,8 @@ class Generator(nn.Module):
         self.text = condition_branch(config, attends=any(config.attention))
         self.mapping = MappingNetwork(config)
         self.register_buffer("style_mean", torch.zeros(config.style_dim))
-        self.constant = nn.Parameter(torch.randn(config.channels[0], 4, 4))
+        constant = torch.randn(config.channels[0], 4, 4)
+        self.constant = nn.Parameter(constant) if config.constant_input else None
         self.style_input = (
             EqualLinear(config.style_dim, config.channels[0] * 16) if config.style_input else None
         )
@@ -125,9 +126,7 @@ class Generator(nn.Module):
     def synthesize(self, style_BS: Tensor, text: Text) -> list[Tensor]:
         """Style and text → images in [−1, 1] (roughly), largest first, down to 4 px."""
         B = len(style_BS)  # text may be of one caption for all
-        x = self.constant.expand(B, -1, -1, -1)
-        if self.style_input is not None:
-            x = activate(x + self.style_input(style_BS).reshape(x.shape))
+        x = self._input(style_BS, B)
         images: list[Tensor] = []
         for level in self.levels:
             if images:
@@ -138,6 +137,14 @@ class Generator(nn.Module):
             rgb = level.to_rgb(x, style_BS)
             images.append(upsample(images[-1]) + rgb if images else rgb)
         return images[::-1]
+
+    def _input(self, style_BS: Tensor, B: int) -> Tensor:
+        """4×4 maps: a constant, something of w, or their sum."""
+        if self.style_input is None:
+            assert self.constant is not None
+            return self.constant.expand(B, -1, -1, -1)
+        shift_BCHW = self.style_input(style_BS).unflatten(1, (-1, 4, 4)).expand(B, -1, -1, -1)
+        return activate(shift_BCHW if self.constant is None else self.constant + shift_BCHW)
 
     def forward(self, z_BZ: Tensor, features: Features) -> list[Tensor]:
         """Latents and what the network is conditioned on → the image pyramid, largest first."""

@@ -369,8 +369,12 @@ class MappingNetwork(nn.Module):
         widths += [config.style_dim] * config.mapping_layers
         self.layers = nn.ModuleList(
             EqualLinear(i, o, lr_multiplier=config.mapping_lr_multiplier, gain=ACTIVATION_GAIN)
-            for i, o in itertools.pairwise(widths)
+            for i, o in itertools.pairwise(widths[: -1 if config.linear_style else None])
         )
+        if config.linear_style:
+            multiplier = config.mapping_lr_multiplier
+            self.layers.append(EqualLinear(*widths[-2:], lr_multiplier=multiplier))
+        self.is_linear = config.linear_style
 
     def forward(self, z_BZ: Tensor, condition_BT: Tensor | None) -> Tensor:
         """B Z and B T (None if unconditional) → B S."""
@@ -380,6 +384,6 @@ class MappingNetwork(nn.Module):
             [rms_normalize(p) * math.sqrt(width / (len(inputs) * p.shape[1])) for p in inputs],
             dim=1,
         )
-        for layer in self.layers:
-            x = activate(layer(x))
+        for number, layer in enumerate(self.layers, start=1):
+            x = layer(x) if self.is_linear and number == len(self.layers) else activate(layer(x))
         return x

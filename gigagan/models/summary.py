@@ -82,8 +82,9 @@ def summarize(config: GeneratorConfig | DiscriminatorConfig | UpsamplerConfig) -
     ]
     own = _count(network) - sum(row.parameters for row in rows)
     if own:
-        constant = tuple(network.constant.shape) if isinstance(network, Generator) else ()
-        rows.append(Row("constant", "Parameter", _shape(constant), own, 0))
+        constant = network.constant if isinstance(network, Generator) else None
+        shape = () if constant is None else tuple(constant.shape)
+        rows.append(Row("constant", "Parameter", _shape(shape), own, 0))
     total = counter.get_total_flops() // 2
     return Summary(root, rows, _count(network), _count(network.text), total)
 

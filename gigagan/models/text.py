@@ -65,9 +65,16 @@ class TextBranch(nn.Module):
     `attends` to them.
     """
 
+    mean_token_D: Tensor
+    mean_pooled_P: Tensor
+
     def __init__(self, config: TextConfig, *, attends: bool) -> None:
         super().__init__()
         self.attends = attends
+        self.is_centred = config.centred
+        if config.centred:
+            self.register_buffer("mean_token_D", torch.zeros(config.encoder_width))
+            self.register_buffer("mean_pooled_P", torch.zeros(config.pooled_width))
         self.from_tokens: EqualLinear | None = None
         if attends or config.depth:
             self.from_tokens = EqualLinear(config.encoder_width, config.width)
@@ -77,11 +84,24 @@ class TextBranch(nn.Module):
             for _ in range(config.depth)
         )
 
+    @torch.no_grad()
+    def centre(self, mean_token_D: Tensor, mean_pooled_P: Tensor) -> None:
+        """Take what all captions of a data set have in common out of every one, from now on.
+
+        Frozen encoders put captions of one kind close together: of MiniLM's vectors for emoji the
+        mean has 0.78 of the norm, and what remains is all that tells captions apart.
+        """
+        if self.is_centred:
+            self.mean_token_D.copy_(mean_token_D)
+            self.mean_pooled_P.copy_(mean_pooled_P)
+
     def forward(self, features: Features) -> Text:
         """Features of a frozen encoder → what the networks see."""
         if not isinstance(features, TextFeatures):
             raise TypeError(f"a text-conditional network was given {type(features).__name__}")
         tokens_BLD, mask_BL, pooled_BP = features
+        if self.is_centred:
+            tokens_BLD, pooled_BP = tokens_BLD - self.mean_token_D, pooled_BP - self.mean_pooled_P
         x = self.from_pooled(rms_normalize(pooled_BP))[:, None]
         if self.from_tokens is not None:
             x = torch.cat([x, self.from_tokens(rms_normalize(tokens_BLD))], dim=1)

@@ -28,6 +28,7 @@ from gigagan.models.discriminator import Discriminator
 from gigagan.models.encoders import ImageEncoder, TextEncoder
 from gigagan.models.generator import Generator
 from gigagan.models.openclip import OpenClipText
+from gigagan.models.text import TextBranch
 from gigagan.models.upsampler import Upsampler
 from gigagan.models.vision import VisionAidedDiscriminator
 from gigagan.training import loop, step
@@ -41,6 +42,7 @@ from gigagan.training.logs import Log
 from gigagan.training.probes import BaseProbe, UpsamplerProbe, from_uint8
 
 ALIGNER_PICTURES = 2_048
+CENTRE_CAPTIONS = 10_000
 TEXT_FEATURES = "text-features.pt"
 FAILED, PREEMPTED = 1, 75
 """Exit statuses; 75 (EX_TEMPFAIL): asked to stop, saved, the same command goes on."""
@@ -147,6 +149,7 @@ def run(
     encoder = _text_encoder(generator.config.text, world)
     captions = CaptionFeatures(encoder, world.device)
     _warm(captions, loader, heldout, run_dir / TEXT_FEATURES, world, log)
+    _centre(captions, loader, generator, discriminator)
     auxiliary: Auxiliary | None = None
     if isinstance(config, TrainBaseConfig) and (config.loss.vision or config.loss.contrastive):
         auxiliary = _auxiliary(config, loader, captions, run_dir, world, log)
@@ -252,6 +255,15 @@ def _warm(
         captions.save(path)
     world.barrier()
     captions.load(path)
+
+
+def _centre(captions: CaptionFeatures, loader: ShardLoader, *networks: torch.nn.Module) -> None:
+    """Tell the text branches what the training captions have in common."""
+    means = captions.means(loader.captions_between(0, min(loader.num_samples, CENTRE_CAPTIONS)))
+    for network in networks:
+        for branch in network.modules():
+            if isinstance(branch, TextBranch):
+                branch.centre(*means)
 
 
 def _auxiliary(

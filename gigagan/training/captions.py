@@ -118,6 +118,17 @@ class CaptionFeatures:
             progress(start + len(batch), len(todo))
         return len(todo)
 
+    def means(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Mean token D and mean pooled vector P over captions, each of which counts once."""
+        tokens, pooled, num_tokens = [], [], 0
+        for start in range(0, len(captions), ENCODE_BATCH):
+            features = self(captions[start : start + ENCODE_BATCH])
+            tokens.append((features.tokens_BLD * features.mask_BL[..., None]).sum((0, 1)).double())
+            pooled.append(features.pooled_BD.sum(0).double())
+            num_tokens += int(features.mask_BL.sum())
+        token_D, pooled_P = torch.stack(tokens).sum(0), torch.stack(pooled).sum(0)
+        return (token_D / num_tokens).float(), (pooled_P / len(captions)).float()
+
     def save(self, path: Path) -> None:
         """Keep what is known on disk, for other ranks and later attempts."""
         partial = path.with_name(path.name + ".partial")

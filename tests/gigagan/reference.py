@@ -124,9 +124,13 @@ def mapping(network, config, z_Z, condition_T):
     parts = [z_Z] if condition_T is None else [z_Z, condition_T]
     share = sum(map(len, parts)) / len(parts)
     x = torch.cat([normalize(part) * math.sqrt(share / len(part)) for part in parts])
-    for layer in network.layers:
-        x = activate(linear(layer, x, gain=SQRT2, lr_multiplier=config.mapping_lr_multiplier))
-    return x
+    slow = {"lr_multiplier": config.mapping_lr_multiplier}
+    *layers, last = network.layers
+    for layer in layers:
+        x = activate(linear(layer, x, gain=SQRT2, **slow))
+    if config.linear_style:
+        return linear(last, x, **slow)
+    return activate(linear(last, x, gain=SQRT2, **slow))
 
 
 # Attention and text
@@ -210,7 +214,11 @@ def caption(branch, config, features, b):
         tokens_MD = features.tokens_BLD[b][features.mask_BL[b]]
         if branch.from_tokens is None:
             tokens_MD = ()  # nobody reads them
-        x = [linear(branch.from_pooled, normalize(features.pooled_BD[b]))]
+        pooled_D = features.pooled_BD[b]
+        if config.text.centred:
+            pooled_D = pooled_D - branch.mean_pooled_P
+            tokens_MD = [row - branch.mean_token_D for row in tokens_MD]
+        x = [linear(branch.from_pooled, normalize(pooled_D))]
         x = torch.stack(x + [linear(branch.from_tokens, normalize(row)) for row in tokens_MD])
         for layer in branch.layers:
             x = text_layer(layer, x, config.text.head_width)
@@ -235,9 +243,10 @@ def synthesis_level(level, config, x_CHW, style_S, text):
 def generate(g, style_S, text):
     """One sample's pyramid, largest first."""
     config = g.config
-    x, image, images = g.constant, None, []
+    image, images = None, []
+    x = g.constant if config.constant_input else 0.0
     if config.style_input:
-        x = activate(x + linear(g.style_input, style_S).reshape(x.shape))
+        x = activate(x + linear(g.style_input, style_S).reshape(-1, 4, 4))
     for level in g.levels:
         x = x if image is None else upsample(x)
         x = synthesis_level(level, config, x, style_S, text)

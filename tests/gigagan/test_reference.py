@@ -85,6 +85,9 @@ def randomized(network):
     with torch.no_grad():
         for parameter in network.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
+        for name, buffer in network.named_buffers():
+            if "mean_" in name:  # of the captions' features
+                buffer += 0.3 * torch.randn_like(buffer)
     return network
 
 
@@ -247,6 +250,15 @@ def test_generator_equals_its_equations(kind):
     slow = naive.generator(g, z, features)
     assert [x.shape[-1] for x in slow] == [16, 8, 4]
     assert_agree(g(z, features), slow, [z, *inputs, *g.parameters()])
+
+
+def test_generator_without_constant_and_with_a_linear_style_equals_its_equations():
+    text = G.text.model_copy(update={"centred": False})
+    config = G.model_copy(update={"constant_input": False, "linear_style": True, "text": text})
+    g = randomized(Generator(config))
+    assert g.constant is None
+    z, (features, inputs) = leaf(B, 5), condition("text")
+    assert_agree(g(z, features), naive.generator(g, z, features), [z, *inputs, *g.parameters()])
 
 
 @pytest.mark.parametrize("kind", CONDITIONS)
