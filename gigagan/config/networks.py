@@ -159,12 +159,16 @@ class GeneratorConfig(StyleConfig):
     """Blocks of two adaptive 3×3 convolutions per resolution; the first of all has one."""
     attention: tuple[Depth, ...] = (0, 1, 0, 0)
     """Attention blocks (self, then cross to the text) per resolution."""
+    linear_style: bool = True
+    """Whether the last layer of M has no activation (paper: it has one), so that the styles of
+    different captions and latents have no common mean at the start."""
     style_input: bool = True
-    """Whether w also shifts the constant 4×4 input."""
-    constant_input: bool = True
-    """Whether the 4×4 input has a learned constant at all (paper: it is nothing else).
+    """Whether the 4×4 input is, or has added to it, something linear in w (paper: no)."""
+    constant_input: bool = False
+    """Whether the 4×4 input has a learned constant (paper: it is nothing else).
 
-    It is what all images have in common, and the quickest to follow D."""
+    A constant is what all images share and what follows D most quickly: with it short trainings
+    drew one shape for all captions."""
 
     @property
     def resolution(self) -> int:
@@ -196,7 +200,9 @@ class GeneratorConfig(StyleConfig):
             style_dim=1024,
             mapping_layers=4,
             mapping_lr_multiplier=0.01,
+            linear_style=False,
             style_input=False,
+            constant_input=True,
             text=PAPER_TEXT,
         )
 
@@ -214,7 +220,9 @@ class GeneratorConfig(StyleConfig):
             style_dim=512,
             mapping_layers=4,
             mapping_lr_multiplier=0.01,
+            linear_style=False,
             style_input=False,
+            constant_input=True,
             text=None,
             classes=ClassConfig(number=1_000, width=512),
         )

@@ -152,7 +152,7 @@ def test_describe_refuses_an_unknown_preset_with_the_nearest_name(capsys):
 def test_multiply_adds_of_a_generator_equal_a_count_by_hand():
     config = GeneratorConfig(
         channels=(5, 7), kernels=(1, 3), blocks=(1, 1), attention=(0, 0), style_input=False,
-        latent_dim=2, style_dim=3, mapping_layers=2, text=None,
+        constant_input=True, latent_dim=2, style_dim=3, mapping_layers=2, text=None,
     )  # fmt: skip
     found = {row.name: row.multiply_adds for row in summarize(config).rows if row.multiply_adds}
 

@@ -244,7 +244,10 @@ def test_extra_head_dimension_has_the_second_derivatives_of_explicit_attention()
 
 @pytest.mark.parametrize("kind", CONDITIONS)
 def test_generator_equals_its_equations(kind):
-    config = G.model_copy(update=CONDITIONS[kind] | {"style_input": kind != "classes"})
+    has_constant = {"constant_input": True, "linear_style": False}
+    config = G.model_copy(
+        update=CONDITIONS[kind] | has_constant | {"style_input": kind != "classes"}
+    )
     g = randomized(Generator(config))
     z, (features, inputs) = leaf(B, 5), condition(kind)
     slow = naive.generator(g, z, features)

@@ -280,7 +280,7 @@ def test_generator_step_leaves_no_gradient_in_the_discriminator():
 def test_a_run_whose_every_step_is_not_finite_ends_with_a_report(tmp_path):
     made = players(BASE)
     with torch.no_grad():
-        made.generator.constant.fill_(float("nan"))
+        made.generator.style_input.weight.fill_(float("nan"))
     captions = CaptionFeatures(WordEncoder(), torch.device("cpu"))
     log = Log(tmp_path, BASE.total_images)
     with pytest.raises(Divergence, match="skipped_share_d"):
