@@ -19,6 +19,9 @@ class OptimizerConfig(Frozen):
 
     lr: float = Field(2.5e-3, gt=0)
     """Learning rate of both networks (all weights have an equalized learning rate)."""
+    generator_rate: float = Field(1.0, gt=0)
+    """Learning rate of G over that of D; below 1 is a two time-scale update rule (Heusel et al.
+    2017, arXiv:1706.08500)."""
     beta2: float = Field(0.99, gt=0, lt=1)
     """Second-moment decay; the first is 0."""
     weight_decay: float = Field(1e-5, ge=0)

@@ -70,14 +70,14 @@ class Run:
     # Optimizers.
 
     def set_rates(self) -> float:
-        """The learning rate of the next step: linear warm-up, and what rollbacks have left."""
+        """D's learning rate of the next step: linear warm-up, and what rollbacks have left."""
         settings = self.config.optimizer
         warmup = max(settings.warmup_images, 1)
         ramp = min((self.images_seen + self.config.batch_size) / warmup, 1.0)
         rate = settings.lr * ramp * self.guard.rate_factor
-        for optimizer in (self.opt_g, self.opt_d):
+        for optimizer, share in ((self.opt_g, settings.generator_rate), (self.opt_d, 1.0)):
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = share * rate
         return rate
 
     def update(self, name: str, optimizer: torch.optim.Optimizer, *modules: nn.Module) -> Tensor:

@@ -29,6 +29,7 @@ from gigagan.training.ema import Ema
 from gigagan.training.guard import Divergence
 from gigagan.training.logs import Log
 from gigagan.training.probes import Look
+from gigagan.training.run import Run
 
 TEXT = TextConfig(encoder="test:words", encoder_width=11, pooled_width=11, width=16, head_width=8)
 BASE = TrainBaseConfig(
@@ -288,6 +289,15 @@ def test_a_run_whose_every_step_is_not_finite_ends_with_a_report(tmp_path):
     assert checkpoint.latest(tmp_path / "checkpoints") is None
     assert "skipped_share_d" in (tmp_path / "divergence" / "report.md").read_text()
     assert all(p.isfinite().all() for p in made.discriminator.parameters())
+
+
+def test_the_generator_learns_at_its_own_share_of_the_rate(tmp_path):
+    optimizer = BASE.optimizer.model_copy(update={"generator_rate": 0.25, "warmup_images": 0})
+    config = BASE.model_copy(update={"optimizer": optimizer})
+    made = Run(config, players(config), tmp_path, Log(tmp_path, 8), World())
+    assert made.set_rates() == optimizer.lr
+    assert {group["lr"] for group in made.opt_d.param_groups} == {optimizer.lr}
+    assert {group["lr"] for group in made.opt_g.param_groups} == {optimizer.lr / 4}
 
 
 def test_average_follows_with_its_half_life():
