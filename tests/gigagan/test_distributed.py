@@ -78,6 +78,7 @@ def test_two_ranks_equal_one_process(name, tmp_path):
     assert status == [0, 0], words
 
 
+@pytest.mark.slow
 def test_divided_optimizer_state_equals_adamw_and_goes_on_in_one_process(ranks, tmp_path):
     status, words = two_ranks("sharded", tmp_path)
     assert status == [0, 0], words
@@ -91,12 +92,14 @@ def test_divided_optimizer_state_equals_adamw_and_goes_on_in_one_process(ranks, 
         assert torch.equal(network.state_dict()[name], weights), name
 
 
+@pytest.mark.slow
 def test_the_others_end_with_an_error_when_a_rank_dies(tmp_path):
     status, words = two_ranks("dies", tmp_path)
     assert status == [1, 3]
     assert "by peer" in words[0]  # closed or reset
 
 
+@pytest.mark.slow
 def test_the_others_end_with_an_error_when_a_rank_hangs(tmp_path):
     status, words = two_ranks("hangs", tmp_path)
     assert status[0] == 1

@@ -20,6 +20,8 @@ from data.loader import CorruptShardsError, ShardLoader
 from gigagan.models import snapshot
 from gigagan.training import checkpoint
 
+pytestmark = pytest.mark.slow  # real processes: minutes in all
+
 PROGRAM = Path(__file__).with_name("tiny_run.py")
 CLOCKS = {"images_per_second", "cpu_seconds", "health/failed_checkpoints"}
 END, KILLED, PREEMPTED = 56, -9, 75
@@ -202,25 +204,15 @@ KILLS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("kills", "positions"),
-    [
-        ([KILLS[3], KILLS[4]], [16, 16]),
-        pytest.param(KILLS, [16, 16, 16, 32, 32, 48, 48, 56, 56], marks=pytest.mark.slow),
-    ],
-    ids=["twice", "everywhere"],
-)
-def test_a_run_killed_again_and_again_ends_to_the_bit_like_one_that_was_not(
-    start, whole, kills, positions, tmp_path
-):
+def test_a_run_killed_again_and_again_ends_to_the_bit_like_one_that_was_not(start, whole, tmp_path):
     run_dir = tmp_path / "run"
     resumed = []
-    for kill in [*kills, None]:
+    for kill in [*KILLS, None]:
         status, output = start(run_dir, *([kill] if kill else []))
         assert status == (KILLED if kill else 0), (kill, output)
         assert "warning" not in output
         resumed += [int(x.split()[2]) for x in output.splitlines() if x.startswith("resumed at")]
-    assert resumed == positions
+    assert resumed == [16, 16, 16, 32, 32, 48, 48, 56, 56]
     equals_the_whole(run_dir, whole)
     assert names(run_dir) == names(whole)
     assert not list((run_dir / "checkpoints").glob("*.partial"))
@@ -286,7 +278,7 @@ def test_ranks_of_every_number_share_an_epoch_between_them_from_any_position(sha
     assert order == expected
 
 
-@pytest.mark.parametrize(("first", "then"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
 def test_a_killed_run_goes_on_with_another_number_of_ranks(start, whole, first, then, tmp_path):
     run_dir = tmp_path / "run"
     status, output = start(run_dir, fault("kill_in_step", at=28, rank=0), num_ranks=first)
@@ -357,7 +349,7 @@ def test_a_run_all_of_whose_checkpoints_are_damaged_ends_with_an_error(start, en
 # 6. Full disks
 
 
-@pytest.mark.parametrize("kind", ["small_files", pytest.param("full_disk", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["small_files", "full_disk"])
 def test_a_full_disk_costs_a_checkpoint_and_no_run(start, whole, kind, tmp_path):
     run_dir = tmp_path / "run"
     status, output = start(run_dir, fault(kind, at=[16, 32]), fault("kill_in_step", at=36))
@@ -522,7 +514,6 @@ def test_the_other_rank_ends_with_an_error_when_one_dies(start, tmp_path):
     assert names(tmp_path / "run") == [8, 16]
 
 
-@pytest.mark.slow
 def test_torchrun_ends_when_a_rank_dies_and_the_same_command_goes_on(whole, shards, tmp_path):
     argv = command(tmp_path / "run", shards)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
