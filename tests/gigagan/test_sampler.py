@@ -90,3 +90,32 @@ def test_command_line_draws_files(snapshots, tmp_path, capsys):
     assert "error: no prompts" in capsys.readouterr().err
     assert main(["sample", "--base", str(tmp_path / "none"), "x"]) == 1
     assert "no such snapshot" in capsys.readouterr().err
+
+
+def test_the_package_draws_without_being_given_a_snapshot():
+    sampler = gigagan.load()
+    (teal,), (pink,) = (
+        sampler.sample([f"flat emoji of a violin on a {colour} background"], seed=0)
+        for colour in ("teal", "pink")
+    )
+    assert teal.size == (128, 128)
+    red = [np.median(np.asarray(picture)[:4, :, 0]) for picture in (teal, pink)]
+    assert red[1] - red[0] > 50  # of the borders: pink has more red than teal
+
+
+def test_an_exported_snapshot_is_half_as_large_and_draws_nearly_the_same(snapshots, tmp_path):
+    out = tmp_path / "small.safetensors"
+    assert main(["export", str(snapshots[0]), str(out)]) == 0
+    whole, _ = snapshot.load(snapshots[0])
+    small, _ = snapshot.load(out)
+    for name, value in whole.state_dict().items():
+        rounded = small.state_dict()[name]
+        assert rounded.dtype == value.dtype
+        assert torch.equal(rounded, value.bfloat16().to(value.dtype))
+    weights = sum(value.nbytes for value in whole.state_dict().values())
+    assert out.stat().st_size < weights / 2 + 20_000
+
+
+def test_a_missing_snapshot_is_named_by_export(tmp_path, capsys):
+    assert main(["export", str(tmp_path / "no.safetensors"), str(tmp_path / "x")]) == 1
+    assert "no.safetensors: no such snapshot" in capsys.readouterr().err
