@@ -113,8 +113,8 @@ def train(
                 run.roll_back(divergence)
                 log.start(run.images_seen)
     if world.is_main:
-        if not found:  # resumed at the very end
-            found = _look(run, probe, captions, loader)
+        if not found:  # resumed at the very end: all is logged already
+            found = probe.look(run.ema.network).scalars
         _save_snapshot(run, captions, loader, run_dir / "snapshot.safetensors")
     return Result(run.images_seen, found)
 
