@@ -215,7 +215,7 @@ def _steps(
             alarms = run.guard.check(line, run.images_seen)
             figures = {
                 "learning_rate": rate,
-                "augment/probability": run.ada.probability,
+                "augment/probability": run.ada.probability if config.augment.diffaugment else 0.0,
                 "ema/half_life": run.ema.half_life_at(run.images_seen),
                 **run.guard.figures(),
             }
