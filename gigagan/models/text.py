@@ -91,9 +91,8 @@ class TextBranch(nn.Module):
         Frozen encoders put captions of one kind close together: of MiniLM's vectors for emoji the
         mean has 0.78 of the norm, and what remains is all that tells captions apart.
         """
-        if self.is_centred:
-            self.mean_token_D.copy_(mean_token_D)
-            self.mean_pooled_P.copy_(mean_pooled_P)
+        self.mean_token_D.copy_(mean_token_D)
+        self.mean_pooled_P.copy_(mean_pooled_P)
 
     def forward(self, features: Features) -> Text:
         """Features of a frozen encoder → what the networks see."""

@@ -258,12 +258,14 @@ def _warm(
 
 
 def _centre(captions: CaptionFeatures, loader: ShardLoader, *networks: torch.nn.Module) -> None:
-    """Tell the text branches what the training captions have in common."""
-    means = captions.means(loader.captions_between(0, min(loader.num_samples, CENTRE_CAPTIONS)))
-    for network in networks:
-        for branch in network.modules():
-            if isinstance(branch, TextBranch):
-                branch.centre(*means)
+    """Tell the text branches that ask for it what the training captions have in common."""
+    found = [m for network in networks for m in network.modules() if isinstance(m, TextBranch)]
+    centred = [branch for branch in found if branch.is_centred]
+    if centred:
+        some = loader.captions_between(0, min(loader.num_samples, CENTRE_CAPTIONS))
+        means = captions.means(some)
+        for branch in centred:
+            branch.centre(*means)
 
 
 def _auxiliary(

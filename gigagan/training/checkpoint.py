@@ -102,9 +102,17 @@ def save(
     return path
 
 
-def latest(directory: Path) -> Path | None:
-    """The newest checkpoint, or None."""
-    return max(_all(directory), default=None)
+def latest(directory: Path, *, until: int | None = None) -> Path | None:
+    """The newest checkpoint, of those at most at `until` images; or None."""
+    return max((p for p in _all(directory) if until is None or _at(p) <= until), default=None)
+
+
+def discard(directory: Path, *, after: int) -> None:
+    """Delete the checkpoints beyond `after` images."""
+    for path in _all(directory):
+        if _at(path) > after:
+            path.unlink()
+            path.with_suffix(".json").unlink(missing_ok=True)
 
 
 def restore_newest(
@@ -113,12 +121,11 @@ def restore_newest(
     config: Mapping[str, Any],
     *,
     warn: Callable[[str], None] = print,
-    usable: Callable[[Mapping[str, Any]], bool] = lambda about: True,
 ) -> dict[str, Any] | None:
     """Load the newest readable checkpoint and return its description; None if there is none.
 
     One whose bytes are not those that were written is passed over with a warning, for the one
-    before it. `usable` may refuse some by their description.
+    before it.
 
     Raises:
         CheckpointError: all are unreadable, or the newest readable one is of another configuration.
@@ -126,8 +133,7 @@ def restore_newest(
     paths = sorted(_all(directory), reverse=True)
     for path in paths:
         try:
-            if usable(_described(path)):
-                return restore(path, parts, config)
+            return restore(path, parts, config)
         except UnreadableError as error:
             warn(f"warning: {error}; trying the checkpoint before it")
     if paths:
@@ -243,6 +249,11 @@ def _flush(directory: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _at(path: Path) -> int:
+    """Images seen, by its name."""
+    return int(path.stem.removeprefix("images-"))
 
 
 def _all(directory: Path) -> list[Path]:

@@ -15,7 +15,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -122,18 +122,9 @@ class StepCounts(NamedTuple):
 
 
 class Guard:
-    """Judges steps on the device, lines of the log and vital signs on the host.
+    """Judges steps on the device, lines of the log and vital signs on the host."""
 
-    On several processes `agree` must return the largest of all processes' values, since losses
-    differ between them and a step is taken by all or by none.
-    """
-
-    def __init__(
-        self,
-        config: HealthConfig,
-        device: torch.device,
-        agree: Callable[[Tensor], Tensor] = lambda value: value,
-    ) -> None:
+    def __init__(self, config: HealthConfig, device: torch.device) -> None:
         self.config = config
         self.device = device
         self.num_rollbacks = 0
@@ -143,7 +134,6 @@ class Guard:
         """One entry per rollback: where, back to where, the rate factor since, and why."""
         self.num_warnings: dict[str, int] = {}
         """How often each warning has begun."""
-        self._agree = agree
         self._norms: dict[str, RunningNorm] = {}
         self._counts: dict[str, StepCounts] = {}
         self._warned: set[str] = set()
@@ -153,24 +143,23 @@ class Guard:
     # On the device, once per step of each network.
 
     @torch.no_grad()
-    def judge(
-        self, name: str, norm: Tensor, losses: Sequence[Tensor], *, kind: str = "plain"
-    ) -> Tensor:
+    def judge(self, name: str, norm: Tensor, *, kind: str = "plain") -> Tensor:
         """1.0 if this step must be skipped, else 0.0, for the fused optimizer's `found_inf`.
 
-        Nothing is read from the device. `norm` is the one before clipping. Steps of another
-        `kind` (with R1, whose gradient is multiplied by its interval) have a mean of their own.
+        Nothing is read from the device. `norm` is that of the gradients before clipping, averaged
+        over all ranks: so all skip a step or none, and what is not finite anywhere shows in it.
+        Steps of another `kind` (with R1, whose gradient is multiplied by its interval) have a mean
+        of their own.
         """
-        values = torch.stack([full_precision(x).reshape(()) for x in (norm, *losses)])
+        value = full_precision(norm).reshape(())
         key = f"{name}/{kind}"
         running = self._norms.get(key) or RunningNorm(self._number(0.0), self._number(0))
-        allowed = running.allows(values[0], self.config.skip_factor, self.config.settle_steps)
-        found_inf = self._agree((~(values.isfinite().all() & allowed)).float())
-        is_bad = found_inf > 0
+        allowed = running.allows(value, self.config.skip_factor, self.config.settle_steps)
+        is_bad = ~(value.isfinite() & allowed)
         counts = self._counts.get(name) or StepCounts(*(self._number(0) for _ in range(3)))
         self._counts[name] = counts.add(is_bad)
-        self._norms[key] = running.follow(values[0], ~is_bad)
-        return found_inf
+        self._norms[key] = running.follow(value, ~is_bad)
+        return is_bad.float()
 
     def _number(self, value: float) -> Tensor:
         return torch.tensor(value, device=self.device)

@@ -222,6 +222,7 @@ def _steps(
             log.scalars(run.images_seen, figures)
             found |= line
             run.heed(alarms)
+            run.note_health()
         if is_done or run.crosses(config.sample_images):
             watch.pause()
             if world.is_main:

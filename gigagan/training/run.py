@@ -36,6 +36,8 @@ class Run:
         self.last_inputs: step.Inputs | None = None
         """What the last step saw, for vital signs."""
         self._num_failed_saves = 0
+        self._healthy_at = 0
+        """Up to where every line of the log was without a fatal alarm."""
         generator, discriminator = players.generator, players.discriminator
         self.heads: nn.Module = players.auxiliary.heads if players.auxiliary else nn.Module()
         system = config.system
@@ -92,7 +94,7 @@ class Run:
         nn.utils.clip_grads_with_norm_(parameters, largest, norm)
         has_r1 = name == "d" and self.has_r1
         kind = "r1" if has_r1 else "plain"
-        optimizer.found_inf = self.guard.judge(name, norm, (), kind=kind)  # type: ignore[attr-defined]
+        optimizer.found_inf = self.guard.judge(name, norm, kind=kind)  # type: ignore[attr-defined]
         optimizer.step()
         return norm.detach()
 
@@ -120,6 +122,10 @@ class Run:
         if any(alarm.is_fatal for alarm in alarms):
             raise Divergence(alarms)
 
+    def note_health(self) -> None:
+        """So far all is well, on every rank: the log's line raised no fatal alarm."""
+        self._healthy_at = self.images_seen
+
     def vital_signs(self) -> dict[str, float]:
         """Of the networks that are trained, on what the last step saw."""
         inputs = self.last_inputs
@@ -140,23 +146,28 @@ class Run:
 
     def resume(self) -> None:
         """Go on from the newest readable checkpoint, if there is one."""
-        about = self._restore()
-        if about is not None:
+        if self._restore():
+            self._healthy_at = self.images_seen
             self.log.say(f"resumed at {self.images_seen:,} images")
 
     def roll_back(self, divergence: Divergence) -> None:
         """Go back to the last checkpoint of a healthy run, and on with a lower learning rate.
+
+        One written since the last line without a fatal alarm may hold the divergence: it goes.
 
         Raises:
             Divergence: the number of attempts is used up, or there is no checkpoint; a report is
                 written.
         """
         where, folder = self.images_seen, self.run_dir / "checkpoints"
-        if not self.guard.can_roll_back or checkpoint.latest(folder) is None:
+        if not self.guard.can_roll_back or not checkpoint.latest(folder, until=self._healthy_at):
             if self.world.is_main:
                 page = guard.write_report(self.run_dir, divergence.alarms, self.guard.history)
                 self.log.say(f"health: gave up at {where:,} images; report: {page}")
             raise divergence
+        self.world.barrier()
+        if self.world.is_main:
+            checkpoint.discard(folder, after=self._healthy_at)
         self.world.barrier()
         self._restore()
         self.guard.roll_back(divergence.alarms, where, self.images_seen)
@@ -203,7 +214,8 @@ class Run:
         """Whether the last step passed a multiple of `every`."""
         return self.images_seen // every > (self.images_seen - self.config.batch_size) // every
 
-    def _restore(self) -> dict[str, object] | None:
+    def _restore(self) -> bool:
+        """Take back the newest readable checkpoint; whether there is one."""
         about = checkpoint.restore_newest(
             self.run_dir / "checkpoints",
             self._parts,
@@ -212,7 +224,7 @@ class Run:
         )
         if about is not None:
             self.images_seen = int(about["images_seen"])
-        return about
+        return about is not None
 
 
 def adamw(config: TrainStage, world: World, *modules: nn.Module) -> torch.optim.Optimizer:
