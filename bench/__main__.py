@@ -7,10 +7,11 @@ import itertools
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from bench import adaptive, initial, model, precision, predict, training
+from bench import adaptive, data, initial, model, precision, predict, training
 
 BENCHMARKS = {
     "adaptive": adaptive.main,
+    "data": data.main,
     "initial": initial.main,
     "model": model.main,
     "precision": precision.main,

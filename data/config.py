@@ -37,22 +37,27 @@ class EmbeddedConfig(Frozen):
 class DownloadConfig(Frozen):
     """From metadata to original bytes: what is listed, what is asked for, and how politely."""
 
-    source: Literal["embedded", "parquet"] = "embedded"
-    """`embedded` renders and serves its own pictures; `parquet` reads the lists of `metadata`."""
+    source: Literal["embedded", "metadata"] = "embedded"
+    """`embedded` renders and serves its own pictures; `metadata` reads the lists named below."""
     embedded: EmbeddedConfig = EmbeddedConfig()
-    """The embedded source; unused when `source` is `parquet`."""
+    """The embedded source; unused when `source` is `metadata`."""
     metadata: tuple[str, ...] = ()
-    """Parquet files or globs with the columns of LAION, Re-LAION, COYO, DataComp, or url, text."""
+    """Lists of LAION, Re-LAION, COYO, DataComp, or of url and caption: Parquet, CSV or TSV. Local
+    paths, globs, or URLs that fsspec reads (`s3://`, `gs://`, `hf://`)."""
+    allow_withdrawn: bool = False
+    """Also read LAION's releases of before 2024, which their authors have withdrawn."""
+    unique: Literal["url", "url and caption"] = "url"
+    """What no two rows share: of equal ones a seeded choice stays."""
     max_rows: int | None = Field(default=None, ge=1)
     """Rows kept after the pre-filter, a seeded sample; all of them when null."""
     seed: int = 0
-    """Order of the rows, and so the contents of each shard."""
+    """Order of the rows, and so the contents of shards; each host is spread over all of them."""
 
     min_side: int | None = Field(default=64, ge=1)
     """Least listed short side, px. A null in a column that a rule reads drops the row."""
     max_aspect: float | None = Field(default=3.0, ge=1)
     """Greatest listed long side ÷ short side."""
-    min_caption_words: int = Field(default=3, ge=0)
+    min_caption_words: int = Field(default=3, ge=0, le=1000)
     """Fewest words of a caption."""
     min_caption_chars: int = Field(default=6, ge=0)
     """Fewest characters of a caption."""
@@ -67,8 +72,10 @@ class DownloadConfig(Frozen):
     min_aesthetic: float | None = None
     """Least shipped LAION aesthetic v2 score."""
 
-    rows_per_shard: int = Field(default=1000, ge=1)
-    """Rows in one image shard: the unit of work, of commit and of resume."""
+    rows_per_shard: int = Field(default=1000, ge=1, le=100_000)
+    """Rows in one image shard: the unit of commit and of resume."""
+    rows_per_part: int = Field(default=1_000_000, ge=1)
+    """About as many rows are in one part: a list, one run of img2dataset, one folder of shards."""
     max_bytes: int = Field(default=20_000_000, ge=1)
     """A body longer than this is refused."""
     max_pixels: int = Field(default=100_000_000, ge=1)
@@ -83,65 +90,159 @@ class DownloadConfig(Frozen):
     """Further attempts, with back-off, where they can help: time-outs, resets, 429 and 5xx."""
     allow_private_addresses: bool = False
     """Also fetch from loopback, private and link-local addresses. Not for lists from the web."""
+    connect_to: dict[str, str] = {}
+    """Host → "address:port" to connect to instead, unvetted, like curl's `--connect-to`: for
+    mirrors and local sites."""
+    verify_hashes: bool = True
+    """Refuse bytes whose md5 or sha256 is not the listed one, where a list has one."""
     honour_opt_outs: bool = True
-    """Refuse pictures whose server reserves them (`X-Robots-Tag: noai`, `TDM-Reservation: 1`)."""
-    user_agent: str = "gigagan-pipeline/0.1 (image dataset research)"
-    """Who asks; put an address here where site owners reach you."""
+    """Refuse pictures whose server reserves them: `X-Robots-Tag: noai` and the like,
+    `TDM-Reservation: 1`, or `/.well-known/tdmrep.json`."""
+    honour_robots_txt: bool = True
+    """Ask a host for robots.txt first, and refuse what it disallows us."""
+    host_connections: int = Field(default=8, ge=1)
+    """Most connections at once from one process to one host."""
+    host_delay_s: float = Field(default=0.0, ge=0)
+    """Least time between two requests of one process to one host; a longer `Crawl-delay` of its
+    robots.txt goes before it."""
+    user_agent: str = Field(default="gigagan-pipeline", pattern=r"^[A-Za-z_-]+$")
+    """Who asks: the name by which robots.txt may address us."""
+    contact: str | None = Field(default=None, min_length=4, pattern=r"^[\x20-\x7e]+$")
+    """E-mail address or page where site owners reach you; sent with each request, and needed to
+    ask the web."""
+
+    distributor: Literal["multiprocessing", "ray", "pyspark"] = "multiprocessing"
+    """What img2dataset spreads its work with: processes here, or a Ray or Spark cluster."""
+    max_memory_gb: float = Field(default=4.0, gt=0)
+    """The download's processes together are ended above this, and go on with fewer threads."""
+    stall_s: float = Field(default=180.0, gt=0)
+    """Without a row answered for so long, the download's processes are ended and begun anew."""
 
     @model_validator(mode="after")
-    def _has_a_list(self) -> DownloadConfig:
-        if self.source == "parquet" and not self.metadata:
+    def _is_possible(self) -> DownloadConfig:
+        if self.source == "metadata" and not self.metadata:
             raise ValueError(
-                "download.source is 'parquet' but download.metadata is empty: "
-                "name at least one Parquet file, or use source: embedded"
+                "download.source is 'metadata' but download.metadata is empty: "
+                "name at least one list, or use source: embedded"
+            )
+        if self.stall_s <= 2 * self.total_deadline_s:
+            raise ValueError(
+                f"download.stall_s is {self.stall_s:g}, but one fetch may take twice "
+                f"total_deadline_s ({self.total_deadline_s:g} s: for servers, and for its turn at "
+                "them), which would look like a standstill: raise the one or lower the other"
+            )
+        if self.rows_per_part < self.rows_per_shard:
+            raise ValueError(
+                f"download.rows_per_part {self.rows_per_part} is less than rows_per_shard "
+                f"{self.rows_per_shard}: a part holds whole shards"
+            )
+        return self
+
+
+SHIPPED = ("similarity_b32", "similarity_l14", "unsafe", "watermark", "aesthetic")
+"""Scores that metadata may bring along."""
+
+
+class ScoreConfig(Frozen):
+    """What is measured of each downloaded picture and caption, and by which models."""
+
+    encoder: str = "embedded:aligner"
+    """Judges how well picture and caption fit: `embedded:aligner`, or `open_clip:ARCH/WEIGHTS`."""
+    nsfw: str | None = "embedded:opennsfw"
+    """Scores unsafe pictures; not scored when null."""
+    aesthetic: Literal["colourfulness", "laion-v2"] | None = "colourfulness"
+    """`colourfulness` is Hasler–Süsstrunk's, a stand-in; `laion-v2` needs the encoder
+    `open_clip:ViT-L-14/openai`, on whose embeddings it was fitted. Not scored when null."""
+    language: bool = True
+    """Also name the language of each caption."""
+    take_over: tuple[
+        Literal["similarity_b32", "similarity_l14", "unsafe", "watermark", "aesthetic"], ...
+    ] = ("watermark",)
+    """Scores that are copied from the metadata and not computed. Either similarity stands in the
+    column `similarity`, and then no encoder runs."""
+    batch_size: int = Field(default=32, ge=1)
+    """Pictures that the encoders see at once."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of open_clip encoders; `auto` is bfloat16 where the device computes in it."""
+    devices: tuple[str, ...] = ("auto",)
+    """Worker processes take these in turn; `auto` is every CUDA device, or else the CPU."""
+    seed: int = 0
+    """Folds of the cross-fitted aligner."""
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> ScoreConfig:
+        both = {"similarity_b32", "similarity_l14"} & {*self.take_over}
+        if len(both) == 2:
+            raise ValueError(
+                "score.take_over names two similarities; their scales differ, so take one"
+            )
+        learned = self.aesthetic == "laion-v2" and "aesthetic" not in self.take_over
+        if learned and self.encoder != "open_clip:ViT-L-14/openai":
+            raise ValueError(
+                f"score.aesthetic 'laion-v2' reads embeddings of open_clip:ViT-L-14/openai, but "
+                f"score.encoder is {self.encoder!r}: change either"
+            )
+        if learned and both:
+            raise ValueError(
+                "score.aesthetic 'laion-v2' reads embeddings, but score.take_over brings the "
+                "similarity, so that no encoder runs: take over aesthetic as well"
             )
         return self
 
 
 class FilterConfig(Frozen):
-    """Which pictures we learn from, and the shards they go to."""
-
-    aligner: str = "embedded:aligner"
-    """Judges how well picture and caption fit: `embedded:aligner`, or `open_clip:ARCH/WEIGHTS`."""
-    nsfw: str | None = "embedded:opennsfw"
-    """Scores unsafe pictures; not scored when null."""
-    aesthetic: Literal["embedded:colourfulness"] = "embedded:colourfulness"
-    """Hasler–Süsstrunk colourfulness, a stand-in: no learned aesthetic model is embedded."""
+    """Which pictures we learn from, and the shards they go to. Nothing is scored here."""
 
     min_similarity: float | None = 0.1
-    """Least aligner similarity. The scale is the aligner's own: look at the report's histogram. On
+    """Least similarity. The scale is the encoder's own: look at the report's histogram. On
     the embedded source 0.1 finds 3 in 4 wrong captions, and drops 1 in 10 right ones."""
+    top_similarity: float | None = Field(default=None, gt=0, le=1)
+    """Only this share of all scored pictures, those of highest similarity (DataComp: 0.3)."""
     min_aesthetic: float | None = None
     """Least aesthetic score. Colourfulness, 0 for gray and some 100 for vivid pictures, is reported
     but decides nothing unless asked: line drawings are gray."""
+    top_aesthetic: float | None = Field(default=None, gt=0, le=1)
+    """Only this share of all scored pictures, those of highest aesthetic score."""
     max_unsafe: float | None = Field(default=0.8, ge=0, le=1)
     """Greatest NSFW score."""
+    max_watermark: float | None = Field(default=None, ge=0, le=1)
+    """Greatest watermark score."""
     min_side: int = Field(default=64, ge=1)
     """Least short side of the decoded picture, px."""
     max_aspect: float = Field(default=2.0, ge=1)
     """Greatest long side ÷ short side of the decoded picture."""
-    max_phash_distance: int | None = Field(default=4, ge=0, le=16)
+    languages: tuple[str, ...] | None = None
+    """ISO 639-1 codes of the captions' languages that are kept; all when null."""
+    max_phash_change: int | None = Field(default=16, ge=0, le=64)
+    """Most bits by which a picture's perceptual hash may differ from the one its list has (COYO):
+    beyond, the address shows another picture now. Rows without a listed hash pass."""
+    max_phash_distance: int | None = Field(default=4, ge=0, le=8)
     """Near duplicates differ in at most this many of 64 perceptual hash bits …"""
     max_colour_distance: float = Field(default=12.0, ge=0, le=255)
     """… and their 4×4 px miniatures by at most this on average, of 255 (a hash sees no hue)."""
+    min_duplicate_cosine: float | None = Field(default=None, gt=0, le=1)
+    """Also near duplicates: pictures of one cluster whose embeddings have at least this cosine
+    (SemDeDup). Needs embeddings."""
+    decontaminate: tuple[str, ...] = ()
+    """Captions files in COCO's format, with their pictures in `images` beside them: training
+    pictures that are near duplicates of one of theirs are dropped."""
 
     resolutions: tuple[int, ...] = (32, 128)
     """Sides of the training pictures in px, one shard set each."""
     samples_per_shard: int = Field(default=1000, ge=1)
     """Samples in one training shard."""
-    batch_size: int = Field(default=32, ge=1)
-    """Pictures that the encoders see at once."""
-    seed: int = 0
-    """Folds of the cross-fitted aligner, and the order of samples over shards."""
+    codec: Literal["png", "jpg"] = "png"
+    """Of training pictures: `png` keeps every bit, `jpg` at quality 95 takes a quarter of it."""
 
     @model_validator(mode="after")
-    def _resolutions_ascend(self) -> FilterConfig:
+    def _is_possible(self) -> FilterConfig:
         if not self.resolutions or list(self.resolutions) != sorted(set(self.resolutions)):
             raise ValueError(
                 f"filter.resolutions is {self.resolutions}: give distinct sizes, smallest first"
             )
-        if self.max_unsafe is not None and self.nsfw is None:
+        if self.decontaminate and self.max_phash_distance is None:
             raise ValueError(
-                "filter.max_unsafe needs a model: set filter.nsfw, or max_unsafe: null"
+                "filter.decontaminate looks for near duplicates, but filter.max_phash_distance is "
+                "null: give the bits by which they may differ"
             )
         return self

@@ -1,52 +1,204 @@
-"""Bytes of any picture that the web sends → RGB as its author saw it."""
+"""Bytes of any picture that the web sends → RGB as its author saw it.
+
+Hostile bytes end in UndecodableError and nothing else; what they may claim of memory is bounded by
+the pixel cap, which is read from the header.
+"""
 
 from __future__ import annotations
 
 import io
 import warnings
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "JPEG2000", "PPM", "QOI")
+"""What is opened. Others that Pillow knows run programs (EPS), or hold no photographs."""
+MAX_PIXELS = 100_000_000
+MAX_PROFILE_BYTES = 4_000_000
+"""A longer ICC profile is ignored; those of presses have up to 3 MB."""
+
+Image.init()  # all codecs: those it loads on demand are missing where threads come first
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata; set once: threads decode
 
 
 class UndecodableError(ValueError):
-    """Bytes that are not a whole picture; the text says why."""
+    """Bytes that are not a whole picture. The text is `kind: why`."""
+
+    def __init__(self, kind: str, why: str) -> None:
+        super().__init__(f"{kind}: {why}")
+        self.kind = kind
+        """`not a picture`, `truncated`, `too many pixels` or `broken`."""
 
 
-def decode(data: bytes) -> Image.Image:
-    """Decode to mode RGB, turned as EXIF says, 16 bits scaled to 8, transparency on white.
+class Picture(NamedTuple):
+    """A decoded picture."""
+
+    image: Image.Image
+    """RGB, perhaps reduced."""
+    width: int
+    """Of the whole picture, the right way up, px."""
+    height: int
+
+
+def decode(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, at_least: int | None = None
+) -> Image.Image:
+    """Decode to mode RGB: see `open_picture`."""
+    return open_picture(data, max_pixels=max_pixels, at_least=at_least).image
+
+
+def open_picture(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, at_least: int | None = None
+) -> Picture:
+    """Decode to RGB in sRGB, turned as EXIF says, 16 bits scaled to 8, transparency on white.
+
+    Of an animation it is the first frame. With `at_least`, a picture whose short side is twice
+    that or more is reduced by a whole factor to no less than it, JPEGs while they are decoded.
 
     Raises:
-        UndecodableError: broken, truncated, of unbearable size or of a kind Pillow does not know.
+        UndecodableError: broken, truncated, more than `max_pixels`, or of no kind in FORMATS.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
-            image.load()
-            return _rgb(ImageOps.exif_transpose(image))
+        source = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = source.size
+        if width * height > max_pixels:
+            raise UndecodableError(
+                "too many pixels", f"{width} × {height}, at most {max_pixels:,} are decoded"
+            )
+        turn = _turn(source)
+        image = _upright(_loaded(source, at_least), turn)
+        return Picture(image, *((height, width) if turn in _SIDEWAYS else (width, height)))
+    except UndecodableError:
+        raise
+    except UnidentifiedImageError as error:  # its text has an address in memory
+        raise UndecodableError("not a picture", f"begins with {data[:8]!r}") from error
+    except Image.DecompressionBombError as error:
+        raise UndecodableError("too many pixels", str(error)) from error
     except Exception as error:  # codecs raise anything on hostile bytes
-        raise UndecodableError(f"{type(error).__name__}: {error}") from error
+        kind = "truncated" if "truncated" in str(error).lower() else "broken"
+        raise UndecodableError(kind, f"{type(error).__name__}: {error}") from error
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation → what undoes it."""
+_SIDEWAYS = (
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """How to turn it upright. Broken EXIF says nothing: the picture itself may be whole."""
+    try:
+        return _TURNS.get(image.getexif().get(0x0112, 1))
+    except Exception:
+        return None
+
+
+def _loaded(image: Image.Image, at_least: int | None) -> Image.Image:
+    """All of its pixels, RGB, reduced."""
+    if at_least is not None:
+        short = min(image.size)
+        wanted = tuple(-(-side * at_least // short) for side in image.size)
+        image.draft(None, (wanted[0], wanted[1]))  # only JPEG can; never goes below
+    image.load()
+    if image.mode not in ("P", "1") and not image.mode.startswith(("I", "F")):
+        return _rgb(_reduced(image, at_least))
+    return _reduced(_rgb(image), at_least)  # these modes cannot be averaged
+
+
+def _reduced(image: Image.Image, at_least: int | None) -> Image.Image:
+    factor = 1 if at_least is None else min(image.size) // at_least
+    if factor < 2:
+        return image
+    profile, reduced = image.info, image.reduce(factor)
+    reduced.info = profile
+    return reduced
+
+
+def _upright(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    profile = image.info.get("icc_profile")
     if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_eight_bits(np.asarray(image, np.float64))).convert("RGB")
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        return Image.fromarray(_eight_bits(image)).convert("RGB")
+    if image.has_transparency_data:
         image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(canvas, image).convert("RGB")
+        canvas = Image.new("RGB", image.size, "white")
+        canvas.paste(image, mask=image.getchannel("A"))
+        image = canvas
+    elif image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("RGB")
+    if profile:
+        image = _in_srgb(image, profile)
     return image.convert("RGB")
 
 
-def _eight_bits(values_HW: np.ndarray) -> np.ndarray:
-    """Deep gray to uint8: 16-bit values by their range, floats in [0, 1] by theirs.
+def _eight_bits(image: Image.Image) -> np.ndarray:
+    """Deep gray to uint8: 16-bit values by their range, others by the range they seem to have.
 
     Pillow's own conversion clips at 255, which turns a 16-bit picture white.
     """
-    top = values_HW.max(initial=0)
-    scale = 255.0 if top <= 1 else 1.0 if top <= 255 else 255 / 65535
-    return np.rint(np.clip(values_HW * scale, 0, 255)).astype(np.uint8)
+    deep_HW = np.asarray(image)
+    top = float(np.max(deep_HW, initial=0, where=np.isfinite(deep_HW)))
+    if image.mode.startswith("I;16"):
+        top = 65535.0
+    elif image.mode == "F" and top <= 1:
+        top = 1.0
+    elif top <= 65535:
+        top = 255.0 if top <= 255 else 65535.0
+    flat_HW = np.empty(deep_HW.shape, np.uint8)
+    for start in range(0, len(deep_HW), 64):  # rows at a time: a whole one of floats is 8 × as big
+        with np.errstate(invalid="ignore", over="ignore"):  # of floats that are no numbers
+            rows = np.nan_to_num(deep_HW[start : start + 64] * (255 / top))
+        flat_HW[start : start + 64] = np.rint(np.clip(rows, 0, 255))
+    return flat_HW
+
+
+# ---- colour ------------------------------------------------------------------------------------
+
+_SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+"""Colour space of a profile → mode of the pictures that it is for."""
+
+
+def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """Colours as the profile means them. One that is broken, or for other pictures, is ignored."""
+    if len(profile) > MAX_PROFILE_BYTES:
+        return image
+    try:
+        transform = _to_srgb(profile)
+        if transform is not None and transform.input_mode == image.mode:
+            return ImageCms.applyTransform(image, transform) or image
+    except Exception:  # as for a browser, the picture is worth more than its profile
+        pass
+    return image
+
+
+@lru_cache(maxsize=16)
+def _to_srgb(profile: bytes) -> ImageCms.ImageCmsTransform | None:
+    """The way to sRGB, or None from sRGB itself."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    description = source.profile.profile_description or ""
+    mode = _SPACES.get(source.profile.xcolor_space)
+    if mode is None or description.startswith("sRGB"):
+        return None
+    target = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+    return ImageCms.ImageCmsTransform(source, target, mode, "RGB")
 
 
 def square(image: Image.Image, side: int) -> Image.Image:

@@ -57,6 +57,7 @@ DEFECTS = {
     "missing": 2,
     "no_host": 1,
     "opt_out": 2,
+    "robots": 1,
     "web_page": 1,
     "truncated": 2,
     "small": 2,
@@ -161,7 +162,7 @@ def _glyphs(package: str, folder: str) -> dict[str, Path]:
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
             f"the embedded source needs the package {package!r}: install the extra 'demo', "
-            "or set download.source to 'parquet'"
+            "or set download.source to 'metadata'"
         )
     root = Path(next(iter(spec.submodule_search_locations))) / folder
     return {path.stem.lower(): path for path in root.glob("*.svg")}
@@ -240,6 +241,8 @@ def _plant(
             return [replace(row, host="gone.invalid")]
         case "opt_out":
             return [replace(row, path=row.path.replace("pictures/", "reserved/"))]
+        case "robots":
+            return [replace(row, path=row.path.replace("pictures/", "private/"))]
         case "small":
             listed = _SMALL if honest else side
             return [replace(row, width=listed, height=listed)]
@@ -388,7 +391,7 @@ def build(out: Path, config: EmbeddedConfig, *, progress: Progress = silent) -> 
 
 _FOLDERS = (
     "heldout/images",
-    *(f"site/files/{name}" for name in ("pictures", "reserved", "mirror", "copies")),
+    *(f"site/files/{name}" for name in ("pictures", "reserved", "private", "mirror", "copies")),
 )
 
 
@@ -529,7 +532,10 @@ def _number(text: str) -> int:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers GET with files below `root`; pictures under `/reserved/` carry an opt-out."""
+    """Answers GET with files below `root`; pictures under `/reserved/` carry an opt-out.
+
+    robots.txt disallows `/private/`.
+    """
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else each answer on a kept connection waits 40 ms
@@ -540,6 +546,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = (self.root / unquote(urlsplit(self.path).path).lstrip("/")).resolve()
         inside = path.is_relative_to(self.root) and path.is_file()
         body = path.read_bytes() if inside else b"not found"
+        if self.path == "/robots.txt":
+            inside, body = True, b"User-agent: *\nDisallow: /private/\n"
         self.send_response(200 if inside else 404)
         self.send_header("Content-Length", str(len(body)))
         if self.path.startswith("/reserved/"):

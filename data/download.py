@@ -1,37 +1,63 @@
 """The download stage: metadata → original bytes in tars, and one row per URL with its fate.
 
-img2dataset does the work as a process of its own, with the fetch of fetch.py. Its exit code says
-little, so this module judges by what lies on disk: a shard is done when its statistics are
-written and every row of it is accounted for. Running again does only what is missing.
+img2dataset does the work, one part after the other, as processes of its own (collect.py) with the
+fetch of fetch.py. Its exit code says little, so counts on disk decide what is done (parts.py), and
+signs of life when it must be begun anew (processes.py). Running again does only what is missing.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
-import subprocess
-import sys
+import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import disk_usage, rmtree
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from data import demo, metadata
 from data.config import DownloadConfig
-from data.fetch import SETTINGS, FetchSettings
+from data.fetch import FetchSettings
+from data.layout import PART_DIGITS, SHARD_DIGITS
+from data.parts import Part, Shelf, Summary
+from data.processes import TOO_MUCH, Job, Watch, session
 from data.report import Funnel, Progress, Report, Step, silent
-from data.schema import FATES
 
 FULL_BYTES = 1 << 16
 """A disk with less free space than this is full."""
-ATTEMPTS = 2
-"""Runs of img2dataset before shards that it did not finish are an error."""
+ATTEMPTS = 3
+"""Runs of img2dataset in succession that finish no shard before that is an error."""
+LOG_BYTES = 50_000_000
+"""A longer log of img2dataset is set aside, and the one before it forgotten."""
+TICK_S = 0.2
+"""Between two looks at the files."""
+LIMITS = frozenset(
+    {
+        "max_bytes",
+        "max_pixels",
+        "timeout_s",
+        "total_deadline_s",
+        "max_redirects",
+        "retries",
+        "allow_private_addresses",
+        "connect_to",
+        "verify_hashes",
+        "host_connections",
+        "host_delay_s",
+        "user_agent",
+        "contact",
+        "distributor",
+        "max_memory_gb",
+        "stall_s",
+    }
+)
+"""Settings that a begun download may go on with changed: keys name the same rows."""
+
+_log = logging.getLogger(__name__)
 
 
 class IncompleteDownloadError(RuntimeError):
@@ -48,49 +74,53 @@ def run(
 ) -> Report:
     """Fetch everything that the metadata lists into `out`; resume what an earlier run left.
 
-    Writes `metadata.parquet`, `images/*.tar` with `.parquet`, `fates.parquet`, `report.json`, and
-    for the embedded source `heldout/` and `site/truth.parquet`.
+    Writes what layout.py names, `report.json`, and for the embedded source `heldout/` and
+    `site/truth.parquet`. Opt-outs are rows of the fates: `opt_out` and `robots_txt`, with what
+    said so in `detail`, and the times between which it did.
 
     Raises:
         MetadataError: see metadata.prepare.
-        ValueError: `out` was begun with settings that give other rows or shards.
+        ValueError: impossible settings, or such as give other rows than `out` was begun with.
         IncompleteDownloadError: shards are still missing; run again to fetch only those.
+        OSError: ENOSPC, the disk is full.
     """
+    _refuse_impossible(config)
     out.mkdir(parents=True, exist_ok=True)
     _hold_to_plan(out, config)
-    embedded = config.source == "embedded"
     lists = config.metadata
-    if embedded:
+    if config.source == "embedded":
         lists = tuple(str(out / "site" / name) for name in ("laion.parquet", "coyo.parquet"))
         if not (out / "report.json").exists():
             demo.build(out, config.embedded, progress=progress)
 
-    funnel = _listed(out, lists, config)
-    missing = _missing(out, config)
+    funnel = metadata.prepare(lists, out, config, workers=processes, progress=progress)
+    parts = _parts(out, config)
+    missing = [part for part in parts if not part.fates.exists()]
     if missing:
-        with demo.serve(out / "site") if embedded else nullcontext(None) as port:
-            connect_to = {demo.HOST: f"127.0.0.1:{port}"} if embedded else {}
-            _fetch(out, config, connect_to, processes, threads, progress)
-        missing = _missing(out, config)
+        _collect_all(missing, out, config, Pace(processes, threads), _Told(parts, progress))
 
-    report = _account(out, funnel)
-    if missing:
-        raise IncompleteDownloadError(
-            f"{len(missing)} image shards of {out / 'images'} are not done (first: {missing[0]}); "
-            f"{out / 'img2dataset.log'} says more; run again to fetch only these"
-        )
+    report = _report(parts, funnel)
     report.save(out / "report.json")
     rmtree(out / "site" / "files", ignore_errors=True)  # every byte of use is in the tars now
     return report
 
 
+def _refuse_impossible(config: DownloadConfig) -> None:
+    if config.source == "metadata" and config.contact is None:
+        raise ValueError(
+            "download.contact is null: who asks strangers for their pictures says where they "
+            "reach them; give an e-mail address, or a page that has one"
+        )
+
+
 def _hold_to_plan(out: Path, config: DownloadConfig) -> None:
     """Refuse to resume with settings under which keys would name other rows."""
-    limits = {*FetchSettings.model_fields}
-    plan = config.model_dump(mode="json", exclude=limits)
+    plan = config.model_dump(mode="json", exclude={*LIMITS})
     path = out / "plan.json"
     if not path.exists():
-        path.write_text(json.dumps(plan, indent=1))
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(plan, indent=1))
+        partial.replace(path)
         return
     begun = json.loads(path.read_text())
     if changed := sorted(name for name in plan if begun.get(name) != plan[name]):
@@ -100,169 +130,198 @@ def _hold_to_plan(out: Path, config: DownloadConfig) -> None:
         )
 
 
-def _listed(out: Path, lists: tuple[str, ...], config: DownloadConfig) -> Funnel:
-    """The pre-filter's funnel; its table is made once."""
-    path, funnel_path = out / "metadata.parquet", out / "metadata.json"
-    if not funnel_path.exists():
-        funnel = metadata.prepare(lists, path, config)
-        funnel_path.write_text(json.dumps(funnel))
-    return [Step(*step) for step in json.loads(funnel_path.read_text())]
+def _parts(out: Path, config: DownloadConfig) -> list[Part]:
+    """Every part of the lists, done or not."""
+    rows = json.loads((out / "lists" / "index.json").read_text(encoding="utf-8"))["parts"]
+    size = config.rows_per_shard
+    parts = [Part(out, number, count, size) for number, count in enumerate(rows)]
+    if len(parts) > 10**PART_DIGITS or any(p.num_shards > 10**SHARD_DIGITS for p in parts):
+        raise ValueError(
+            f"{len(parts)} parts, of which the largest has {max(p.num_shards for p in parts)} "
+            f"shards: keys have room for {10**PART_DIGITS} and {10**SHARD_DIGITS}; raise "
+            "download.rows_per_part or download.rows_per_shard"
+        )
+    return parts
 
 
-def _missing(out: Path, config: DownloadConfig) -> list[str]:
-    """Names of the image shards that are not done."""
-    rows = pq.read_metadata(out / "metadata.parquet").num_rows
-    num_shards = -(-rows // config.rows_per_shard)
-    names = (f"{shard:05d}" for shard in range(num_shards))
-    return [name for name in names if not (out / "images" / f"{name}_stats.json").exists()]
+@dataclass(frozen=True)
+class Pace:
+    """How much is done at once."""
+
+    processes: int
+    threads: int
+
+    def halved(self) -> Pace | None:
+        """The next slower one: fewer threads before fewer processes. None at the slowest."""
+        if self.threads > 1:
+            return replace(self, threads=self.threads // 2)
+        return replace(self, processes=self.processes // 2) if self.processes > 1 else None
 
 
-def _fetch(
-    out: Path,
-    config: DownloadConfig,
-    connect_to: dict[str, str],
-    processes: int,
-    threads: int,
-    progress: Progress,
+class _Told:
+    """Progress over all parts, from the rows done of the present one."""
+
+    def __init__(self, parts: list[Part], progress: Progress) -> None:
+        self.total = sum(part.rows for part in parts)
+        self.before = sum(part.rows for part in parts if part.fates.exists())
+        self.progress = progress
+
+    def __call__(self, rows: int) -> None:
+        self.progress("downloading", self.before + rows, self.total)
+
+
+def _collect_all(
+    parts: list[Part], out: Path, config: DownloadConfig, pace: Pace, told: _Told
 ) -> None:
-    """Run img2dataset until nothing is missing, at most `ATTEMPTS` times."""
-    limits = {
-        name: getattr(config, name) for name in FetchSettings.model_fields if name != "connect_to"
-    }
-    settings = FetchSettings(**limits, connect_to=connect_to)
-    job = out / "img2dataset.json"
-    images = out / "images"
-    images.mkdir(exist_ok=True)
-    job.write_text(json.dumps(_job(out, config, processes, threads), indent=1))
-    for _ in range(ATTEMPTS):
-        missing = len(_missing(out, config))
-        if not missing:
-            return
-        rmtree(images / "_tmp", ignore_errors=True)
-        with _img2dataset(job, settings, out / "img2dataset.log") as process:
-            _watch(
-                process,
-                images,
-                config,
-                progress,
-                total=pq.read_metadata(out / "metadata.parquet").num_rows,
-            )
-
-
-def _job(out: Path, config: DownloadConfig, processes: int, threads: int) -> dict[str, object]:
-    """Arguments of img2dataset: original bytes with their sha256, as webdataset tars."""
-    return {
-        "url_list": str(out / "metadata.parquet"),
-        "input_format": "parquet",
-        "url_col": "url",
-        "caption_col": "caption",
-        "output_folder": str(out / "images"),
-        "output_format": "webdataset",
-        "disable_all_reencoding": True,
-        "compute_hash": "sha256",
-        "extract_exif": False,
-        "number_sample_per_shard": config.rows_per_shard,
-        "processes_count": processes,
-        "thread_count": threads,
-        "retries": 0,  # the fetch retries by itself, where it can help
-        "max_shard_retry": 1,
-    }
+    """Fetch the parts, one after the other."""
+    with (
+        _connections(out, config) as connect_to,
+        _workshop(out) as folder,
+        tempfile.TemporaryDirectory(prefix="hosts-") as local,  # SQLite wants a local disk
+    ):
+        settings = FetchSettings.of(config, connect_to, str(Path(local, "hosts.sqlite")))
+        for part in parts:
+            collector = _Collector(part, config, settings, folder, out / "img2dataset.log", told)
+            pace = collector.collect(pace)
+            part.write_fates(collector.shelf.done)
+            told.before += part.rows
 
 
 @contextmanager
-def _img2dataset(
-    job: Path, settings: FetchSettings, log: Path
-) -> Iterator[subprocess.Popen[bytes]]:
-    """The process, in our process group so that it ends with us; ended when the block is left."""
-    root = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    quiet = {"NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_MODE": "disabled"}  # both phone out else
-    env = {**os.environ, **quiet, "PYTHONPATH": path, SETTINGS: settings.model_dump_json()}
-    command = [sys.executable, "-m", "data.fetch", str(job.resolve())]
-    with log.open("ab") as sink:
-        process = subprocess.Popen(command, env=env, stdout=sink, stderr=subprocess.STDOUT)
-    try:
-        yield process
-    finally:
-        process.terminate()  # its workers watch it, and end within a second
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+def _connections(out: Path, config: DownloadConfig) -> Iterator[dict[str, str]]:
+    """Hosts that are found elsewhere than their name says; the embedded source's is served here."""
+    if config.source != "embedded":
+        yield config.connect_to
+        return
+    with demo.serve(out / "site") as port:
+        yield {**config.connect_to, demo.HOST: f"127.0.0.1:{port}"}
 
 
-def _watch(
-    process: subprocess.Popen[bytes],
-    images: Path,
-    config: DownloadConfig,
-    progress: Progress,
-    *,
-    total: int,
-) -> None:
-    """Report rows done until the process ends; give up on it when its files stop growing.
-
-    Raises OSError (ENOSPC) when that is because the disk is full.
-    """
-    patience = 60 + 4 * config.total_deadline_s
-    size, changed = -1, time.monotonic()
-    while process.poll() is None:
-        time.sleep(0.2)
-        progress("downloading", _rows_done(images), total)
-        now = sum(path.stat().st_size for path in images.iterdir() if path.is_file())
-        if now != size:
-            size, changed = now, time.monotonic()
-        elif disk_usage(images).free < FULL_BYTES:
-            # img2dataset logs a failed write and waits; nobody would learn why.
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(images))
-        elif time.monotonic() - changed > patience:
-            return  # a killed worker leaves img2dataset waiting for ever
-    progress("downloading", _rows_done(images), total)
+@contextmanager
+def _workshop(out: Path) -> Iterator[Path]:
+    """A folder for what the processes are given and show, gone when all is fetched."""
+    folder = out / "work"
+    rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    yield folder.resolve()
+    rmtree(folder, ignore_errors=True)
 
 
-def _rows_done(images: Path) -> int:
-    done = 0
-    for path in images.glob("*_stats.json"):
-        try:
-            done += json.loads(path.read_text())["count"]
-        except ValueError:
-            continue  # being written
-    return done
+@dataclass
+class _Collector:
+    """Runs img2dataset on one part until every shard is done."""
 
+    part: Part
+    config: DownloadConfig
+    settings: FetchSettings
+    folder: Path
+    log: Path
+    told: Callable[[int], None]
 
-def _account(out: Path, funnel: Funnel) -> Report:
-    """Write `fates.parquet`: every row of the metadata with what became of it."""
-    listed = pq.read_table(out / "metadata.parquet", columns=["key", "url", "caption"])
-    results: dict[str, tuple[str, str | None, str | None]] = {}
-    for stats in sorted((out / "images").glob("*_stats.json")):
-        shard = pq.read_table(
-            stats.with_name(stats.name.replace("_stats.json", ".parquet")),
-            columns=["key", "status", "error_message", "sha256"],
+    def __post_init__(self) -> None:
+        self.shelf = Shelf(self.part)
+
+    def collect(self, pace: Pace) -> Pace:
+        """Returns the pace at which the last shard was done, which memory may have lowered."""
+        self.shelf.clear()
+        if self.shelf.missing:
+            requests = self.folder / "requests.parquet"
+            self.part.write_requests(requests, verify_hashes=self.config.verify_hashes)
+        fruitless, ailment = 0, None
+        while missing := self.shelf.missing:
+            if fruitless == ATTEMPTS:
+                raise self._incomplete(ailment)
+            ailment = self._attempt(pace)
+            broken = "; ".join(self.shelf.broken.values())
+            if ailment := "; ".join(filter(None, [ailment, broken])) or None:
+                self._say(f"part {self.part.name}: {ailment}; begun anew")
+            self.shelf.clear()
+            fruitless = 0 if self.shelf.missing < missing else fruitless + 1
+            if self.shelf.missing and (ailment or "").startswith(TOO_MUCH):
+                slower, fruitless = pace.halved(), 0
+                if slower is None:
+                    raise self._incomplete(f"{ailment}; raise download.max_memory_gb")
+                pace = slower
+                self._say(f"going on with {pace.processes} processes of {pace.threads} threads")
+        return pace
+
+    def _attempt(self, pace: Pace) -> str | None:
+        """One run of img2dataset; why it was cut short, if it was."""
+        if self.log.exists() and self.log.stat().st_size > LOG_BYTES:
+            self.log.replace(self.log.with_suffix(".log.1"))
+        job = Job(
+            requests=self.folder / "requests.parquet",
+            images=self.part.images.resolve(),
+            rows_per_shard=self.config.rows_per_shard,
+            processes=pace.processes,
+            threads=pace.threads,
+            distributor=self.config.distributor,
+            fetch=self.settings,
+            pulses=Path(tempfile.mkdtemp(prefix="pulses-", dir=self.folder)),
+            parent=os.getpid(),
         )
-        for row in shard.to_pylist():
-            results[row["key"]] = _fate(row)
-    nothing = ("not_attempted", None, None)
-    fates = [results.get(key, nothing) for key in listed["key"].to_pylist()]
-    fate, detail, sha256 = (list(column) for column in zip(*fates, strict=True))
-    table = pa.table([*listed.columns, fate, detail, sha256], names=FATES.names).cast(FATES)
-    partial = out / "fates.partial"
-    pq.write_table(table, partial)
-    partial.replace(out / "fates.parquet")
+        with session(job, self.folder / "job.json", self.log) as processes:
+            limits = {"stall_s": self.config.stall_s, "max_memory_gb": self.config.max_memory_gb}
+            return self._watch(Watch(processes, job, **limits))
 
-    counts = dict(Counter(fate).most_common())
-    failed = {name: count for name, count in counts.items() if name != "ok"}
-    rows = table.num_rows
-    for name, count in failed.items():
-        rows -= count
-        funnel = [*funnel, Step(name, count, rows)]
-    asked = table.num_rows
-    metrics = {"listed": funnel[0].rows, "asked": asked, "ok": rows, "ok_share": rows / asked}
-    return Report(counts, funnel, {name: float(value) for name, value in metrics.items()})
+    def _watch(self, watch: Watch) -> str | None:
+        """Report rows done until the processes end, or ail, and then why.
+
+        Raises OSError (ENOSPC) when nothing grows because the disk is full.
+        """
+        before = None
+        while watch.session.runs:
+            time.sleep(TICK_S)
+            grown = self.shelf.look()
+            self.told(grown[0])
+            if grown == before and disk_usage(self.part.images).free < FULL_BYTES:
+                # img2dataset logs a failed write and goes on; nobody would learn why.
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.part.images))
+            before = grown
+            if not self.shelf.missing:
+                watch.session.take_leave()
+                return None
+            if ailment := watch.ailment(grown):
+                return ailment
+        self.told(self.shelf.look()[0])
+        status = watch.session.process.poll()
+        return f"img2dataset ended with status {status}" if self.shelf.missing else None
+
+    def _incomplete(self, why: str | None) -> IncompleteDownloadError:
+        done = {*self.shelf.done}
+        first = next(n for n in range(self.part.num_shards) if n not in done)
+        return IncompleteDownloadError(
+            f"{self.shelf.missing} image shards of {self.part.images} are not done (first: "
+            f"{self.part.shard(first).stem.name}): {why}; {self.log} says more; run again to "
+            "fetch only these"
+        )
+
+    def _say(self, text: str) -> None:
+        _log.warning(text)
+        with self.log.open("a", encoding="utf-8") as log:
+            log.write(f"{time.strftime('%F %T')} {text}\n")
 
 
-def _fate(row: dict[str, str | None]) -> tuple[str, str | None, str | None]:
-    """(class, detail, sha256) of one row of img2dataset's table."""
-    if row["status"] == "success":
-        return "ok", None, row["sha256"]
-    fate, _, detail = (row["error_message"] or "unknown").partition(": ")
-    return fate, detail or None, None
+def _report(parts: list[Part], funnel: Funnel) -> Report:
+    """Counts of all fates, from the summaries that the parts' fates carry."""
+    whole = Summary()
+    for part in parts:
+        whole.add(Summary.load(part.fates))
+    counts = dict(whole.fates.most_common())
+    asked = rows = sum(counts.values())
+    for name, count in counts.items():
+        if name != "ok":
+            rows -= count
+            funnel = [*funnel, Step(name, count, rows)]
+    metrics = {
+        "listed": funnel[0].rows,
+        "asked": asked,
+        "ok": rows,
+        "ok_share": rows / asked if asked else 0.0,
+        "gigabytes": whole.num_bytes / 1e9,
+    }
+    details = {
+        "failures_by_host": dict(whole.hosts.most_common(20)),
+        "opt_outs": dict(whole.opt_outs.most_common()),
+    }
+    return Report(counts, funnel, {n: float(v) for n, v in metrics.items()}, details)

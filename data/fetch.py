@@ -1,39 +1,50 @@
-"""A vetted fetch in the place of img2dataset's own, and the process that runs img2dataset with it.
+"""A vetted fetch: the bytes of one picture, or the class of what went wrong.
 
 Only http and https, only public addresses (each redirect vetted again, and connected to the very
-address that was vetted), bodies and time bounded, opt-outs honoured, an honest User-Agent.
-`python -m data.fetch JOB.json` is started by download.py; img2dataset's spawned workers import
-this main module again, and so get the same fetch.
+address that was vetted), bodies and time bounded, opt-outs and hosts' wishes honoured, an honest
+User-Agent. Nothing is decoded, and nothing is written.
 """
 
 from __future__ import annotations
 
+import hashlib
+import http.client
 import io
-import ipaddress
-import json
-import os
+import logging
 import random
 import socket
-import sys
-import threading
+import ssl
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
-from pathlib import Path
-from urllib.parse import urljoin, urlsplit
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from email.utils import parsedate_to_datetime
+from typing import TypeVar
+from urllib.parse import SplitResult, urljoin, urlsplit
 
-import urllib3
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+from urllib3 import BaseHTTPResponse, HTTPHeaderDict
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.util import parse_url
+from urllib3.exceptions import DecodeError, HTTPError, ProtocolError, SSLError
+from urllib3.exceptions import TimeoutError as SilenceError
 
-SETTINGS = "DATA_FETCH_SETTINGS"
-"""Environment variable that carries `FetchSettings` as JSON to img2dataset's workers."""
-OPT_OUTS = frozenset({"noai", "noimageai", "noindex", "noimageindex"})
-"""`X-Robots-Tag` directives that reserve a picture (img2dataset's list)."""
+from data.addresses import RefusedError, dial, is_public, vetted
+from data.config import DownloadConfig
+from data.deadlines import Deadlines
+from data.hosts import MAX_FILE_BYTES, Hosts, Store, Turns, opt_out
+
+__all__ = ["FetchSettings", "Fetcher", "RefusedError", "is_public", "opt_out", "vetted"]
+
+VERSION = "0.1"
+FILE_REDIRECTS = 5
+"""Followed on the way to a robots.txt; with more, it counts as not there (RFC 9309, 2.3.1.2)."""
+CODECS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "MPO", "ICO", "JPEG2000")
+"""Pillow's readers that a stranger's bytes are shown to: pictures with pixels, as the web has."""
+MAY_RECOVER = frozenset({408, 425, 429, 500, 502, 503, 504})
+"""Answers after which asking again can help."""
+
+T = TypeVar("T")
 
 
 class FetchSettings(BaseModel):
@@ -49,21 +60,54 @@ class FetchSettings(BaseModel):
     retries: int
     allow_private_addresses: bool
     honour_opt_outs: bool
-    user_agent: str
+    honour_robots_txt: bool
+    host_connections: int
+    host_delay_s: float
+    user_agent: str = Field(pattern=r"^[A-Za-z_-]+$")
+    contact: str | None = Field(default=None, pattern=r"^[\x20-\x7e]+$")
     connect_to: dict[str, str] = {}
     """Host → "address:port" to connect to instead, unvetted, like curl's `--connect-to`."""
+    hosts_cache: str | None = None
+    """SQLite file on a local disk, in which the machine's processes share what hosts said."""
+
+    @classmethod
+    def of(
+        cls,
+        config: DownloadConfig,
+        connect_to: Mapping[str, str] | None = None,
+        hosts_cache: str | None = None,
+    ) -> FetchSettings:
+        """The limits that a download's config has."""
+        own = {"connect_to", "hosts_cache"}
+        limits = {name: getattr(config, name) for name in cls.model_fields if name not in own}
+        return cls(**limits, connect_to=dict(connect_to or {}), hosts_cache=hosts_cache)
+
+    @property
+    def agent(self) -> str:
+        """Product token and version, by which robots.txt addresses us."""
+        return f"{self.user_agent}/{VERSION}"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Sent with every request; no connection is kept, so that each is vetted and timed."""
+        contact = f" (+{self.contact})" if self.contact else ""
+        return {
+            "User-Agent": self.agent + contact,
+            "Accept-Encoding": "identity",
+            "Connection": "close",
+        }
 
 
-Dial = Callable[[HTTPConnection], socket.socket]
+class _Clock:
+    """What is left of one fetch's time. Waiting for a host's turn is counted apart."""
 
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+        self.patience_s = seconds
 
-class RefusedError(Exception):
-    """A URL that gives no picture: `fate` is the class, the text its detail."""
-
-    def __init__(self, fate: str, detail: str = "", *, may_recover: bool = False) -> None:
-        super().__init__(detail)
-        self.fate = fate
-        self.may_recover = may_recover
+    def waited(self, seconds: float) -> None:
+        self.end += seconds
+        self.patience_s -= seconds
 
 
 class Fetcher:
@@ -72,200 +116,251 @@ class Fetcher:
     def __init__(self, settings: FetchSettings) -> None:
         self.settings = settings
         self.deadlines = Deadlines()
-        self.pool = urllib3.PoolManager(num_pools=256, maxsize=64, retries=False)
-        # A new connection goes through `_dial`; everything else of HTTP and TLS is urllib3's.
-        self.pool.pool_classes_by_scheme = {
-            "http": _pool_class(urllib3.HTTPConnectionPool, HTTPConnection, self._dial),
-            "https": _pool_class(urllib3.HTTPSConnectionPool, HTTPSConnection, self._dial),
-        }
+        self.turns = Turns(settings.host_connections)
+        self.hosts = Hosts(
+            self._file,
+            agent=settings.agent,
+            robots=settings.honour_robots_txt,
+            opt_outs=settings.honour_opt_outs,
+            store=Store(settings.hosts_cache) if settings.hosts_cache else None,
+        )
+        self._tls = ssl.create_default_context()  # reading the certificates takes a while: once
+        # It warns, with a traceback, of each answer that breaks a rule; the fate says it shorter.
+        logging.getLogger("urllib3").setLevel(logging.ERROR)
 
-    def fetch(self, url: str) -> bytes:
-        """The bytes of the picture at `url`.
+    def fetch(self, url: str, expected: str | None = None) -> bytes:
+        """The bytes of the picture at `url`; `expected` is the md5:HEX or sha256:HEX they have.
+
+        Takes at most twice `total_deadline_s`: once for servers, once for waiting for its turns.
 
         Raises:
             RefusedError: with the class of what went wrong.
         """
-        end = time.monotonic() + self.settings.total_deadline_s
-        for attempt in range(self.settings.retries + 1):
+        clock = _Clock(self.settings.total_deadline_s)
+        body = self._persist(lambda: self._follow(url, clock), clock)
+        if expected is not None:
+            _verify(body, expected)
+        return body
+
+    def _persist(self, attempt: Callable[[], T], clock: _Clock) -> T:
+        """What `attempt` returns, made again where that can help and there is time."""
+        for number in range(self.settings.retries + 1):
             try:
-                return self._follow(url, end)
+                return attempt()
             except RefusedError as refusal:
-                pause = 0.5 * 2**attempt * random.uniform(0.5, 1.5)
-                last = attempt == self.settings.retries
-                if last or not refusal.may_recover or time.monotonic() + pause > end:
+                pause = refusal.retry_after_s
+                if pause is None:
+                    pause = 0.5 * 2**number * random.uniform(0.5, 1.5)
+                last = number == self.settings.retries
+                if last or not refusal.may_recover or time.monotonic() + pause > clock.end:
                     raise
                 time.sleep(pause)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def _follow(self, url: str, end: float) -> bytes:
+    def _follow(self, url: str, clock: _Clock) -> bytes:
+        seen = set()
         for _ in range(self.settings.max_redirects + 1):
-            body, location = self._get(_vetted(url), end)
+            url = vetted(url)
+            if url in seen:
+                raise RefusedError("redirects", f"back to {url}")
+            seen.add(url)
+            body, location = self._ask(url, clock)
             if location is None:
-                return _checked(body, self.settings.max_pixels)
+                return body
             url = urljoin(url, location)
         raise RefusedError("redirects", f"more than {self.settings.max_redirects}")
 
-    def _get(self, url: str, end: float) -> tuple[bytes, str | None]:
-        """Body, or the place it moved to, of one request."""
-        left = end - time.monotonic()
-        if left <= 0:
-            raise RefusedError("deadline", f"{self.settings.total_deadline_s} s")
-        timeout = urllib3.Timeout(min(self.settings.timeout_s, left))
-        # No connection is kept: each is opened, vetted and timed by the request that uses it.
-        headers = {
-            "User-Agent": self.settings.user_agent,
-            "Accept": "image/*",
-            "Connection": "close",
-        }
-        try:
-            with self.deadlines.until(end):
-                response = self.pool.request(
-                    "GET", url, headers=headers, timeout=timeout, redirect=False,
-                    preload_content=False, decode_content=False,
-                )  # fmt: skip
+    def _ask(self, url: str, clock: _Clock) -> tuple[bytes, str | None]:
+        """Body, or the place it moved to, of one request that its host agrees to."""
+        delay = max(self.settings.host_delay_s, self.hosts.vet(url, clock.end))
+        host = urlsplit(url).hostname or ""
+        with self.turns.taken(host, delay, clock.patience_s) as waited:
+            clock.waited(waited)
+            with self._answer(url, clock.end, "image/*") as response:
                 try:
-                    answer = self._read(response)
-                finally:
-                    response.close()
-            if time.monotonic() < end:  # else the end of the body may be ours, not the server's
-                return answer
-            raise RefusedError("deadline", f"{self.settings.total_deadline_s} s")
-        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            if refusal := _refusal_behind(error):
-                raise refusal from None
-            if time.monotonic() >= end:
-                raise RefusedError("deadline", f"{self.settings.total_deadline_s} s") from error
-            raise _classified(error) from error
+                    body, location = self._picture(response)
+                except RefusedError as refusal:
+                    if response.status == 429 and refusal.retry_after_s:
+                        self.turns.pause(host, refusal.retry_after_s)
+                    raise
+        # Only now: a body that our own deadline has cut is none to judge.
+        return (
+            (_checked(body, self.settings.max_pixels), None)
+            if location is None
+            else (b"", location)
+        )
 
-    def _read(self, response: urllib3.BaseHTTPResponse) -> tuple[bytes, str | None]:
-        if location := response.get_redirect_location():
+    def _picture(self, response: BaseHTTPResponse) -> tuple[bytes, str | None]:
+        if location := _location(response):
             return b"", location
         if response.status != 200:
-            may_recover = response.status in (408, 425, 429, 500, 502, 503, 504)
-            raise RefusedError(f"http_{response.status}", may_recover=may_recover)
-        if self.settings.honour_opt_outs and (directive := opt_out(response.headers)):
-            raise RefusedError("opt_out", directive)
-        limit, chunks, size = self.settings.max_bytes, [], 0
+            raise _failed(response)
+        reserved = opt_out(response.headers, self.settings.user_agent)
+        if self.settings.honour_opt_outs and reserved:
+            raise RefusedError("opt_out", reserved)
+        limit = self.settings.max_bytes
         if _length(response) > limit:
             raise RefusedError("too_many_bytes", f"{_length(response)} listed, {limit} allowed")
-        while chunk := response.read1(1 << 16):
-            chunks.append(chunk)
-            size += len(chunk)
-            if size > limit:
-                raise RefusedError("too_many_bytes", f"more than {limit}")
-        return b"".join(chunks), None
+        body = _body(response, limit)
+        if len(body) > limit or response.tell() > limit:
+            raise RefusedError("too_many_bytes", f"more than {limit}")
+        return body, None
 
-    def _dial(self, connection: HTTPConnection) -> socket.socket:
-        """Connect to an address of the connection's host that may be asked."""
-        timeout = connection.timeout if isinstance(connection.timeout, int | float) else None
-        mapped = self.settings.connect_to.get(connection.host)
+    def _file(self, url: str, end: float) -> str:
+        """Text of a host's robots.txt or tdmrep.json, for `Hosts`; empty where it has none."""
+        clock = _Clock(end - time.monotonic())
+        return self._persist(lambda: self._file_once(url, clock), clock)
+
+    def _file_once(self, url: str, clock: _Clock) -> str:
+        # A drip of a robots.txt must not take the page's whole time, nor be taken for its lack.
+        end = min(clock.end, time.monotonic() + self.settings.timeout_s)
+        for _ in range(FILE_REDIRECTS + 1):
+            try:
+                with self._answer(
+                    vetted(url), end, "text/plain, application/json, */*;q=0.1"
+                ) as response:
+                    location = _location(response)
+                    if location is None:
+                        return _text(response)
+            except RefusedError as refusal:
+                silent = refusal.fate in ("deadline", "timeout") and end < clock.end
+                if silent:  # once is enough, and to be remembered
+                    raise RefusedError("timeout", f"{self.settings.timeout_s} s") from refusal
+                raise
+            url = urljoin(url, location)
+        return ""
+
+    @contextmanager
+    def _answer(self, url: str, end: float, accept: str) -> Iterator[BaseHTTPResponse]:
+        """The answer to one request, its body still to be read inside the block.
+
+        Raises:
+            RefusedError: also for what goes wrong inside the block.
+        """
+        late = RefusedError("deadline", f"{self.settings.total_deadline_s} s")
+        if time.monotonic() >= end:
+            raise late
+        target = urlsplit(url)
+        connection = self._connection(target, end)
+        try:
+            with self.deadlines.until(end):
+                headers = {**self.settings.headers, "Accept": accept}
+                connection.request("GET", _path(target), headers=headers, preload_content=False)
+                with closing(connection.getresponse()) as response:
+                    yield response
+            if time.monotonic() >= end:  # the end of the body may be ours, not the server's
+                raise late
+        except (HTTPError, http.client.HTTPException, OSError, ValueError) as error:
+            raise (late if time.monotonic() >= end else _classified(error)) from error
+        finally:
+            connection.close()
+
+    def _connection(self, target: SplitResult, end: float) -> HTTPConnection:
+        """A connection, not yet open, to an address that may be asked."""
+        host = target.hostname or ""
+        timeout = min(self.settings.timeout_s, end - time.monotonic())
+        if target.scheme == "https":
+            secure = _Secure(host, target.port or 443, timeout=timeout, ssl_context=self._tls)
+            secure.open = self._dial
+            return secure
+        plain = _Plain(host, target.port or 80, timeout=timeout)
+        plain.open = self._dial
+        return plain
+
+    def _dial(self, host: str, port: int) -> socket.socket:
+        mapped = self.settings.connect_to.get(host)
         if mapped is not None:
-            address, _, port = mapped.rpartition(":")
-            sock = socket.create_connection((address, int(port)), timeout)
+            address, _, mapped_port = mapped.rpartition(":")
+            sock = socket.create_connection((address, int(mapped_port)), self.settings.timeout_s)
         else:
-            sock = self._dial_public(connection.host, connection.port or 80, timeout)
+            sock = dial(
+                host,
+                port,
+                until=self.deadlines.end,
+                timeout_s=self.settings.timeout_s,
+                private=self.settings.allow_private_addresses,
+            )
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.deadlines.watch(sock)
         return sock
 
-    def _dial_public(self, host: str, port: int, timeout: float | None) -> socket.socket:
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
-            again = getattr(error, "errno", None) == socket.EAI_AGAIN
-            raise RefusedError("dns", str(error), may_recover=again) from error
-        addresses = [str(entry[4][0]) for entry in found]
-        allowed = [a for a in addresses if self.settings.allow_private_addresses or is_public(a)]
-        if not allowed:
-            raise RefusedError("private_address", f"{host} is {', '.join(sorted(set(addresses)))}")
-        last: OSError | None = None
-        for address in allowed:
-            try:
-                return socket.create_connection((address, port), timeout)
-            except OSError as failure:
-                last = failure
-        raise last or OSError("no address")
+
+class _Plain(HTTPConnection):
+    """urllib3's connection, opened by `open`."""
+
+    open: Callable[[str, int], socket.socket]
+
+    def _new_conn(self) -> socket.socket:
+        return self.open(self.host, self.port)
 
 
-class Deadlines:
-    """Ends connections whose request outlasts its deadline, wherever it is stuck.
+class _Secure(HTTPSConnection):
+    """urllib3's connection, opened by `open`; TLS is its own."""
 
-    A socket's own timeout restarts with each byte; a server that drips them would hold a thread
-    for ever. One thread a process looks at all of them.
-    """
+    open: Callable[[str, int], socket.socket]
 
-    def __init__(self) -> None:
-        self._here = threading.local()
-        self._lock = threading.Lock()
-        self._watched: dict[int, tuple[float, socket.socket]] = {}
-        threading.Thread(target=self._sweep, daemon=True).start()
-
-    @contextmanager
-    def until(self, end: float) -> Iterator[None]:
-        """Connections that this thread opens inside end at `end` (monotonic seconds)."""
-        self._here.end = end
-        self._here.opened = []
-        try:
-            yield
-        finally:
-            with self._lock:
-                for key in self._here.opened:
-                    self._watched.pop(key)[1].close()
-
-    def watch(self, sock: socket.socket) -> None:
-        """Put a new connection under the deadline of the block this thread is in."""
-        with self._lock:
-            duplicate = socket.socket(fileno=os.dup(sock.fileno()))  # outlives TLS wrapping
-            self._watched[id(duplicate)] = (self._here.end, duplicate)
-            self._here.opened.append(id(duplicate))
-
-    def _sweep(self) -> None:
-        while True:
-            time.sleep(0.25)
-            now = time.monotonic()
-            with self._lock:
-                for end, sock in self._watched.values():
-                    if now > end:
-                        with suppress(OSError):  # already closed by the other side
-                            sock.shutdown(socket.SHUT_RDWR)
+    def _new_conn(self) -> socket.socket:
+        return self.open(self.host, self.port)
 
 
-def is_public(address: str) -> bool:
-    """Whether an address belongs to the open internet: not loopback, private, link-local, …"""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour  # an IPv4 address in IPv6 clothes
-        ip = inner or ip
-    return ip.is_global and not ip.is_multicast
+def _path(target: SplitResult) -> str:
+    """What a request line names: vetted, and so ASCII without spaces."""
+    return f"{target.path}?{target.query}" if target.query else target.path
 
 
-def opt_out(headers: urllib3.HTTPHeaderDict) -> str | None:
-    """The header by which a server reserves a picture, if it does.
-
-    A directive addressed to another crawler by name (`otherbot: noai`) does not bind us.
-    """
-    for value in headers.getlist("X-Robots-Tag"):
-        agent, _, rest = value.rpartition(":")
-        for directive in rest.split(","):
-            if not agent.strip() and directive.strip().lower() in OPT_OUTS:
-                return f"X-Robots-Tag: {value}"
-    if headers.get("TDM-Reservation", "").strip() == "1":
-        return "TDM-Reservation: 1"
-    return None
+def _body(response: BaseHTTPResponse, limit: int) -> bytes:
+    """The body, decoded where it came compressed, until it or what was sent exceeds the limit."""
+    chunks, size = [], 0
+    while size <= limit and response.tell() <= limit and (chunk := response.read1(1 << 16)):
+        chunks.append(chunk)
+        size += len(chunk)
+    return b"".join(chunks)
 
 
-def _vetted(url: str) -> str:
-    """The URL in ASCII, as a request needs it. Refuses other schemes than http and https."""
-    scheme = urlsplit(url.strip()).scheme.lower()
-    if scheme not in ("http", "https"):
-        raise RefusedError("scheme", scheme or "none")
+def _text(response: BaseHTTPResponse) -> str:
+    """A host's file as far as it is read; empty where there is none."""
+    if response.status >= 500:
+        raise _failed(response)
+    if response.status != 200:
+        return ""
+    body = _body(response, MAX_FILE_BYTES)
+    if len(body) > MAX_FILE_BYTES:
+        body = body[:MAX_FILE_BYTES].rpartition(b"\n")[0]  # no half line, which may forbid more
+    return body.decode("utf-8-sig", "replace")
+
+
+def _location(response: BaseHTTPResponse) -> str | None:
+    """Where an answer sends us. Headers arrive as Latin-1; who writes accents means UTF-8."""
+    location = response.get_redirect_location()
+    if not location:
+        return None
     try:
-        parsed = parse_url(url.strip())  # percent-encodes, and IDNA for the host
-    except urllib3.exceptions.HTTPError as error:
-        raise RefusedError("bad_url", str(error)) from error
-    if not parsed.host:
-        raise RefusedError("bad_url", "no host")
-    return parsed.url
+        return location.encode("latin-1").decode()
+    except UnicodeError:
+        return location
+
+
+def _failed(response: BaseHTTPResponse) -> RefusedError:
+    """The fate of an answer that is no picture."""
+    after = _retry_after(response.headers) if response.status in (429, 503) else None
+    detail = "" if after is None else f"Retry-After: {after:.0f} s"
+    return RefusedError(
+        f"http_{response.status}",
+        detail,
+        may_recover=response.status in MAY_RECOVER,
+        retry_after_s=after,
+    )
+
+
+def _retry_after(headers: HTTPHeaderDict) -> float | None:
+    """Seconds after which the server wants to be asked again, if it says so."""
+    text = headers.get("Retry-After", "").strip()
+    if text.isascii() and text.isdigit():
+        return float(text[:9])
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, OverflowError, OSError):
+        return None
 
 
 def _checked(body: bytes, max_pixels: int) -> bytes:
@@ -273,110 +368,53 @@ def _checked(body: bytes, max_pixels: int) -> bytes:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(body)) as image:
+            with Image.open(io.BytesIO(body), formats=CODECS) as image:
                 pixels = image.width * image.height
     except Image.DecompressionBombError as error:
         raise RefusedError("too_many_pixels", str(error)) from error
     except Exception as error:  # a hostile header may raise anything
-        raise RefusedError("not_an_image", f"{len(body)} bytes") from error
+        raise RefusedError("not_an_image", f"{len(body)} bytes: {_glimpse(body)}") from error
     if pixels > max_pixels:
         raise RefusedError("too_many_pixels", f"{pixels}, {max_pixels} allowed")
     return body
 
 
-def _length(response: urllib3.BaseHTTPResponse) -> int:
+def _glimpse(body: bytes) -> str:
+    """How something begins that is no picture, printable."""
+    return repr(body[:24])[2:-1]
+
+
+def _verify(body: bytes, expected: str) -> None:
+    kind, _, listed = expected.partition(":")
+    if kind not in ("md5", "sha256"):
+        raise ValueError(f"expected is {expected!r}: give md5:HEX or sha256:HEX")
+    found = hashlib.new(kind, body, usedforsecurity=False).hexdigest()
+    if found != listed.lower():
+        raise RefusedError("hash_mismatch", f"{kind}:{found}")
+
+
+def _length(response: BaseHTTPResponse) -> int:
     """Listed length of the body; -1 where there is none."""
     text = response.headers.get("Content-Length", "")
-    return int(text) if text.isdigit() else -1
-
-
-def _refusal_behind(error: BaseException | None) -> RefusedError | None:
-    """Our own refusal, where urllib3 has wrapped it."""
-    while error is not None and not isinstance(error, RefusedError):
-        error = error.__cause__ or error.__context__
-    return error
+    return int(text[:20]) if text.isascii() and text.isdigit() else -1
 
 
 def _classified(error: Exception) -> RefusedError:
     """The class of a failure on the wire, and whether another try could help."""
     text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-    if isinstance(error, urllib3.exceptions.TimeoutError | TimeoutError):
+    cause = error.__cause__ if isinstance(error, ProtocolError | SSLError) else error
+    if isinstance(cause, SilenceError | TimeoutError):
         return RefusedError("timeout", text, may_recover=True)
-    if isinstance(error, urllib3.exceptions.SSLError):
+    if isinstance(cause, ConnectionRefusedError):
+        return RefusedError("connection_refused", text)
+    if isinstance(error, DecodeError):
+        return RefusedError("bad_encoding", text)
+    if isinstance(cause, http.client.IncompleteRead):
+        return RefusedError("truncated", text, may_recover=True)
+    if isinstance(cause, ssl.SSLError) and not isinstance(
+        cause, ssl.SSLEOFError | ssl.SSLZeroReturnError
+    ):
         return RefusedError("tls", text)
-    if isinstance(error, urllib3.exceptions.LocationParseError | UnicodeError):
-        return RefusedError("bad_url", text)
-    return RefusedError("connection_lost", text, may_recover=True)
-
-
-def _pool_class(pool: type, connection: type, dial: Dial) -> type:
-    """A urllib3 pool whose connections are opened by `dial`."""
-
-    def new_conn(self: HTTPConnection) -> socket.socket:
-        try:
-            return dial(self)
-        except ConnectionRefusedError as error:
-            refusal = RefusedError("connection_refused", str(error))
-        except TimeoutError as error:
-            refusal = RefusedError("timeout", str(error), may_recover=True)
-        except RefusedError as error:
-            refusal = error
-        raise OSError(refusal.fate) from refusal  # urllib3 lets OSErrors pass, and no others
-
-    vetted = type(connection.__name__, (connection,), {"_new_conn": new_conn})
-    return type(pool.__name__, (pool,), {"ConnectionCls": vetted})
-
-
-Fetched = tuple[int, io.BytesIO | None, str | None]
-
-
-def download_image(row: tuple[int, str], fetcher: Fetcher) -> Fetched:
-    """What img2dataset expects of its download: (key, stream or None, error or None)."""
-    key, url = row
-    try:
-        return key, io.BytesIO(fetcher.fetch(url)), None
-    except RefusedError as refusal:
-        return key, None, f"{refusal.fate}: {refusal}"
-    except Exception as error:
-        return key, None, f"fault: {type(error).__name__}: {error}"
-
-
-def install() -> None:
-    """Put the vetted fetch in img2dataset's place, and end with the process that started us."""
-    import img2dataset.downloader
-
-    fetcher = Fetcher(FetchSettings.model_validate_json(os.environ[SETTINGS]))
-    replacement = partial(_as_img2dataset_calls_it, fetcher=fetcher)
-    img2dataset.downloader.download_image = replacement
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-
-
-def _as_img2dataset_calls_it(
-    row: tuple[int, str],
-    timeout: float,
-    user_agent_token: str | None,
-    disallowed_header_directives: object,
-    *,
-    fetcher: Fetcher,
-) -> Fetched:
-    return download_image(row, fetcher)  # its settings are ours already
-
-
-def _end_with(parent: int) -> None:
-    """img2dataset leaves orphans when it is killed: each process watches its parent."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-def main() -> None:
-    """Run img2dataset with the arguments in the JSON file named on the command line."""
-    import img2dataset
-
-    img2dataset.download(**json.loads(Path(sys.argv[1]).read_text()))
-
-
-if __name__ in ("__main__", "__mp_main__"):
-    install()
-if __name__ == "__main__":
-    main()
+    if isinstance(cause, OSError):
+        return RefusedError("connection_lost", text, may_recover=True)
+    return RefusedError("bad_http", text)

@@ -5,20 +5,34 @@ Shapes: B batch, C channels (3), H = W side of the pictures.
 
 from __future__ import annotations
 
+import hashlib
 import io
-import json
-import tarfile
+import os
 import threading
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+
+from data.manifest import AGAIN, INDEX, Entry, ManifestError, Sidecar, parse_index, parse_sidecar
+from data.order import Order, Recent, Window
+from data.remote import Folder, LostError, RemoteError, folder
+
+os.environ.setdefault("WDS_SECURE", "1")  # for whoever reads our shards with webdataset
+
+DECODERS = {"png": PngImageFile, "jpg": JpegImageFile}
+"""The only decoders that ever see a training picture, by codec."""
+SMALL = 128
+"""Side in px up to which numpy takes colours apart faster than Pillow does."""
 
 
 class Batch(NamedTuple):
@@ -32,25 +46,68 @@ class Batch(NamedTuple):
     """Of the whole global batch, in its order, whether the pictures turned out readable or not."""
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """Where one sample lies: `place` in the list of its shard, `size` bytes from `offset`."""
+class _Sample(NamedTuple):
+    """One sample: number of its shard, and place in it."""
 
     shard: int
     place: int
-    key: str
-    caption: str
-    tar: Path
-    offset: int
-    size: int
+
+
+class _Planned(NamedTuple):
+    """A batch that is being decoded."""
+
+    images_BCHW: np.ndarray
+    parts: list[Future[list[_Sample]]]
+    """The samples whose pictures it shows, a few a task."""
+    planned_captions: list[str]
 
 
 class CorruptShardsError(RuntimeError):
     """More unreadable pictures than chance explains."""
 
 
-class _LostError(Exception):
-    """A tar is not what it was when it was indexed: it is gone, or was cut short."""
+class _Tars:
+    """Tars that one thread has open for a moment: not longer, so that one that goes is noticed."""
+
+    def __init__(self, where: Folder, shards: Sequence[Entry]) -> None:
+        self._folder, self._shards = where, shards
+        self._open: dict[int, int] = {}
+        self._ready: dict[_Sample, bytes] = {}
+
+    def __enter__(self) -> _Tars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def prepare(self, sample: _Sample, sidecar: Sidecar) -> None:
+        """Read what will be asked for soon; who asks will meet the errors."""
+        with suppress(LostError, ValueError):
+            self._ready[sample] = self.read(sample, sidecar)
+
+    def read(self, sample: _Sample, sidecar: Sidecar) -> bytes:
+        """The bytes of one picture, as they were written.
+
+        Raises:
+            LostError: the tar is gone or cut short.
+            ValueError: they are others.
+        """
+        if sample in self._ready:
+            return self._ready.pop(sample)
+        shard, place = sample
+        if shard not in self._open:
+            self._open[shard] = self._folder.open(self._shards[shard])
+        size = int(sidecar.sizes[place])
+        try:
+            data = os.pread(self._open[shard], size, int(sidecar.offsets[place]))
+        except OSError as error:
+            raise LostError(f"can no longer be read ({error.strerror})") from error
+        if len(data) < size:
+            raise LostError("was cut short since it was indexed")
+        if hashlib.sha256(data).hexdigest() != sidecar.sha256(place):
+            raise ValueError("its bytes are not those that were written")
+        return data
 
 
 class ShardLoader:
@@ -60,10 +117,14 @@ class ShardLoader:
     """Shards whose samples are mixed with each other, so that reading stays nearly sequential."""
     CORRUPT_SHARE = 0.01
     """Share of the samples that may be unreadable before it is an error (one always may)."""
+    AHEAD = 2
+    """Batches that are decoded before they are asked for."""
+    TASK = 16
+    """Pictures that one thread decodes at a time."""
 
     def __init__(
         self,
-        shards: Path,
+        shards: Path | str,
         *,
         batch_size: int,
         seed: int,
@@ -71,42 +132,56 @@ class ShardLoader:
         world_size: int = 1,
         threads: int = 1,
         cache_mb: int = 512,
+        cache_dir: Path | None = None,
+        cache_gb: float = 50.0,
     ) -> None:
-        """Index the tars below `shards`; `batch_size` is global, and the ranks share it.
+        """Read the index of `shards`; `batch_size` is global, and the ranks share it.
 
-        Decoded pictures are kept as uint8 until `cache_mb` megabytes are full.
+        Decoded pictures are kept as uint8 until `cache_mb` megabytes are full. `shards` may be a
+        URL that fsspec reads: its files are brought to `cache_dir` (default: remote.default_cache)
+        some time before they are needed, and the oldest are deleted beyond `cache_gb`.
 
         Raises:
             ValueError: a batch that ranks cannot share, or shards that are missing or cut short.
+            RemoteError: a store that does not answer; also later, of tars.
         """
-        if batch_size % world_size or not 0 <= rank < world_size:
+        if batch_size < 1 or batch_size % world_size or not 0 <= rank < world_size:
             raise ValueError(
                 f"batch_size {batch_size} over {world_size} ranks (this is rank {rank}): "
                 "give a multiple of the number of ranks"
             )
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
-        index = _index(shards)
-        self.resolution = int(index["resolution"])
-        self._shards = [
-            _read_tar(shards / entry["name"], entry, number)
-            for number, entry in enumerate(index["shards"])
-        ]
-        self.num_samples = sum(len(samples) for samples in self._shards)
-        if self.num_samples == 0:
-            raise ValueError(f"{shards} holds no sample: run the filter stage again")
+        self._folder = folder(shards, cache_dir, cache_gb)
+        index = parse_index(self._folder.index(), self._folder.place(INDEX))
+        if index.samples == 0:
+            raise ManifestError(f"{shards} holds no sample: {AGAIN}")
+        self.resolution, self.num_samples = index.resolution, index.samples
+        self._codec, self._shards = index.codec, index.shards
+        self._folder.check(self._shards)
+        self._order = Order([e.samples for e in self._shards], seed=seed, window=self.WINDOW)
+        self._sidecar = Recent(self._read_sidecar, 4 * self.WINDOW)
+        self._window: Window | None = None
         self.corrupt: set[str] = set()
         """Keys of the pictures that could not be read, each replaced by its successor."""
-        self._lost: set[Path] = set()
-        """Tars that went away or were cut short since they were indexed."""
-        self._memo: tuple[int, list[_Sample]] = (-1, [])
-        self._pool = ThreadPoolExecutor(threads)
+        self._lost: set[int] = set()
+        """Shards whose tars went away or were cut short since they were indexed."""
+        self._pool = ThreadPoolExecutor(threads, "decode")
+        self._threads = threads
         self._lock = threading.Lock()
-        self._cache: dict[str, np.ndarray] = {}
+        self._cache: dict[_Sample, np.ndarray] = {}
         self._room = cache_mb * 2**20
 
-    def captions(self) -> list[str]:
-        """Distinct captions, sorted."""
-        return sorted({sample.caption for samples in self._shards for sample in samples})
+    def captions(self, limit: int | None = None) -> list[str] | None:
+        """Distinct captions, sorted; None if there are more samples than `limit`."""
+        if limit is not None and self.num_samples > limit:
+            return None
+        sidecars = map(self._sidecar, range(len(self._shards)))
+        return sorted({caption for sidecar in sidecars for caption in sidecar.captions()})
+
+    def captions_between(self, start: int, stop: int) -> list[str]:
+        """Captions at these global positions; no picture is read."""
+        places = self._order.places(start, stop)
+        return [self._sidecar(shard).caption(place) for shard, place in places]
 
     def batches(self, images_seen: int = 0) -> Iterator[Batch]:
         """Batches from the global position `images_seen` on; an epoch runs into the next.
@@ -114,139 +189,150 @@ class ShardLoader:
         Each global batch takes the next `batch_size` samples of the order, and rank r the r-th
         part of them: whatever the number of ranks, together they see the same pictures.
         """
-        local = self.batch_size // self.world_size
-        own = slice(self.rank * local, (self.rank + 1) * local)
+        ahead: deque[_Planned] = deque()
         position = images_seen
-        while True:
-            samples = [self._sample(position + i) for i in range(self.batch_size)]
-            yield self._batch(samples[own], [sample.caption for sample in samples])
-            position += self.batch_size
+        try:
+            while True:
+                while len(ahead) <= self.AHEAD:
+                    ahead.append(self._begin(position))
+                    position += self.batch_size
+                yield self._finish(ahead.popleft())
+        finally:
+            tasks = [task for planned in ahead for task in planned.parts]
+            wait([task for task in tasks if not task.cancel()])
 
-    def captions_between(self, start: int, stop: int) -> list[str]:
-        """Captions at these global positions; no picture is read."""
-        return [self._sample(position).caption for position in range(start, stop)]
+    # Batches --------------------------------------------------------------------------------
 
-    def _batch(self, samples: list[_Sample], planned_captions: list[str]) -> Batch:
-        got = list(self._pool.map(self._load, samples))
-        images_BHWC = np.stack([image for _, image in got])
+    def _begin(self, position: int) -> _Planned:
+        """Let the threads decode this rank's part of the global batch at a position."""
+        self._look_ahead(position)
+        stop = position + self.batch_size
+        samples = [_Sample(*place) for place in self._order.places(position, stop)]
+        planned = [self._sidecar(shard).caption(place) for shard, place in samples]
+        local = self.batch_size // self.world_size
+        own = samples[self.rank * local : (self.rank + 1) * local]
+        images_BCHW = np.empty((local, 3, self.resolution, self.resolution), np.uint8)
+        size = min(self.TASK, -(-local // self._threads))
+        parts = [
+            self._pool.submit(self._fill, images_BCHW[i : i + size], own[i : i + size])
+            for i in range(0, local, size)
+        ]
+        return _Planned(images_BCHW, parts, planned)
+
+    def _finish(self, planned: _Planned) -> Batch:
+        samples = [sample for part in planned.parts for sample in part.result()]
+        sidecars = [(self._sidecar(shard), place) for shard, place in samples]
         return Batch(
-            torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).contiguous(),
-            [sample.caption for sample, _ in got],
-            [sample.key for sample, _ in got],
-            planned_captions,
+            torch.from_numpy(planned.images_BCHW),
+            [sidecar.caption(place) for sidecar, place in sidecars],
+            [sidecar.key(place) for sidecar, place in sidecars],
+            planned.planned_captions,
         )
 
-    # The order ------------------------------------------------------------------------------
+    def _look_ahead(self, position: int) -> None:
+        """On entering a window, say which shards it and the next one are made of."""
+        if self._window is None or not self._window.start <= position < self._window.stop:
+            self._window = self._order.window(position)
+            following = self._order.window(self._window.stop)
+            shards = dict.fromkeys(self._window.shards + following.shards)
+            self._folder.expect([self._shards[shard] for shard in shards])
 
-    def _sample(self, position: int) -> _Sample:
-        epoch, place = divmod(position, self.num_samples)
-        return self._order(epoch)[place]
-
-    def _order(self, epoch: int) -> list[_Sample]:
-        """Samples of an epoch: shards shuffled, then samples within windows of shards."""
-        if self._memo[0] != epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            shuffled = [self._shards[i] for i in rng.permutation(len(self._shards))]
-            order: list[_Sample] = []
-            for start in range(0, len(shuffled), self.WINDOW):
-                window = [s for shard in shuffled[start : start + self.WINDOW] for s in shard]
-                order += [window[i] for i in rng.permutation(len(window))]
-            self._memo = (epoch, order)
-        return self._memo[1]
+    def _read_sidecar(self, shard: int) -> Sidecar:
+        entry = self._shards[shard]
+        data = self._folder.sidecar(entry)
+        return parse_sidecar(data, entry, self._folder.place(entry.sidecar))
 
     # Pictures -------------------------------------------------------------------------------
 
-    def _load(self, sample: _Sample) -> tuple[_Sample, np.ndarray]:
-        """The sample with its picture [H, W, C]; the next readable one where it is corrupt."""
-        own = self._shards[sample.shard]
-        later = self._shards[sample.shard + 1 :] + self._shards[: sample.shard]
-        for siblings in (own[sample.place :] + own[: sample.place], *later):
-            for other in siblings:
-                if (image := self._picture(other)) is not None:
-                    return other, image
+    def _fill(self, images_BCHW: np.ndarray, samples: list[_Sample]) -> list[_Sample]:
+        """Decode into the array; returns the samples that are really there."""
+        with _Tars(self._folder, self._shards) as tars:
+            for sample in samples:  # first read, then decode: taking turns costs a tenth more
+                if sample not in self._cache:
+                    tars.prepare(sample, self._sidecar(sample.shard))
+            return [
+                self._load(image_CHW, sample, tars)
+                for image_CHW, sample in zip(images_BCHW, samples, strict=True)
+            ]
+
+    def _load(self, image_CHW: np.ndarray, sample: _Sample, tars: _Tars) -> _Sample:
+        """Decode a sample, or the next readable one where it is corrupt; returns which."""
+        for candidate in self._successors(sample):
+            if self._picture(image_CHW, candidate, tars):
+                return candidate
+        entry = self._shards[sample.shard]
         raise CorruptShardsError(
-            f"{sample.tar}: no readable picture in it, nor in any other: the shards are damaged, "
-            "run the filter stage again"
+            f"{self._folder.place(entry.name)}: no readable picture in it, nor in any other: the "
+            f"shards are damaged, {AGAIN}"
         )
 
-    def _picture(self, sample: _Sample) -> np.ndarray | None:
-        image = self._cache.get(sample.key)
-        if image is not None or sample.key in self.corrupt:
-            return image
-        try:
-            image = _decoded(sample, self.resolution)
-        except Exception as error:  # codecs raise anything on corrupt bytes
-            self._note_corrupt(sample, error)
-            return None
-        with self._lock:
-            if self._room >= image.nbytes:
-                self._room -= image.nbytes
-                self._cache[sample.key] = image
-        return image
+    def _successors(self, sample: _Sample) -> Iterator[_Sample]:
+        """The sample, all others of its shard, and those of the shards after it."""
+        count = len(self._shards)
+        for shard in ((sample.shard + i) % count for i in range(count)):
+            begin, size = (sample.place, 0)[shard != sample.shard], self._shards[shard].samples
+            for i in range(size):
+                yield _Sample(shard, (begin + i) % size)
 
-    def _note_corrupt(self, sample: _Sample, error: Exception) -> None:
+    def _picture(self, image_CHW: np.ndarray, sample: _Sample, tars: _Tars) -> bool:
+        """Whether the picture is readable, and then it is in the array."""
+        cached = self._cache.get(sample)
+        if cached is not None:
+            image_CHW[:] = cached
+            return True
+        sidecar = self._sidecar(sample.shard)
+        if self.corrupt and sidecar.key(sample.place) in self.corrupt:
+            return False
+        try:
+            decode_into(image_CHW, tars.read(sample, sidecar), self._codec)
+        except RemoteError:
+            raise
+        except Exception as error:  # codecs raise anything on corrupt bytes
+            self._note_corrupt(sample, sidecar, error)
+            return False
+        self._remember(sample, image_CHW)
+        return True
+
+    def _remember(self, sample: _Sample, image_CHW: np.ndarray) -> None:
         with self._lock:
-            self.corrupt.add(sample.key)
+            if self._room < image_CHW.nbytes or sample in self._cache:
+                return
+            self._room -= image_CHW.nbytes
+            self._cache[sample] = image_CHW.copy()
+
+    def _note_corrupt(self, sample: _Sample, sidecar: Sidecar, error: Exception) -> None:
+        key, tar = sidecar.key(sample.place), self._folder.place(self._shards[sample.shard].name)
+        with self._lock:
+            self.corrupt.add(key)
             count, allowed = len(self.corrupt), max(1, self.CORRUPT_SHARE * self.num_samples)
-            is_known = sample.tar in self._lost
-            if isinstance(error, _LostError):
-                self._lost.add(sample.tar)
-        if isinstance(error, _LostError) and not is_known:  # not once per picture of the tar
-            warnings.warn(f"{sample.tar}: {error}: others take its pictures' place", stacklevel=2)
+            is_known = sample.shard in self._lost
+            if isinstance(error, LostError):
+                self._lost.add(sample.shard)
+        if isinstance(error, LostError) and not is_known:  # not once per picture of the tar
+            warnings.warn(f"{tar}: {error}: others take its pictures' place", stacklevel=2)
         elif not is_known:
-            warnings.warn(f"{sample.tar}: skipped {sample.key}.png: {error}", stacklevel=2)
+            warnings.warn(f"{tar}: skipped {key}.{self._codec}: {error}", stacklevel=2)
         if count > allowed:
             raise CorruptShardsError(
-                f"{count} of {self.num_samples} pictures are unreadable (last: {sample.key} of "
-                f"{sample.tar}): the shards are damaged, run the filter stage again"
+                f"{count} of {self.num_samples} pictures are unreadable (last: {key} of {tar}): "
+                f"the shards are damaged, {AGAIN}"
             )
 
 
-def _index(shards: Path) -> dict:
-    path = shards / "index.json"
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}): give a folder of one resolution that the filter "
-            "stage has written, such as shards/032"
-        ) from error
+def decode_into(image_CHW: np.ndarray, data: bytes, codec: str) -> None:
+    """Decode a training picture into an array of its size. Nothing but its codec's decoder runs.
 
-
-def _read_tar(path: Path, entry: dict, shard: int) -> list[_Sample]:
-    """Where the samples of one tar lie, with their captions. Names never become paths."""
-    if not path.is_file() or path.stat().st_size != entry["bytes"]:
-        found = path.stat().st_size if path.is_file() else "no"
-        raise ValueError(
-            f"{path} has {found} bytes, its index says {entry['bytes']}: run the filter stage again"
-        )
-    pictures: dict[str, tuple[int, int]] = {}
-    captions: dict[str, str] = {}
-    with tarfile.open(path) as archive:
-        for member in archive:
-            key, _, kind = member.name.rpartition(".")
-            if kind == "png":
-                pictures[key] = (member.offset_data, member.size)
-            elif kind == "txt":
-                file = archive.extractfile(member)
-                captions[key] = file.read().decode() if file else ""
-    return [
-        _Sample(shard, place, key, captions[key], path, *pictures[key])
-        for place, key in enumerate(pictures)
-    ]
-
-
-def _decoded(sample: _Sample, side: int) -> np.ndarray:
-    """The picture as uint8 [H, W, C]."""
-    try:
-        with sample.tar.open("rb") as file:
-            file.seek(sample.offset)
-            data = file.read(sample.size)
-    except OSError as error:
-        raise _LostError(f"can no longer be read ({error.strerror})") from error
-    if len(data) < sample.size:
-        raise _LostError("was cut short since it was indexed")
-    image_HWC = np.array(Image.open(io.BytesIO(data), formats=["PNG"]).convert("RGB"))
-    if image_HWC.shape != (side, side, 3):
-        raise ValueError(f"is {image_HWC.shape}, not {side} px square")
-    return image_HWC
+    Raises:
+        ValueError: of another size. Pillow's errors where it is broken.
+    """
+    _, H, W = image_CHW.shape
+    image: Image.Image = DECODERS[codec](io.BytesIO(data))
+    if image.size != (W, H):  # before a pixel of it is decoded
+        raise ValueError(f"is {image.width}×{image.height}, not {W} px square")
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    if SMALL >= W:
+        image_CHW[:] = np.asarray(image).transpose(2, 0, 1)
+        return
+    for channel_HW, band in zip(image_CHW, "RGB", strict=True):
+        channel_HW[:] = np.frombuffer(image.tobytes("raw", band), np.uint8).reshape(H, W)

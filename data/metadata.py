@@ -1,203 +1,230 @@
-"""Any source's metadata → our columns: pre-filtered, without exact duplicates, in a seeded order.
+"""Any source's metadata → our lists: pre-filtered, without exact duplicates, in a seeded order.
 
-DuckDB does the work and spills to disk; nothing here looks at a picture.
+    1. every list is scanned by itself: rows that pass go to lists/_scatter, sorted by digest
+    2. digests are cut into as many equal ranges as parts are wanted; each gathers its rows
+    3. the parts get their names, and lists/index.json is written last
+
+The digest is of seed and URL. So rows of one URL meet in one part, rows of one host are spread over
+all, and no step holds more than a part. Nothing here looks at a picture.
 """
 
 from __future__ import annotations
 
-import glob
-import hashlib
-import math
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from shutil import rmtree
+from typing import Any, NamedTuple
 
-import duckdb
+import pyarrow.parquet as pq
 
 from data.config import DownloadConfig
-from data.report import Funnel, Step
-from data.schema import TYPES, MetadataError, resolve
+from data.executor import Backend, each
+from data.layout import PART_DIGITS
+from data.prefilter import columns_of, reasons
+from data.report import Funnel, Progress, Step, silent
+from data.scatter import GatherJob, ScanJob, commit, gather, opened, scan
+from data.schema import MetadataError
+from data.sources import Source, find, fingerprint
 
-FOOTER_BYTES = 1 << 16
+__all__ = ["fingerprint", "prepare"]
+
+READ_BY_US = (
+    *("allow_withdrawn", "unique", "max_rows", "seed", "rows_per_part", "min_side", "max_aspect"),
+    *("min_caption_words", "min_caption_chars", "max_unsafe", "max_watermark"),
+    *("min_similarity_b32", "min_similarity_l14", "min_aesthetic"),
+)
+"""Settings that decide what the lists hold."""
 
 
-def prepare(files: tuple[str, ...], out: Path, config: DownloadConfig) -> Funnel:
-    """Write the rows worth asking for to the Parquet `out`; return the funnel that led there.
+def prepare(
+    files: tuple[str, ...],
+    out: Path,
+    config: DownloadConfig,
+    *,
+    workers: int = 1,
+    backend: Backend = "processes",
+    progress: Progress = silent,
+) -> Funnel:
+    """Write `out/lists/PPPPP.parquet` (schema.LIST) and `index.json`; return the funnel.
 
-    Columns: `key` (img2dataset's, from the position), `source` and those of `schema.TYPES`.
+    A second call returns the funnel at once; one after a kill does what is missing, and gives the
+    same to the byte. While it works, the passing rows of all lists are on disk twice.
 
     Raises:
-        MetadataError: a file that cannot be read or lacks a column that a rule needs, or no row
-            left.
+        MetadataError: a list that cannot be read, is withdrawn or lacks a column that a rule reads;
+            no row left; or lists that were made with other settings.
     """
-    try:
-        return _prepare(files, out, config)
-    except MetadataError as error:
-        # Frames in the traceback keep DuckDB's objects alive to the end, where it complains.
-        error.__context__ = None
-        raise error.with_traceback(None) from None
-
-
-def _prepare(files: tuple[str, ...], out: Path, config: DownloadConfig) -> Funnel:
-    paths = [path for pattern in files for path in _expand(pattern)]
-    rules = _rules(config)
-    with duckdb.connect() as db:
-        selects = [_select(db, path, rules) for path in paths]
-        verdict = " ".join(
-            f"WHEN NOT coalesce({test}, false) THEN '{r}'" for r, test in _tests(rules)
-        )
-        db.execute(
-            f"CREATE TABLE judged AS SELECT *, CASE {verdict} ELSE 'ok' END AS verdict "
-            f"FROM ({' UNION ALL '.join(selects)})"
-        )
-        db.execute(
-            "CREATE TABLE distinct_rows AS SELECT * FROM judged WHERE verdict = 'ok' "
-            "QUALIFY row_number() OVER (PARTITION BY url, caption ORDER BY file, position) = 1"
-        )
-        funnel = _funnel(db, [name for name, _ in _tests(rules)])
-        asked = _count(db, "distinct_rows")
-        if asked == 0:
-            worst = max(funnel[1:], key=lambda step: step.dropped)
-            raise MetadataError(
-                f"no row of {', '.join(paths)} is left to ask for; the rule {worst.step!r} "
-                f"dropped most ({worst.dropped} of {funnel[0].rows}): loosen it in `download`"
-            )
-        if config.max_rows is not None and asked > config.max_rows:
-            funnel.append(Step("max_rows", asked - config.max_rows, config.max_rows))
-        _write(db, out, config)
+    lists = out.resolve() / "lists"
+    if (lists / "index.json").exists():
+        return _finished(lists, config)
+    sources = find(tuple(str(file) for file in files))
+    _hold_to_plan(lists, sources, config)
+    scans = _scan_jobs(lists / "_scatter", sources, config)
+    crew = _Crew(workers, backend)
+    _scan_all(scans, crew, progress)
+    funnel = _judged(scans, config)
+    gathers = _gather_all(scans, funnel[-1].rows, config, crew, progress)
+    counts = [json.loads(job.done.read_text()) for job in gathers]
+    rows, same = (sum(count[name] for count in counts) for name in ("rows", "same"))
+    beyond = funnel[-1].rows - rows - same
+    if beyond:
+        funnel.append(Step("max_rows", beyond, rows + same))
+    funnel.append(Step(f"same {config.unique}", same, rows))
+    parts = _name_parts(lists, gathers)
+    commit(
+        lists / "index.json",
+        {"funnel": funnel, "parts": parts, "settings": _settings(config)},
+    )
+    rmtree(lists / "_scatter")
     return funnel
 
 
-def fingerprint(files: tuple[str, ...]) -> str:
-    """sha256 over the names, sizes and last 64 KiB of the lists; patterns without a file count too.
+class _Crew(NamedTuple):
+    """Who works."""
 
-    The end of a Parquet file holds its schema, the place and the statistics of every column
-    chunk: another content has another end, and terabytes need not be read to see it.
-    """
-    digest = hashlib.sha256()
-    for name in (name for pattern in files for name in _matches(pattern) or [pattern]):
-        path = Path(name)
-        if not path.is_file():
-            digest.update(f"{name} is not there ".encode())
-            continue
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            file.seek(max(0, size - FOOTER_BYTES))
-            digest.update(f"{path.name} {size} ".encode() + file.read())
-    return digest.hexdigest()
+    workers: int
+    backend: Backend
+
+    def each(
+        self,
+        function: Callable[..., Any],
+        jobs: list[Any],
+        setup: Callable[[int], Any] | None = None,
+    ) -> Iterator[tuple[Any, Any]]:
+        """executor.each, without starting workers that would have nothing to do."""
+        workers = max(1, min(self.workers, len(jobs)))
+        return each(function, jobs, workers=workers, backend=self.backend, setup=setup)
 
 
-def _matches(pattern: str) -> list[str]:
-    return sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 — patterns may be absolute
+def _settings(config: DownloadConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", include={*READ_BY_US})
 
 
-def _expand(pattern: str) -> list[str]:
-    paths = _matches(pattern)
-    if not paths:
+def _finished(lists: Path, config: DownloadConfig) -> Funnel:
+    """The funnel of an earlier call."""
+    index = json.loads((lists / "index.json").read_text(encoding="utf-8"))
+    wanted = _settings(config)
+    made = index.get("settings", wanted)
+    if made != wanted:
+        changed = [f"{k} {made.get(k)} → {v}" for k, v in wanted.items() if made.get(k) != v]
         raise MetadataError(
-            f"download.metadata: no file matches {pattern!r} (seen from {Path.cwd()}); "
-            "give a Parquet file or a glob that exists"
+            f"{lists} was made with other settings of the download ({', '.join(changed)}); "
+            "set them back, or use another folder"
         )
-    return paths
+    rmtree(lists / "_scatter", ignore_errors=True)
+    return [Step(*step) for step in index["funnel"]]
 
 
-def _rules(config: DownloadConfig) -> dict[str, tuple[tuple[str, ...], str]]:
-    """Setting → (columns it reads, SQL claim that a kept row fulfils), for the settings in use."""
-    rules = {
-        "min_side": (("width", "height"), "least(width, height) >= {0}"),
-        "max_aspect": (
-            ("width", "height"),
-            "greatest(width, height) <= {0} * least(width, height) AND least(width, height) > 0",
-        ),
-        "max_unsafe": (("unsafe",), "unsafe <= {0}"),
-        "max_watermark": (("watermark",), "watermark <= {0}"),
-        "min_similarity_b32": (("similarity_b32",), "similarity_b32 >= {0}"),
-        "min_similarity_l14": (("similarity_l14",), "similarity_l14 >= {0}"),
-        "min_aesthetic": (("aesthetic",), "aesthetic >= {0}"),
-    }
-    used = {name: getattr(config, name) for name in rules}
-    chosen = {n: (rules[n][0], rules[n][1].format(v)) for n, v in used.items() if v is not None}
-    words = f"len(string_split_regex(trim(caption), '\\s+')) >= {config.min_caption_words}"
-    chars = f"len(trim(caption)) >= {config.min_caption_chars}"
-    return {**chosen, "caption too short": (("caption",), f"{words} AND {chars}")}
+def _hold_to_plan(lists: Path, sources: list[Source], config: DownloadConfig) -> None:
+    """Begin anew if what an unfinished call left is of other lists or settings."""
+    plan = lists / "_scatter" / "plan.json"
+    paths = [source.path for source in sources]
+    wanted = {**_settings(config), "files": paths, "contents": fingerprint(tuple(paths))}
+    if plan.exists() and json.loads(plan.read_text(encoding="utf-8")) == wanted:
+        return
+    rmtree(lists, ignore_errors=True)
+    plan.parent.mkdir(parents=True)
+    commit(plan, wanted)
 
 
-def _tests(rules: dict[str, tuple[tuple[str, ...], str]]) -> list[tuple[str, str]]:
-    """Every reason to drop a row with the claim it breaks, in the order they are tried.
-
-    DuckDB's `least` skips nulls, so nulls are tried before the rules that would read them.
-    """
-    columns = dict.fromkeys(column for read, _ in rules.values() for column in read)
+def _scan_jobs(folder: Path, sources: list[Source], config: DownloadConfig) -> list[ScanJob]:
+    sizes = [source.size for source in sources]
+    slices = [config.rows_per_part * size // max(1, sum(sizes)) for size in sizes]
     return [
-        ("no url", "url IS NOT NULL AND trim(url) <> ''"),
-        *((f"null {column}", f"{column} IS NOT NULL") for column in columns),
-        *((name, claim) for name, (_, claim) in rules.items()),
+        ScanJob(source, number, folder, config, rows)
+        for number, (source, rows) in enumerate(zip(sources, slices, strict=True))
     ]
 
 
-def _select(
-    db: duckdb.DuckDBPyConnection, path: str, rules: dict[str, tuple[tuple[str, ...], str]]
-) -> str:
-    """SQL that reads one file in our columns. Numbers that do not fit theirs become null."""
-    literal = "'" + path.replace("'", "''") + "'"
-    try:
-        listed = db.execute(f"DESCRIBE SELECT * FROM read_parquet({literal})").fetchall()
-    except duckdb.Error as error:
-        raise MetadataError(
-            f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); "
-            "fetch it again or take it out of download.metadata"
-        ) from error
-    columns = resolve([row[0] for row in listed], path)
-    for setting, (read, _) in rules.items():
-        if lacking := [column for column in read if column not in columns]:
-            raise MetadataError(
-                f"{path}: no column for {' and '.join(lacking)}, which download.{setting} reads; "
-                f"set download.{setting} to null or add the column"
-            )
-    casts = []
-    for ours, kind in TYPES.items():
-        theirs = '"' + columns[ours].replace('"', '""') + '"' if ours in columns else "NULL"
-        casts.append(f"TRY_CAST({theirs} AS {kind}) AS {ours}")
-    name = "'" + Path(path).stem.replace("'", "''") + "'"
-    return (
-        f"SELECT {', '.join(casts)}, {name} AS source, {literal} AS file, "
-        f"file_row_number AS position FROM read_parquet({literal}, file_row_number=true)"
-    )
+def _scan_all(jobs: list[ScanJob], crew: _Crew, progress: Progress) -> None:
+    """All lists are looked at before the first is read, so that a bad one is told at once."""
+    missing = [job for job in jobs if not job.done.exists()]
+    for job in missing:
+        columns_of(job.source, job.config)
+    done = len(jobs) - len(missing)
+    progress("reading lists", done, len(jobs))
+    for number, (_, problem) in enumerate(crew.each(scan, missing), done + 1):
+        if problem:
+            raise MetadataError(problem)
+        progress("reading lists", number, len(jobs))
 
 
-def _funnel(db: duckdb.DuckDBPyConnection, reasons: list[str]) -> Funnel:
-    dropped = dict(db.execute("SELECT verdict, count(*) FROM judged GROUP BY verdict").fetchall())
-    left = _count(db, "judged")
+def _judged(jobs: list[ScanJob], config: DownloadConfig) -> Funnel:
+    """Steps up to the last rule; raises if that leaves nothing."""
+    counts: Counter[str] = Counter()
+    for job in jobs:
+        counts.update(json.loads(job.done.read_text(encoding="utf-8")))
+    left = counts.total()
     funnel: Funnel = [Step("listed", 0, left)]
-    for reason in reasons:
-        left -= dropped.get(reason, 0)
-        funnel.append(Step(reason, dropped.get(reason, 0), left))
-    unique = _count(db, "distinct_rows")
-    return [*funnel, Step("same url and caption", left - unique, unique)]
+    for reason, _ in reasons(config):
+        left -= counts[reason]
+        funnel.append(Step(reason, counts[reason], left))
+    if left == 0:
+        worst = max(funnel[1:], key=lambda step: step.dropped)
+        raise MetadataError(
+            f"no row of {', '.join(job.source.path for job in jobs[:5])} is left to ask for; the "
+            f"rule {worst.step!r} dropped most ({worst.dropped} of {funnel[0].rows}): loosen it in "
+            "`download`"
+        )
+    return funnel
 
 
-def _count(db: duckdb.DuckDBPyConnection, table: str) -> int:
-    row = db.execute(f"SELECT count(*) FROM {table}").fetchone()
-    return int(row[0]) if row else 0
+def _gather_all(
+    scans: list[ScanJob],
+    passing: int,
+    config: DownloadConfig,
+    crew: _Crew,
+    progress: Progress,
+) -> list[GatherJob]:
+    """As many leading parts as `max_rows` needs, all if it is null; the last is cut to fit."""
+    folder = scans[0].folder
+    count = -(-passing // config.rows_per_part)
+    if count > 10**PART_DIGITS:
+        raise MetadataError(
+            f"{passing} rows make {count} parts, more than keys can number: "
+            f"set download.rows_per_part to {-(-passing // 10**PART_DIGITS)} or more"
+        )
+    unique = ("url",) if config.unique == "url" else ("url", "caption")
+    jobs = [GatherJob(number, count, folder, len(scans), unique) for number in range(count)]
+    wanted = passing if config.max_rows is None else config.max_rows
+    made, rows = 0, 0
+    while made < count and rows < wanted:
+        # Parts are near equal, so this many more will do, or else a few of the next round.
+        more = min(count - made, max(1, -(-(wanted - rows) * count // passing)))
+        _gather(jobs[made : made + more], made, crew, progress)
+        for job in jobs[made : made + more]:
+            rows_of_it = json.loads(job.done.read_text())["rows"]
+            made += 1
+            if rows + rows_of_it >= wanted and config.max_rows is not None:
+                last = GatherJob(job.number, count, folder, len(scans), unique, wanted - rows)
+                _gather([last], made - 1, crew, progress)
+                return [*jobs[: made - 1], last]
+            rows += rows_of_it
+    return jobs
 
 
-def _write(db: duckdb.DuckDBPyConnection, out: Path, config: DownloadConfig) -> None:
-    """The seeded order is that of a digest, so it does not hinge on a library's generator."""
-    index_digits = math.ceil(math.log10(config.rows_per_shard))
-    limit = f"LIMIT {config.max_rows}" if config.max_rows is not None else ""
-    partial = out.with_suffix(".partial")
-    target = str(partial).replace("'", "''")
-    db.execute(
-        f"""COPY (
-            WITH ordered AS (
-                SELECT *, row_number() OVER (ORDER BY digest, url, caption) - 1 AS place
-                FROM (SELECT *, md5('{config.seed} ' || url || ' ' || caption) AS digest
-                    FROM distinct_rows)),
-            placed AS (
-                SELECT *, place // {config.rows_per_shard} AS shard,
-                    place % {config.rows_per_shard} AS slot FROM ordered)
-            SELECT
-                lpad((shard * {10**index_digits} + slot)::VARCHAR, {5 + index_digits}, '0') AS key,
-                {", ".join(TYPES)}, source
-            FROM placed ORDER BY place {limit}
-        ) TO '{target}' (FORMAT parquet)"""
-    )
-    partial.replace(out)
+def _gather(jobs: list[GatherJob], before: int, crew: _Crew, progress: Progress) -> None:
+    missing = [job for job in jobs if not job.done.exists()]
+    done, total = before + len(jobs) - len(missing), before + len(jobs)
+    progress("writing lists", done, total)
+    setup = partial(opened, jobs[0].folder)
+    for number, _ in enumerate(crew.each(gather, missing, setup), done + 1):
+        progress("writing lists", number, total)
+
+
+def _name_parts(lists: Path, jobs: list[GatherJob]) -> list[int]:
+    """Give parts that have rows their names, in order; return those rows.
+
+    What is not there any more was moved before a kill.
+    """
+    filled = [rows for job in jobs if (rows := json.loads(job.done.read_text())["rows"])]
+    named = [job for job in jobs if json.loads(job.done.read_text())["rows"]]
+    for number, (job, rows) in enumerate(zip(named, filled, strict=True)):
+        target = lists / f"{number:0{PART_DIGITS}d}.parquet"
+        if job.target.exists():
+            job.target.replace(target)
+        assert pq.read_metadata(target).num_rows == rows, f"{target} is not of this plan"
+    return filled

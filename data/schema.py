@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pyarrow as pa
 
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -14,10 +16,14 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "unsafe": ("punsafe", "nsfw_score_opennsfw2"),
     "watermark": ("pwatermark", "watermark_score"),
     "aesthetic": ("aesthetic", "aesthetic_score_laion_v2"),
+    "md5": ("md5",),
+    "sha256": ("sha256",),
+    "phash": ("image_phash",),
 }
 """Ours → theirs, in any case (LAION's first releases shout).
 
-Re-LAION's `width` is what LAION's own 384 px resize left: `original_width` goes before it.
+Re-LAION's `width` is what LAION's own 384 px resize left: `original_width` goes before it. LAION's
+`hash` is no hash of the picture but a join key, murmur3 of URL and text: it is never read.
 """
 REQUIRED = ("url", "caption")
 PREFERRED = frozenset({"width", "height"})
@@ -33,20 +39,93 @@ TYPES: dict[str, str] = {
     "unsafe": "FLOAT",
     "watermark": "FLOAT",
     "aesthetic": "FLOAT",
+    "md5": "VARCHAR",
+    "sha256": "VARCHAR",
+    "phash": "UBIGINT",
 }
 """DuckDB types of our metadata columns."""
+
+HEX_DIGITS = {"md5": "{32}", "sha256": "{64}", "phash": "{1,16}"}
+"""Columns that sources write in hexadecimal, and how many digits they have."""
+
+SHOUTED = frozenset({"URL", "TEXT"})
+WITHDRAWN_COLUMNS = frozenset(
+    {"similarity", "hash", "punsafe", "pwatermark", "aesthetic", "nsfw", "license", "sample_id"}
+)
+RELEASED_COLUMNS = frozenset({"md5", "original_width", "original_height"})
+WITHDRAWN_NAME = re.compile(
+    r"(?<![a-z])laion[-_]?(\d+(\.\d+)?[mb]|aesthetic|art|coco|high[-_]?res)", re.IGNORECASE
+)
+
+LIST = pa.schema(
+    [
+        ("url", pa.string()),
+        ("caption", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("similarity_b32", pa.float32()),
+        ("similarity_l14", pa.float32()),
+        ("unsafe", pa.float32()),
+        ("watermark", pa.float32()),
+        ("aesthetic", pa.float32()),
+        ("md5", pa.string()),
+        ("sha256", pa.string()),
+        ("phash", pa.uint64()),
+        ("source", pa.string()),
+        ("row", pa.int64()),
+    ]
+)
+"""One row a URL to ask for. `md5`, `sha256` (lower-case hex) and `phash` are what the source says
+of the picture, `source` the name of its file without suffix and `row` the place in it."""
 
 FATES = pa.schema(
     [
         ("key", pa.string()),
-        ("url", pa.string()),
-        ("caption", pa.string()),
+        *((field.name, field.type) for field in LIST if field.name != "sha256"),
         ("fate", pa.string()),
         ("detail", pa.string()),
         ("sha256", pa.string()),
+        ("asked_from", pa.timestamp("ms", tz="UTC")),
+        ("asked_until", pa.timestamp("ms", tz="UTC")),
     ]
 )
-"""One row a URL asked for. `fate` is `ok` or the class of what went wrong."""
+"""One row a URL asked for: what was listed, and what became of it. `fate` is `ok` or the class of
+what went wrong, `sha256` that of the bytes we have, and the two times enclose the request, with
+its opt-out checks."""
+
+MINIATURE = 4
+"""Side of the miniature that near duplicates are compared by, px."""
+
+SCORES = pa.schema(
+    [
+        ("key", pa.string()),
+        ("url", pa.string()),
+        ("caption", pa.string()),
+        ("source", pa.string()),
+        ("row", pa.int64()),
+        ("sha256", pa.string()),
+        ("asked_from", pa.timestamp("ms", tz="UTC")),
+        ("asked_until", pa.timestamp("ms", tz="UTC")),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("similarity", pa.float32()),
+        ("aesthetic", pa.float32()),
+        ("unsafe", pa.float32()),
+        ("watermark", pa.float32()),
+        ("phash", pa.uint64()),
+        ("listed_phash", pa.uint64()),
+        ("miniature", pa.binary(3 * MINIATURE**2)),
+        ("language", pa.string()),
+        ("caption_words", pa.int32()),
+        ("caption_chars", pa.int32()),
+        ("error", pa.string()),
+    ]
+)
+"""One row a downloaded picture. `width` and `height` are those of the decoded picture; they and all
+that pixels tell are null where `error` says why it cannot be decoded."""
+
+EMBEDDINGS = ("key", "image", "text")
+"""Columns beside the scores: the encoder's features, as lists of float16, of decodable pictures."""
 
 
 class MetadataError(ValueError):
@@ -75,3 +154,44 @@ def resolve(columns: list[str], file: str) -> dict[str, str]:
                 f"found {', '.join(columns)}; rename the column that holds the {ours}"
             )
     return found
+
+
+def expression(ours: str, theirs: str, kind: str) -> str:
+    """SQL of our column, from a source's column `theirs` of DuckDB type `kind`.
+
+    What does not fit becomes null: NaN and infinities, a size that is no number, a hash of another
+    length or with other digits. Hashes become lower-case.
+    """
+    name = '"' + theirs.replace('"', '""') + '"'
+    if ours in HEX_DIGITS and kind == "VARCHAR":
+        fits = f"regexp_full_match({name}, '[0-9a-fA-F]{HEX_DIGITS[ours]}')"
+        value = f"CAST('0x' || {name} AS UBIGINT)" if ours == "phash" else f"lower({name})"
+        return f"CASE WHEN {fits} THEN {value} END"
+    if ours in HEX_DIGITS and TYPES[ours] == "VARCHAR":
+        return "NULL::VARCHAR"
+    if TYPES[ours] == "INTEGER" and kind == "VARCHAR":
+        return f"TRY_CAST(TRY_CAST({name} AS DOUBLE) AS INTEGER)"
+    if TYPES[ours] == "FLOAT":
+        value = name if kind == "FLOAT" else f"TRY_CAST({name} AS FLOAT)"
+        return f"CASE WHEN isfinite({value}) THEN {value} END"
+    return name if kind == TYPES[ours] else f"TRY_CAST({name} AS {TYPES[ours]})"
+
+
+def is_withdrawn(columns: list[str], file: str) -> bool:
+    """Whether a list looks like one of LAION's releases of 2021 to 2023, since withdrawn.
+
+    They shout `URL` and `TEXT` beside scores or a join key, or have `laion400m`, `laion2B-en` and
+    the like in their path. Re-LAION, which replaced them, is told by its `md5` or `original_*`
+    columns, which no withdrawn release has, whatever its path. A copy under other names in other
+    columns cannot be told: this guards against mistakes and not against intent.
+    """
+    low = {column.lower() for column in columns}
+    if low & RELEASED_COLUMNS:
+        return False
+    shouts = {*columns} >= SHOUTED and bool(low & WITHDRAWN_COLUMNS)
+    return shouts or WITHDRAWN_NAME.search(file) is not None
+
+
+def has_fetch_status(columns: list[str]) -> bool:
+    """Whether `status` says if the list's authors got the picture, as img2dataset writes it."""
+    return {"status", "error_message"} <= {column.lower() for column in columns}

@@ -1,198 +1,216 @@
-"""Scores per sample: one decode of each picture, one row of scores keyed by the sample's key.
+"""Scores per sample: one row of scores and one of embeddings for every downloaded picture.
 
-Encoders are arguments, so this module knows no model. Each image shard commits its own Parquet
-below `scores/`; a rerun does only the missing ones. What needs all pictures at once (a
-cross-fitted aligner) comes at the end.
+Each image shard is a piece of work of its own (data/judge.py); a rerun does only the missing ones.
+Only a similarity that is fitted to all pairs needs them all at once, and comes at the end.
+
+Shape letters: N pictures, M of one shard, D features.
 """
 
 from __future__ import annotations
 
-import tarfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import imagehash
+import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image
 
-from data.config import FilterConfig
-from data.decode import UndecodableError, decode
-from data.report import Progress, silent
+from data.config import ScoreConfig
+from data.executor import Backend, each
+from data.judge import Encoders, ShardError, path_of, score_shard, write
+from data.layout import ImageShard, image_shards
+from data.report import Progress, Report, Step, silent
+from data.schema import SCORES
 
-ImageFeatures = Callable[[list[Image.Image]], np.ndarray]
-"""Pictures → features [N, D], float32."""
-TextFeatures = Callable[[list[str]], np.ndarray]
-"""Captions → features [N, E], float32."""
-PairSimilarity = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""Features of pictures [N, D] and of their captions [N, E] → how well each pair fits, [N]."""
-Unsafe = Callable[[list[Image.Image]], np.ndarray]
-"""Pictures → probability of being unsafe, [N]."""
+__all__ = ["Encoders", "ShardError", "run"]
 
-
-@dataclass(frozen=True)
-class Encoders:
-    """The models that judge pictures; `unsafe` may be missing."""
-
-    image_features: ImageFeatures
-    text_features: TextFeatures
-    similarity: PairSimilarity
-    unsafe: Unsafe | None = None
+MAX_FITTED = 1_000_000
+"""Most pictures that a fitted similarity is fitted to: all their embeddings are in memory then."""
+FITTED = "similarity.json"
+"""Written when every score file has its similarity."""
+HISTOGRAMS = ("similarity", "aesthetic", "unsafe", "watermark")
+BINS = 40
 
 
-MINIATURE = 4
-"""Side of the miniature that near duplicates are compared by, px."""
-
-
-def score(
-    images: Path,
+def run(
     out: Path,
-    encoders: Encoders,
-    config: FilterConfig,
+    download: Path,
+    config: ScoreConfig,
+    make_encoders: Callable[[int], Encoders],
     *,
+    workers: int = 1,
+    backend: Backend = "processes",
+    gpus: float = 0.0,
     progress: Progress = silent,
-) -> Path:
-    """Score every downloaded picture below `images`; returns `out/scores.parquet`, sorted by key.
+) -> Report:
+    """Score every downloaded picture; what is done already is not done again.
 
-    Columns: key, url, caption, sha256, width, height (null where undecodable), aesthetic, unsafe,
-    phash, miniature, error, similarity. `embeddings.parquet` holds the features in float16.
+    `make_encoders(worker)` is called once in each worker. `gpus` is each worker's on a Ray cluster.
+
+    Raises:
+        ValueError: the download is not finished, or too large for a fitted similarity.
+        TaskError: a shard could not be scored: ShardError or an encoder's own error, as text.
     """
-    target = out / "scores.parquet"
-    if target.exists():
-        return target
-    parts = out / "scores"
-    parts.mkdir(parents=True, exist_ok=True)
-    shards = sorted(stats.name.removesuffix("_stats.json") for stats in images.glob("*_stats.json"))
-    total = sum(_num_ok(images / f"{name}.parquet") for name in shards)
-    done = 0
-    for name in shards:
-        part = parts / f"{name}.parquet"
-        if not part.exists():
-            _write(_score_shard(images / name, encoders, config, done, total, progress), part)
-        done += pq.read_metadata(part).num_rows
-        progress("scoring", done, total)
-    table = pa.concat_tables(pq.read_table(parts / f"{name}.parquet") for name in shards)
-    _write(_with_similarity(table.sort_by("key"), out, encoders, progress), target)
-    return target
+    shards = _finished(download)
+    _clear(out)
+    missing = [shard for shard in shards if not _is_scored(shard, out)]
+    if missing:
+        (out / FITTED).unlink(missing_ok=True)
+    task = partial(score_shard, config=config, out=out)
+    done, num_pictures, is_fitted = len(shards) - len(missing), 0, None
+    progress("scoring shards", done, len(shards))
+    for _, summary in each(
+        task, missing, workers=workers, backend=backend, setup=make_encoders, gpus=gpus
+    ):
+        done, num_pictures, is_fitted = done + 1, num_pictures + summary.rows, summary.is_fitted
+        if is_fitted:
+            _refuse_above_limit(num_pictures)
+        progress("scoring shards", done, len(shards))
+    if not (out / FITTED).exists():
+        if is_fitted is not False:
+            _fit(out, shards, make_encoders(0), progress)
+        _write_text(json.dumps({"shards": len(shards)}), out / FITTED)
+    report = _report(out)
+    report.save(out / "report.json")
+    return report
 
 
-def _num_ok(path: Path) -> int:
-    return pq.read_table(path, filters=[("status", "=", "success")], columns=["key"]).num_rows
+def _finished(download: Path) -> list[ImageShard]:
+    """All shards of a download, if it is finished."""
+    shards = list(image_shards(download))
+    index = download / "lists" / "index.json"
+    parts = len(json.loads(index.read_text())["parts"]) if index.exists() else None
+    finished = len(list((download / "fates").glob("*.parquet")))
+    if not shards or (parts is not None and finished < parts):
+        of = "" if parts is None else f" of {parts}"
+        raise ValueError(
+            f"{download} is not a finished download: {finished}{of} parts have their fates; run "
+            "the download stage again, it goes on where it stopped"
+        )
+    return shards
 
 
-def _write(table: pa.Table, path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    pq.write_table(table, partial)
-    partial.replace(path)
+def _clear(out: Path) -> None:
+    """Remove what a killed run left half written."""
+    for name in ("scores", "embeddings"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+        for path in (out / name).glob("*/*.partial"):
+            path.unlink()
 
 
-def members(tar: Path) -> Iterator[tuple[str, bytes]]:
-    """(key, original bytes) of each picture in one of img2dataset's tars."""
-    with tarfile.open(tar) as archive:
-        for member in archive:
-            if member.isfile() and member.name.endswith(".jpg"):  # whatever the codec is
-                file = archive.extractfile(member)
-                assert file is not None
-                yield member.name.removesuffix(".jpg"), file.read()
+def _is_scored(shard: ImageShard, out: Path) -> bool:
+    """The scores are written last."""
+    return path_of(out, "scores", shard).exists()
 
 
-def _score_shard(
-    stem: Path,
-    encoders: Encoders,
-    config: FilterConfig,
-    done: int,
-    total: int,
-    progress: Progress,
-) -> pa.Table:
-    """Rows of one image shard, features among them."""
-    listed = pq.read_table(stem.with_suffix(".parquet")).to_pylist()
-    known = {row["key"]: row for row in listed if row["status"] == "success"}
-    rows: list[dict[str, object]] = []
-    pictures = members(stem.with_suffix(".tar"))
-    while batch := list(islice(pictures, config.batch_size)):
-        images: list[Image.Image] = []
-        seen: list[dict[str, object]] = []
-        for key, data in batch:
-            row = {name: known[key][name] for name in ("key", "url", "caption", "sha256")}
-            try:
-                images.append(decode(data))
-                seen.append(row)
-            except UndecodableError as error:
-                row["error"] = str(error)
-            rows.append(row)
-        _judge(images, seen, encoders)
-        progress("scoring", done + len(rows), total)
-    return pa.Table.from_pylist(rows, _PART)
+def _write_text(text: str, path: Path) -> None:
+    aside = path.with_suffix(".partial")
+    aside.write_text(text)
+    aside.replace(path)
 
 
-_PART = pa.schema(
-    [
-        ("key", pa.string()),
-        ("url", pa.string()),
-        ("caption", pa.string()),
-        ("sha256", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("aesthetic", pa.float32()),
-        ("unsafe", pa.float32()),
-        ("phash", pa.uint64()),
-        ("miniature", pa.binary(3 * MINIATURE**2)),
-        ("error", pa.string()),
-        ("features", pa.list_(pa.float16())),
-    ]
-)
+# ---- a similarity that is fitted to all pairs --------------------------------------------------
 
 
-def _judge(images: list[Image.Image], rows: list[dict[str, object]], encoders: Encoders) -> None:
-    """Put the scores of each picture into its row."""
-    if not images:
+def _refuse_above_limit(num_pictures: int) -> None:
+    if num_pictures > MAX_FITTED:
+        raise ValueError(
+            f"score.encoder is fitted to all pictures at once, which holds their embeddings in "
+            f"memory: at most {MAX_FITTED:,}, and this download has more. Choose "
+            "open_clip:ARCHITECTURE/WEIGHTS, or download.max_rows"
+        )
+
+
+def _fit(out: Path, shards: list[ImageShard], encoders: Encoders, progress: Progress) -> None:
+    """Put the similarity into every score file; done anew as a whole if it is interrupted."""
+    if encoders.fit_similarity is None:
         return
-    features_ND = np.asarray(encoders.image_features(images), np.float16)
-    unsafe_N = encoders.unsafe(images) if encoders.unsafe else [None] * len(images)
-    for image, row, features_D, unsafe in zip(images, rows, features_ND, unsafe_N, strict=True):
-        small = image.copy()
-        small.thumbnail((256, 256))
-        row["width"], row["height"] = image.size
-        row["aesthetic"] = colourfulness(np.asarray(small))
-        row["unsafe"] = None if unsafe is None else float(unsafe)
-        row["phash"] = int(str(imagehash.phash(small)), 16)
-        row["miniature"] = small.resize((MINIATURE, MINIATURE), Image.Resampling.BOX).tobytes()
-        row["features"] = features_D
+    paths = {shard: path_of(out, "embeddings", shard) for shard in shards}
+    paths = {shard: path for shard, path in paths.items() if path.exists()}
+    rows = [pq.read_metadata(path).num_rows for path in paths.values()]
+    _refuse_above_limit(sum(rows))
+    if not sum(rows):
+        return
+    progress("comparing pictures with captions", 0, len(paths))
+    pairs = (_stacked(list(paths.values()), sum(rows), name) for name in ("image", "text"))
+    similarity_N = np.asarray(encoders.fit_similarity(*pairs), np.float32)
+    ends = np.cumsum(rows)
+    for done, (shard, end) in enumerate(zip(paths, ends, strict=True), 1):
+        keys = pq.read_table(paths[shard], columns=["key"])["key"]
+        _fill_in(path_of(out, "scores", shard), keys, similarity_N[end - len(keys) : end])
+        progress("comparing pictures with captions", done, len(paths))
 
 
-def colourfulness(image_HWC: np.ndarray) -> float:
-    """M = σ_rgyb + 0.3 μ_rgyb of Hasler and Süsstrunk (2003), for uint8 RGB; 0 is gray."""
-    red, green, blue = np.moveaxis(image_HWC.astype(np.float32), -1, 0)
-    rg, yb = red - green, (red + green) / 2 - blue
-    return float(np.hypot(rg.std(), yb.std()) + 0.3 * np.hypot(rg.mean(), yb.mean()))
+def _stacked(paths: list[Path], num_rows: int, name: str) -> np.ndarray:
+    """One column of all embeddings, [N, D] in float16."""
+    stacked_ND: np.ndarray | None = None
+    start = 0
+    for path in paths:
+        column = pq.read_table(path, columns=[name])[name].combine_chunks()
+        values_ND = column.flatten().to_numpy().reshape(len(column), -1)
+        if stacked_ND is None:
+            stacked_ND = np.empty((num_rows, values_ND.shape[1]), np.float16)
+        stacked_ND[start : start + len(column)] = values_ND
+        start += len(column)
+    assert stacked_ND is not None
+    return stacked_ND
 
 
-def _with_similarity(
-    table: pa.Table, out: Path, encoders: Encoders, progress: Progress
-) -> pa.Table:
-    """Add `similarity`, from all pairs at once; move the features to `embeddings.parquet`.
+def _fill_in(path: Path, keys: pa.ChunkedArray, similarity_M: np.ndarray) -> None:
+    """Rewrite a score file with the similarities of these keys."""
+    table = pq.read_table(path)
+    place = pc.index_in(table["key"], value_set=keys.combine_chunks())
+    similarity = pa.array(similarity_M, from_pandas=True).take(place.combine_chunks())
+    at = table.schema.get_field_index("similarity")
+    write(table.set_column(at, SCORES.field("similarity"), similarity), path)
 
-    Each distinct caption is encoded once. Undecodable pictures get null.
-    """
-    whole = np.flatnonzero(np.asarray(table["error"].is_null()))
-    similarity_N = np.full(table.num_rows, np.nan, np.float32)
-    if len(whole):
-        progress("comparing pictures with captions", 0, None)
-        images_ND = np.stack(table["features"].take(whole).to_numpy(zero_copy_only=False))
-        captions = table["caption"].take(whole).to_pylist()
-        distinct = sorted(set(captions))
-        place = {caption: position for position, caption in enumerate(distinct)}
-        texts_KE = np.asarray(encoders.text_features(distinct), np.float32)
-        texts_NE = texts_KE[[place[caption] for caption in captions]]
-        similarity_N[whole] = encoders.similarity(images_ND.astype(np.float32), texts_NE)
-        embeddings = {
-            "key": table["key"].take(whole),
-            "image": list(images_ND),
-            "text": list(texts_NE.astype(np.float16)),
-        }
-        _write(pa.table(embeddings), out / "embeddings.parquet")
-    column = pa.array(similarity_N, from_pandas=True)  # NaN → null
-    return table.drop_columns("features").append_column("similarity", column)
+
+# ---- report ------------------------------------------------------------------------------------
+
+
+def _report(out: Path) -> Report:
+    """Counted over the score files as a stream, so that a resumed run counts the same."""
+    with duckdb.connect() as connection:
+        connection.read_parquet(f"{out}/scores/*/*.parquet").create_view("scores")
+        kinds = connection.execute(
+            "SELECT split_part(error, ':', 1), count(*) FROM scores GROUP BY 1 ORDER BY 2 DESC, 1"
+        ).fetchall()
+        languages = connection.execute(
+            "SELECT coalesce(language, ''), count(*) FROM scores GROUP BY 1 ORDER BY 2 DESC, 1"
+        ).fetchall()
+        histograms = {name: _histogram(connection, name) for name in HISTOGRAMS}
+    undecodable = {f"undecodable: {kind}": rows for kind, rows in kinds if kind is not None}
+    scored, dropped = dict(kinds).get(None, 0), sum(undecodable.values())
+    rows = scored + dropped
+    return Report(
+        counts={"scored": scored, **undecodable},
+        funnel=[Step("downloaded", 0, rows), Step("undecodable", dropped, scored)],
+        metrics={"pictures": float(rows), "scored": float(scored)},
+        details={
+            "histograms": {name: found for name, found in histograms.items() if found},
+            "languages": dict(languages),
+        },
+    )
+
+
+def _histogram(connection: duckdb.DuckDBPyConnection, name: str) -> dict[str, list[float]]:
+    """Counts over equal bins of one score, to choose thresholds by; empty where it is all null."""
+    found = connection.execute(f"SELECT min({name}), max({name}) FROM scores").fetchone()
+    assert found is not None
+    low, high = found
+    if low is None:
+        return {}
+    width = (high - low) / BINS or 1.0
+    rows = connection.execute(
+        f"SELECT least(floor(({name}::DOUBLE - $low) / $width), {BINS - 1})::INTEGER, count(*) "
+        f"FROM scores WHERE {name} IS NOT NULL GROUP BY 1",
+        {"low": low, "width": width},
+    ).fetchall()
+    counts = [0] * BINS
+    for place, number in rows:
+        counts[place] += number
+    return {"counts": counts, "edges": [round(low + i * width, 6) for i in range(BINS + 1)]}

@@ -1,91 +1,426 @@
-"""Kept keys → training shards: one set of webdataset tars per resolution, the same to the byte."""
+"""Kept rows → training shards: one set of webdataset tars per resolution, the same to the byte."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
+import math
+import os
+import re
 import tarfile
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
 
 from data.config import FilterConfig
-from data.decode import decode, square
+from data.decode import UndecodableError, decode, square
+from data.executor import each
+from data.layout import shard_of
+from data.manifest import INDEX, KEY, SIDECAR, Entry, Index
 from data.report import Progress, silent
-from data.score import members
+
+FORMAT = 2
+"""Goes up when the same rows give other bytes, so that no set mixes the two."""
+COLUMNS = (
+    "key", "url", "caption", "source", "row", "sha256", "asked_from", "asked_until",
+    "width", "height", "similarity", "aesthetic", "unsafe", "watermark", "phash", "language",
+)  # fmt: skip
+"""What is read of the kept rows."""
+SCORES = ("similarity", "aesthetic", "unsafe", "watermark")
+RECIPE, BYTES, DIGEST = b"recipe", b"tar_bytes", b"tar_sha256"
+"""Metadata of a sidecar: what its shard was made from, and what came of it."""
+ROWS_AT_ONCE = 4096
+
+
+class ShardError(ValueError):
+    """A training shard that cannot be written: which, for which key, and why."""
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One training shard in all resolutions: kept rows [start, stop)."""
+
+    kept: Path
+    download: Path
+    out: Path
+    number: int
+    start: int
+    stop: int
+    sides: tuple[int, ...]
+    codec: Literal["png", "jpg"]
+
+    def __str__(self) -> str:
+        return f"{self.out}: training shard {self.name}"
+
+    @property
+    def name(self) -> str:
+        """Of its tars, without suffix."""
+        return f"train-{self.number:05d}"
+
+    def folder(self, side: int) -> Path:
+        """Of the set that it belongs to."""
+        return self.out / f"{side:03d}"
 
 
 def write(
-    kept: pa.Table, images: Path, out: Path, config: FilterConfig, *, progress: Progress = silent
+    kept: Path,
+    download: Path,
+    out: Path,
+    config: FilterConfig,
+    *,
+    workers: int = 1,
+    backend: Literal["processes", "ray"] = "processes",
+    progress: Progress = silent,
 ) -> None:
-    """Write `out/RES/train-NNNNN.tar` with `.png`, `.txt` and `.json` a sample, and `index.json`.
+    """Write `out/RES/`: tars, their sidecars, and last `index.json`, one set per resolution.
 
-    `kept` has key, url, caption and sha256, sorted by key. A seeded shuffle decides which shard a
-    sample goes to, so that each shard is a fair sample; inside a shard keys ascend. The index is
-    written last: a resolution that has one is done.
+    `kept` is Parquet with schema.SCORES, sorted by key. The download's order is a seeded shuffle,
+    so that shard n is simply rows [n·S, (n+1)·S), and a fair sample. A second call writes only
+    what is missing or was made from other rows.
+
+    Raises:
+        TaskError: a kept picture is gone or broken; it names shard and key.
     """
-    folders = {side: out / f"{side:03d}" for side in config.resolutions}
-    todo = [side for side, folder in folders.items() if not (folder / "index.json").exists()]
-    if not todo:
-        return
-    order = np.random.default_rng(config.seed).permutation(kept.num_rows)
-    groups = [
-        np.sort(order[start : start + config.samples_per_shard])
-        for start in range(0, len(order), config.samples_per_shard)
-    ]
-    home = {key: g for g, group in enumerate(groups) for key in kept["key"].take(group).to_pylist()}
+    num_rows = pq.read_metadata(kept).num_rows
+    for side in config.resolutions:
+        (out / f"{side:03d}").mkdir(parents=True, exist_ok=True)
+    jobs = _jobs(kept, download, out, config, num_rows)
+    found: dict[int, dict[int, Entry]] = {}
     done = 0
-    pictures: list[dict[str, dict[int, bytes]]] = [{} for _ in groups]
-    for tar in sorted(images.glob("*.tar")):
-        for key, data in members(tar):
-            if key in home:
-                image = decode(data)
-                pictures[home[key]][key] = {side: _png(square(image, side)) for side in todo}
-                done += 1
-                progress("writing training shards", done, kept.num_rows)
-    for side in todo:
-        folders[side].mkdir(parents=True, exist_ok=True)
-        entries = []
-        for number, group in enumerate(groups):
-            path = folders[side] / f"train-{number:05d}.tar"
-            rows = kept.take(group).to_pylist()
-            data = _tar(_samples(rows, pictures[number], side))
-            path.write_bytes(data)
-            digest = hashlib.sha256(data).hexdigest()
-            entries.append(
-                {"name": path.name, "samples": len(rows), "bytes": len(data), "sha256": digest}
-            )
-        index = {"resolution": side, "samples": kept.num_rows, "shards": entries}
-        (folders[side] / "index.json").write_text(json.dumps(index, indent=1))
+    for job, entries in each(write_shard, jobs, workers=workers, backend=backend):
+        found[job.number] = entries
+        done += job.stop - job.start
+        progress("writing training shards", done, num_rows)
+    for side in config.resolutions:
+        shards = tuple(found[number][side] for number in sorted(found))
+        index = Index(resolution=side, codec=config.codec, samples=num_rows, shards=shards)
+        write_index(out / f"{side:03d}", index)
 
 
-def _png(image: object) -> bytes:
+def _jobs(
+    kept: Path, download: Path, out: Path, config: FilterConfig, num_rows: int
+) -> Iterator[ShardJob]:
+    size = config.samples_per_shard
+    for number, start in enumerate(range(0, num_rows, size)):
+        stop = min(start + size, num_rows)
+        sides = config.resolutions
+        yield ShardJob(kept, download, out, number, start, stop, sides, config.codec)
+
+
+def write_index(folder: Path, index: Index) -> None:
+    """Write the index, unless it is there already, after removing what it does not name."""
+    path, text = folder / INDEX, index.text()
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return
+    path.unlink(missing_ok=True)
+    named = {name for entry in index.shards for name in (entry.name, entry.sidecar)}
+    for stray in folder.glob("train-*"):
+        if stray.name not in named and stray.suffix in (".tar", ".parquet", ".partial"):
+            stray.unlink()
+    partial = folder / f"{INDEX}.partial"
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+# One shard --------------------------------------------------------------------------------------
+
+
+def write_shard(job: ShardJob) -> dict[int, Entry]:
+    """Write one shard in each resolution that lacks it; its entries of the indices, by side.
+
+    Each picture is decoded once. One decoded picture and the table of rows is all it keeps in
+    memory. Files appear whole, the sidecar after its tar.
+
+    Raises:
+        ShardError: a picture is gone, broken or not the one that was scored.
+    """
+    honoured = _honoured(job.download)
+    rows = [row | {"honoured": honoured} for row in _rows(job)]
+    recipes = {side: _recipe(rows, side, job.codec) for side in job.sides}
+    found = {side: _finished(job, side, recipes[side]) for side in job.sides}
+    todo = [side for side, entry in found.items() if entry is None]
+    if todo:
+        made = _make(job, rows, {side: recipes[side] for side in todo})
+        found = {**found, **made}
+    return {side: entry for side, entry in found.items() if entry is not None}
+
+
+def _make(
+    job: ShardJob, rows: list[dict[str, Any]], recipes: Mapping[int, str]
+) -> dict[int, Entry]:
+    """Write the shard in these resolutions."""
+    sets = {side: ShardWriter(job.folder(side), job.name) for side in recipes}
+    try:
+        with _Originals(job.download) as originals:
+            for row in rows:
+                pictures = _pictures(job, row, originals, recipes)
+                for side, picture in pictures.items():
+                    sets[side].add(row, picture, job.codec)
+        return {side: sets[side].commit(recipe) for side, recipe in recipes.items()}
+    finally:
+        for one in sets.values():
+            one.discard()
+
+
+def _pictures(
+    job: ShardJob, row: dict[str, Any], originals: _Originals, sides: Iterable[int]
+) -> dict[int, bytes]:
+    """The training pictures of one row, each resized once from the original."""
+    try:
+        data = originals.read(row["key"])
+        if (digest := hashlib.sha256(data).hexdigest()) != row["sha256"]:
+            raise ShardError(f"sha256 is {digest[:12]}…, {str(row['sha256'])[:12]}… was scored")
+        image = decode(data)
+    except (ShardError, UndecodableError, OSError, tarfile.TarError) as error:
+        raise ShardError(
+            f"{job.name}, key {row['key']}: {error}; its scores say it was fine, so the download "
+            f"in {job.download} has changed: run download and score again"
+        ) from error
+    return {side: encoded(square(image, side), job.codec) for side in sides}
+
+
+def encoded(image: Image.Image, codec: str) -> bytes:
+    """A training picture as it goes into a tar."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=6)  # type: ignore[attr-defined]
+    if codec == "png":
+        image.save(buffer, "PNG", compress_level=6)
+    else:
+        image.save(buffer, "JPEG", quality=95, subsampling=0)  # 4:4:4: every pixel its own colour
     return buffer.getvalue()
 
 
-def _samples(
-    rows: list[dict[str, str]], pictures: dict[str, dict[int, bytes]], side: int
-) -> Iterator[tuple[str, bytes]]:
-    """(member name, contents) in the order of keys; provenance in the `.json`."""
-    for row in rows:
-        provenance = {name: row[name] for name in ("key", "url", "caption", "sha256")}
-        text = json.dumps(provenance, ensure_ascii=False, sort_keys=True)
-        yield f"{row['key']}.png", pictures[row["key"]][side]
-        yield f"{row['key']}.txt", row["caption"].encode()
-        yield f"{row['key']}.json", text.encode()
+# Rows -------------------------------------------------------------------------------------------
 
 
-def _tar(contents: Iterator[tuple[str, bytes]]) -> bytes:
-    """A tar without times, owners or modes of this machine."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        for name, data in contents:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return buffer.getvalue()
+def _rows(job: ShardJob) -> list[dict[str, Any]]:
+    """The kept rows of the shard; no more of the table is ever in memory."""
+    with pq.ParquetFile(job.kept) as file:
+        groups, first = _row_groups(file, job.start, job.stop)
+        rows: list[dict[str, Any]] = []
+        for batch in file.iter_batches(ROWS_AT_ONCE, groups, columns=[*COLUMNS]):
+            begin, end = max(job.start - first, 0), min(job.stop - first, batch.num_rows)
+            if begin < end:
+                rows += batch.slice(begin, end - begin).to_pylist()
+            first += batch.num_rows
+            if first >= job.stop:
+                break
+    _check_keys(job, [row["key"] for row in rows])
+    return rows
+
+
+def _row_groups(file: pq.ParquetFile, start: int, stop: int) -> tuple[list[int], int]:
+    """The row groups that hold rows [start, stop), and the number of the first row of the first."""
+    sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    begins = [0, *itertools.accumulate(sizes)]
+    groups = [g for g in range(len(sizes)) if begins[g] < stop and begins[g + 1] > start]
+    return groups, begins[groups[0]]
+
+
+def _check_keys(job: ShardJob, keys: list[str]) -> None:
+    for key in keys:
+        if not re.match(KEY, key):
+            raise ShardError(f"{job.kept}: key {key!r} is none of ours")
+    if any(a >= b for a, b in itertools.pairwise(keys)) or len(keys) != job.stop - job.start:
+        raise ShardError(f"{job.kept}: its keys do not ascend: sort it by key")
+
+
+def _honoured(download: Path) -> dict[str, bool | None]:
+    """Which reservations the download asked for; it keeps no picture that has one of them."""
+    plan = download / "plan.json"
+    said = json.loads(plan.read_text(encoding="utf-8")) if plan.exists() else {}
+    return {name: said.get(name) for name in ("honour_opt_outs", "honour_robots_txt")}
+
+
+def _provenance(row: dict[str, Any]) -> dict[str, Any]:
+    """What is known of one sample, as it goes beside its picture."""
+    known = {name: row[name] for name in ("key", "source", "row", "url", "sha256", "language")}
+    asked = {"checked_from": _iso(row["asked_from"]), "checked_until": _iso(row["asked_until"])}
+    return {
+        **known,
+        "width": row["width"],
+        "height": row["height"],
+        "phash": None if row["phash"] is None else f"{row['phash']:016x}",
+        **{name: _short(row[name]) for name in SCORES},
+        "opt_out": {**asked, **row["honoured"]},
+    }
+
+
+def _short(value: float | None) -> float | None:
+    """The shortest decimal that is this float32; JSON knows no NaN."""
+    if value is None or not math.isfinite(value):
+        return None
+    return float(str(np.float32(value)))
+
+
+def _iso(time: datetime | None) -> str | None:
+    return None if time is None else time.isoformat(timespec="milliseconds")
+
+
+def _recipe(rows: list[dict[str, Any]], side: int, codec: str) -> str:
+    """Digest of all that decides the bytes of a shard."""
+    told = [[row["caption"], _provenance(row)] for row in rows]
+    return hashlib.sha256(_json([FORMAT, side, codec, told])).hexdigest()
+
+
+def _json(document: object) -> bytes:
+    return json.dumps(document, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
+
+
+# Originals --------------------------------------------------------------------------------------
+
+
+class _Originals:
+    """Downloaded pictures by key. Asked in the order of keys, it opens each tar once."""
+
+    def __init__(self, download: Path) -> None:
+        self._download = download
+        self._tar: Path | None = None
+        self._file: io.BufferedReader | None = None
+        self._members: dict[str, tuple[int, int]] = {}
+
+    def __enter__(self) -> _Originals:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def read(self, key: str) -> bytes:
+        """The bytes as they were downloaded."""
+        shard = shard_of(self._download, key)
+        if shard.tar != self._tar or self._file is None:
+            self._open(shard.tar)
+        assert self._file is not None
+        name = shard.member(key)
+        if name not in self._members:
+            raise ShardError(f"{shard.tar} has no member {name}")
+        offset, size = self._members[name]
+        self._file.seek(offset)
+        data = self._file.read(size)
+        if len(data) < size:
+            raise ShardError(f"{shard.tar} is cut short in member {name}")
+        return data
+
+    def _open(self, tar: Path) -> None:
+        self._close()
+        self._file = tar.open("rb")
+        with tarfile.open(fileobj=self._file, mode="r:") as archive:
+            self._members = {m.name: (m.offset_data, m.size) for m in archive if m.isreg()}
+        self._tar = tar
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file, self._tar = None, None
+
+
+# Tars and sidecars ------------------------------------------------------------------------------
+
+
+class ShardWriter:
+    """One tar of one resolution with its sidecar, written aside until committed."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._stem = folder / name
+        self._index = folder / INDEX
+        self._partial = folder / f"{name}.{uuid.uuid4().hex}.partial"
+        self._file = self._partial.open("wb")
+        self._digest = hashlib.sha256()
+        self._bytes = 0
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, row: dict[str, Any], picture: bytes, codec: str) -> None:
+        """Append a sample: picture, caption and provenance."""
+        key, caption = row["key"], row["caption"]
+        digest = hashlib.sha256(picture).hexdigest()
+        offset = self._member(f"{key}.{codec}", picture)
+        self._member(f"{key}.txt", caption.encode())
+        self._member(f"{key}.json", _json({**_provenance(row), "picture_sha256": digest}))
+        values = (key, caption, offset, len(picture), digest)
+        self._rows.append(dict(zip(SIDECAR.names, values, strict=True)))
+
+    def _member(self, name: str, data: bytes) -> int:
+        """Where its bytes begin. The header has no times, owners or modes of this machine."""
+        header = tarfile.TarInfo(name)
+        header.size = len(data)
+        self._put(header.tobuf(tarfile.USTAR_FORMAT))
+        offset = self._bytes
+        self._put(data + bytes(-len(data) % tarfile.BLOCKSIZE))
+        return offset
+
+    def _put(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self._bytes += len(data)
+
+    def commit(self, recipe: str) -> Entry:
+        """Put tar, then sidecar in place. There is no index from before until after."""
+        self._put(bytes(2 * tarfile.BLOCKSIZE))
+        self._put(bytes(-self._bytes % tarfile.RECORDSIZE))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        digest = self._digest.hexdigest()
+        told = {RECIPE: recipe, BYTES: str(self._bytes), DIGEST: digest}
+        table = pa.Table.from_pylist(self._rows, SIDECAR.with_metadata(told))
+
+        tar, sidecar = _tar(self._stem), _sidecar(self._stem)
+        self._index.unlink(missing_ok=True)
+        sidecar.unlink(missing_ok=True)
+        self._partial.replace(tar)
+        with self._partial.open("wb") as file:
+            pq.write_table(table, file, compression="zstd")
+            file.flush()
+            os.fsync(file.fileno())
+        self._partial.replace(sidecar)
+        return _entry(self._stem, len(self._rows), self._bytes, digest)
+
+    def discard(self) -> None:
+        """Leave nothing that was not committed."""
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+
+def _tar(stem: Path) -> Path:
+    return stem.with_name(f"{stem.name}.tar")
+
+
+def _sidecar(stem: Path) -> Path:
+    return stem.with_name(f"{stem.name}.parquet")
+
+
+def _entry(stem: Path, samples: int, num_bytes: int, digest: str) -> Entry:
+    data = _sidecar(stem).read_bytes()
+    return Entry(
+        name=_tar(stem).name,
+        samples=samples,
+        bytes=num_bytes,
+        sha256=digest,
+        index_bytes=len(data),
+        index_sha256=hashlib.sha256(data).hexdigest(),
+    )
+
+
+def _finished(job: ShardJob, side: int, recipe: str) -> Entry | None:
+    """The shard's entry, if an earlier call has written it from these very rows."""
+    stem = job.folder(side) / job.name
+    try:
+        told = pq.read_schema(_sidecar(stem)).metadata or {}
+        num_bytes, digest = int(told[BYTES]), told[DIGEST].decode()
+        if told[RECIPE].decode() != recipe or _tar(stem).stat().st_size != num_bytes:
+            return None
+    except (OSError, KeyError, ValueError, pa.ArrowException):  # none, or of another format
+        return None
+    return _entry(stem, job.stop - job.start, num_bytes, digest)

@@ -106,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
 
     top = argparse.ArgumentParser(
         prog="python -m flows",
-        description="Download, filter, train, upsample, evaluate: one pipeline.",
+        description="Download, score, filter, train, upsample, evaluate: one pipeline.",
         epilog=f"Stages: {', '.join(StageName)}.",
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")

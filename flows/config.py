@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from data.config import DownloadConfig, FilterConfig
+from data.config import DownloadConfig, FilterConfig, ScoreConfig
 from gigagan.config import EvaluateConfig, TrainBaseConfig, TrainUpsamplerConfig
 from gigagan.config import presets as training_presets
 
@@ -37,6 +37,7 @@ class StageName(StrEnum):
     """The stages in their order."""
 
     DOWNLOAD = "download"
+    SCORE = "score"
     FILTER = "filter"
     TRAIN_BASE = "train-base"
     TRAIN_UPSAMPLER = "train-upsampler"
@@ -54,6 +55,11 @@ class Resources(Frozen):
     """Threads of each process; null shares the cores out evenly."""
     max_restarts: int = Field(3, ge=0)
     """How often torchrun starts all ranks again, from the last checkpoint, after one died."""
+    executor: Literal["processes", "ray"] = "processes"
+    """Where data stages run their shards: processes of this machine, or a Ray cluster (the one of
+    RAY_ADDRESS, or a local one)."""
+    gpus: float = Field(0.0, ge=0)
+    """Share of a CUDA device that Ray gives each worker; without it workers see none."""
     env: dict[str, str] = {}
     """Further environment variables for child processes."""
 
@@ -63,8 +69,10 @@ class ResourcesConfig(Frozen):
 
     download: Resources = Resources()
     """For the download."""
+    score: Resources = Resources()
+    """For scoring; a process per device."""
     filter: Resources = Resources()
-    """For scoring and sharding."""
+    """For selection and sharding."""
     train_base: Resources = Resources()
     """For training the base generator."""
     train_upsampler: Resources = Resources()
@@ -82,8 +90,10 @@ class PipelineConfig(Frozen):
     """Folder of all outputs; a relative path starts at the project's folder."""
     download: DownloadConfig = DownloadConfig()
     """Metadata to images."""
+    score: ScoreConfig = ScoreConfig()
+    """Images to scores."""
     filter: FilterConfig = FilterConfig()
-    """Images to training shards."""
+    """Scores to training shards."""
     train_base: TrainBaseConfig = TrainBaseConfig()
     """Shards to a base generator."""
     train_upsampler: TrainUpsamplerConfig = TrainUpsamplerConfig()

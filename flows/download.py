@@ -34,7 +34,16 @@ def external(config: PipelineConfig) -> Mapping[str, str]:
     return {"metadata": fingerprint(config.download.metadata)}
 
 
-STAGE = Stage("download", version=1, run=run, external=external)
+STAGE = Stage(
+    "download",
+    version=2,
+    run=run,
+    external=external,
+    unkeyed=("distributor", "max_memory_gb", "stall_s", "host_connections", "host_delay_s"),
+    # The fates have each picture's sha256, and what comes after depends on those.
+    vouched=("images",),
+    scratch=("img2dataset.log", "work"),
+)
 
 
 @flow(name=STAGE.name, persist_result=True)

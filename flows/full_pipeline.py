@@ -1,4 +1,4 @@
-"""Download → filter → base GAN → upsampler → evaluation, under one MLflow run."""
+"""Download → score → filter → base GAN → upsampler → evaluation, under one MLflow run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prefect import flow
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.runtime import flow_run
 
-from flows import download, evaluate, filter, progress, train_base, train_upsampler
+from flows import download, evaluate, filter, progress, score, train_base, train_upsampler
 from flows.conductor import prefect_tags
 from flows.config import PipelineConfig, StageName
 from flows.stage import MissingInputError, Stage, StageOutput, Store
@@ -23,6 +23,7 @@ def stage(name: StageName) -> Stage:
     """The stage of that name."""
     return {
         StageName.DOWNLOAD: download.STAGE,
+        StageName.SCORE: score.STAGE,
         StageName.FILTER: filter.STAGE,
         StageName.TRAIN_BASE: train_base.STAGE,
         StageName.TRAIN_UPSAMPLER: train_upsampler.STAGE,
@@ -32,6 +33,7 @@ def stage(name: StageName) -> Stage:
 
 FLOWS = {
     StageName.DOWNLOAD: download.download,
+    StageName.SCORE: score.score,
     StageName.FILTER: filter.filter_,
     StageName.TRAIN_BASE: train_base.train_base,
     StageName.TRAIN_UPSAMPLER: train_upsampler.train_upsampler,

@@ -58,7 +58,8 @@ class FileEntry(BaseModel):
 
     path: str
     size: int
-    sha256: str
+    sha256: str | None
+    """None where other files of the output vouch for its content."""
 
 
 class StageOutput(BaseModel):
@@ -155,6 +156,9 @@ class Stage:
     """Digests by name of what it reads from outside the store: they enter the key."""
     scratch: tuple[str, ...] = ()
     """Top-level names that only serve to resume: not part of the output, free to delete."""
+    vouched: tuple[str, ...] = ()
+    """Top-level folders whose files are listed by size alone: other files of the output hold
+    digests of what is in them, and terabytes need not be read again."""
     gpu: bool = False
     """Whether runs of it queue for the `gpu` concurrency limit."""
     unkeyed: tuple[str, ...] = ()
@@ -266,7 +270,7 @@ class Store:
                 return f"{path} is missing"
             if path.stat().st_size != entry.size:
                 return f"{path} has {path.stat().st_size} bytes instead of {entry.size}"
-            if verify and _sha256(path) != entry.sha256:
+            if verify and entry.sha256 and _sha256(path) != entry.sha256:
                 return f"{path} has another sha256 than when it was written"
         return None
 
@@ -304,7 +308,9 @@ class Store:
             FileEntry(
                 path=name,
                 size=path.stat().st_size,
-                sha256=context.digests.get(name) or _sha256(path),
+                sha256=None
+                if name.partition("/")[0] in stage.vouched
+                else context.digests.get(name) or _sha256(path),
             )
             for name, path in _files(context.path, stage.scratch)
         )

@@ -31,6 +31,8 @@ PIPELINE = "full-pipeline"
 DIGEST_LENGTH = 36
 """Longest digest that MLflow's dataset table takes."""
 PUBLISHED = (".png", ".json", ".html", ".md", ".txt")
+SHEETS = "sheets"
+"""Folder of an output whose pictures are shown in a folder of their own."""
 """What lies at the top of an output with one of these endings is shown with its run."""
 LOCAL_UI = "http://127.0.0.1:5000"
 """Where `python -m flows ui` shows a tracking database that is a file."""
@@ -168,6 +170,8 @@ class Tracker:
         for path in sorted(output.path.iterdir()):
             if path.suffix in PUBLISHED and path.name != MANIFEST:
                 self.client.log_artifact(run_id, str(path))
+        for path in sorted(output.path.glob(f"{SHEETS}/*.png")):
+            self.client.log_artifact(run_id, str(path), SHEETS)
 
     def adopt(self, parent: str, stage: Stage, output: StageOutput, run_id: str, how: str) -> None:
         """Copy a stage's headline figures to the pipeline's run, with the way to its own."""

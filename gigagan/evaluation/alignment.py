@@ -13,10 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
-from gigagan.evaluation.features import Picture, open_rgb
+from gigagan.evaluation.features import Picture, clip_image_vectors
 from gigagan.models import pretrained
 from gigagan.models.openclip import OpenClipText
 
@@ -175,19 +174,7 @@ def clip_score(
     total = 0.0
     for start in range(0, len(pictures), batch_size):
         batch = pictures[start : start + batch_size]
-        pixels = np.stack([_clip_pixels(picture, image.image_size) for picture in batch])
-        x_NCHW = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)
-        with torch.no_grad():
-            images_ND = F.normalize(image(x_NCHW / 127.5 - 1).pooled_BD.float(), dim=1)
+        images_ND = F.normalize(clip_image_vectors(batch, image, device=device), dim=1)
         texts_ND = text.embed([prefix + c for c in captions[start : start + batch_size]])
-        total += (images_ND * texts_ND).sum().item()
+        total += (images_ND * texts_ND.cpu()).sum().item()
     return total / len(pictures)
-
-
-def _clip_pixels(picture: Picture, px: int) -> np.ndarray:
-    image = open_rgb(picture)
-    scale = px / min(image.size)
-    width, height = (max(px, round(side * scale)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - px) // 2, (height - px) // 2
-    return np.asarray(image.crop((left, top, left + px, top + px)))

@@ -122,6 +122,38 @@ def text_vectors(
     return torch.stack([vectors[caption] for caption in captions])
 
 
+def clip_image_vectors(
+    pictures: Sequence[Picture],
+    encoder: pretrained.ImageEncoder,
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 16,
+) -> torch.Tensor:
+    """Joint-space vectors [N, D] of pictures in a CLIP's own preparation, on the CPU, unnormalised.
+
+    That is: the short side by bicubic to the encoder's, and a centre crop. Published thresholds
+    and scores are of pictures prepared so.
+    """
+    assert encoder.image_size is not None, "a ViT takes one size"
+    parts = [torch.empty(0, encoder.width)]
+    for start in range(0, len(pictures), batch_size):
+        batch = pictures[start : start + batch_size]
+        pixels = np.stack([_clip_pixels(picture, encoder.image_size) for picture in batch])
+        x_NCHW = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)
+        with torch.no_grad():
+            parts.append(encoder(x_NCHW / 127.5 - 1).pooled_BD.float().cpu())
+    return torch.cat(parts)
+
+
+def _clip_pixels(picture: Picture, px: int) -> np.ndarray:
+    image = open_rgb(picture)
+    scale = px / min(image.size)
+    width, height = (max(px, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - px) // 2, (height - px) // 2
+    return np.asarray(image.crop((left, top, left + px, top + px)))
+
+
 def _at_299(picture: Picture, px: int | None) -> np.ndarray:
     image = open_rgb(picture) if px is None else square(picture, px)
     return _clean_resize(np.asarray(image))

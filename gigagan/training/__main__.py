@@ -43,6 +43,8 @@ from gigagan.training.probes import BaseProbe, UpsamplerProbe, from_uint8
 
 ALIGNER_PICTURES = 2_048
 CENTRE_CAPTIONS = 10_000
+WARM_SAMPLES = 500_000
+"""Captions of larger sets are not even counted before the first step."""
 TEXT_FEATURES = "text-features.pt"
 FAILED, PREEMPTED = 1, 75
 """Exit statuses; 75 (EX_TEMPFAIL): asked to stop, saved, the same command goes on."""
@@ -61,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--config", type=Path, required=True, help="JSON of a training section")
     p.add_argument("--run-dir", type=Path, required=True, help="where everything is written")
-    p.add_argument("--shards", type=Path, required=True, help="folder of shards and index.json")
+    p.add_argument(
+        "--shards", required=True, help="folder of shards and index.json, or a URL such as s3://…"
+    )
     p.add_argument("--heldout", type=Path, help="COCO captions file or folder, for the probes")
     return p
 
@@ -113,7 +117,7 @@ def read_config(path: Path) -> TrainStage:
 def run(
     config: TrainStage,
     run_dir: Path,
-    shards: Path,
+    shards: Path | str,
     heldout_path: Path | None,
     world: World,
     *,
@@ -242,7 +246,10 @@ def _warm(
     log: Log,
 ) -> None:
     """A small set's captions are encoded before the first step, once for all ranks and attempts."""
-    known = loader.captions() + (heldout.captions if heldout else [])
+    known = loader.captions(limit=WARM_SAMPLES)
+    if known is None:
+        return
+    known += heldout.captions if heldout else []
     if len(set(known)) > captions.max_captions:
         return
 
@@ -322,7 +329,8 @@ def _fit_aligner(
 
 def _some_captions(loader: ShardLoader) -> list[str]:
     """The first few distinct captions of the training set."""
-    return loader.captions()[:8]
+    some = loader.captions_between(0, min(loader.num_samples, 1_000))
+    return sorted(set(some))[:8]
 
 
 def _some_pictures(loader: ShardLoader) -> tuple[np.ndarray, list[str]]:

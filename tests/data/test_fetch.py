@@ -2,186 +2,177 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import io
-import struct
+import ipaddress
+import socket
+import ssl
+import subprocess
+import sys
 import threading
-import time
-import zlib
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import urllib3
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from data.fetch import Fetcher, FetchSettings, RefusedError, is_public, opt_out
+from data import addresses
+from data.addresses import MAX_URL, RefusedError, is_public, vetted
+from data.config import DownloadConfig
+from data.fetch import Fetcher, FetchSettings, _failed
+
+spec = importlib.util.spec_from_file_location("hostile", Path(__file__).with_name("hostile.py"))
+hostile = importlib.util.module_from_spec(spec)
+sys.modules["hostile"] = hostile
+spec.loader.exec_module(hostile)
+
+SLOW_PAGES = {"/drip", "/drip-header", "/mute"}
 
 
-def png(size=(8, 6)) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, "red").save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def huge_png(side: int) -> bytes:
-    """A valid header of side² pixels over a few bytes."""
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    chunk = b"IHDR" + header
-    ihdr = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    return b"\x89PNG\r\n\x1a\n" + ihdr + png()[33:]
-
-
-class Hostile(BaseHTTPRequestHandler):
-    asked: list[str]
-
-    def do_GET(self):
-        name = unquote(self.path).lstrip("/")
-        self.asked.append(name)
-        if name.isdigit():
-            return self.answer(b"", status=int(name))
-        return getattr(self, name.replace(" ", "_").replace("é", "e"))()
-
-    def answer(self, body, status=200, **headers):
-        self.send_response(status)
-        for header, value in headers.items():
-            self.send_header(header.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def good(self):
-        self.answer(png())
-
-    def a_cafe(self):
-        self.answer(png())
-
-    def html(self):
-        self.answer(b"<html>moved</html>")
-
-    def svg(self):
-        self.answer(b"<svg xmlns='http://www.w3.org/2000/svg'/>")
-
-    def empty(self):
-        self.answer(b"")
-
-    def noai(self):
-        self.answer(png(), X_Robots_Tag="noai, noimageai")
-
-    def reserved(self):
-        self.answer(png(), TDM_Reservation="1")
-
-    def elsewhere(self):
-        self.answer(b"", 302, Location="/good")
-
-    def loop(self):
-        self.answer(b"", 302, Location="/loop")
-
-    def to_file(self):
-        self.answer(b"", 302, Location="file:///etc/passwd")
-
-    def to_private(self):
-        self.answer(b"", 302, Location=f"http://127.0.0.1:{self.server.server_port}/good")
-
-    def huge(self):
-        self.answer(huge_png(30_000))
-
-    def long(self):
-        self.send_response(200)
-        self.end_headers()  # no length is told
-        self.wfile.write(bytes(1_000_000))
-
-    def told_long(self):
-        self.send_response(200)
-        self.send_header("Content-Length", "200000000")
-        self.end_headers()
-
-    def drip(self):
-        self.send_response(200)
-        self.end_headers()
-        for _ in range(80):
-            self.wfile.write(b"x")
-            time.sleep(0.1)
-
-    def drip_header(self):
-        for _ in range(80):
-            self.wfile.write(b"x")
-            self.wfile.flush()
-            time.sleep(0.1)
-
-    def mute(self):
-        time.sleep(3)
-
-    def once_503(self):
-        first = self.asked.count("once_503") == 1
-        self.answer(b"" if first else png(), 503 if first else 200)
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def site():
-    handler = type("Handler", (Hostile,), {"asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.handle_error = lambda *_: None  # a client that hangs up is the point here
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with hostile.serve() as server:
+        yield server
 
 
 def fetcher(site=None, **changes) -> Fetcher:
     settings = {
-        "max_bytes": 100_000, "max_pixels": 1_000_000, "timeout_s": 1, "total_deadline_s": 1.5,
-        "max_redirects": 3, "retries": 1, "allow_private_addresses": False,
-        "honour_opt_outs": True, "user_agent": "test/0", "connect_to": {},
+        "max_bytes": 300_000, "max_pixels": 100_000_000, "timeout_s": 2, "total_deadline_s": 6,
+        "max_redirects": 3, "retries": 1, "host_connections": 40, "contact": "https://example.org",
     }  # fmt: skip
+    own = {key: changes.pop(key) for key in ("connect_to", "hosts_cache") if key in changes}
     if site is not None:
-        settings["connect_to"] = {"emoji.test": f"127.0.0.1:{site.server_port}"}
-    return Fetcher(FetchSettings(**{**settings, **changes}))
+        own.setdefault("connect_to", site.connect_to())
+    config = DownloadConfig(**{**settings, **changes})
+    return Fetcher(FetchSettings.of(config, **own))
 
 
-def fate(fetch: Fetcher, url: str) -> str:
+@pytest.fixture(scope="module")
+def patient(site):
+    """One fetch for many pages, as a worker has it."""
+    return fetcher(site)
+
+
+def fate(fetch: Fetcher, url: str, expected: str | None = None) -> str:
+    try:
+        fetch.fetch(url, expected)
+    except RefusedError as refusal:
+        return refusal.fate
+    return "ok"
+
+
+def refusal(fetch: Fetcher, url: str) -> str:
     with pytest.raises(RefusedError) as caught:
         fetch.fetch(url)
-    return caught.value.fate
+    return f"{caught.value.fate}: {caught.value}"
 
 
-@pytest.mark.parametrize("path", ["good", "elsewhere", "a café"])
-def test_pictures_are_fetched_also_behind_redirects_accents_and_spaces(site, path):
-    assert fetcher(site).fetch(f"http://emoji.test/{path}") == png()
+def url_of(path: str, number: int = 1) -> str:
+    numbered = path.endswith("/") and path != "/"
+    return f"http://{hostile.HOST}{path}" + (f"{number}.png" if numbered else "")
+
+
+# Every page of the site
+
+
+@pytest.mark.parametrize("path", sorted(set(hostile.PAGES) - SLOW_PAGES))
+def test_each_page_of_the_hostile_site_ends_with_its_fate(patient, path):
+    assert fate(patient, url_of(path)) == hostile.PAGES[path][0]
+
+
+def test_slow_pages_end_with_their_fates_at_the_deadline(site):
+    fetch = fetcher(site, timeout_s=0.5, total_deadline_s=1.2, retries=0)
+    with ThreadPoolExecutor(3) as pool:
+        fates = pool.map(lambda path: fate(fetch, url_of(path)), sorted(SLOW_PAGES))
+    assert [*fates] == [hostile.PAGES[path][0] for path in sorted(SLOW_PAGES)]
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "avif"])
+def test_good_pictures_of_two_numbers_differ_in_every_codec(patient, suffix):
+    bodies = [patient.fetch(f"http://{hostile.HOST}/good/{n}.{suffix}") for n in (5, 7)]
+    assert bodies[0] != bodies[1]
+    assert Image.open(io.BytesIO(bodies[0])).size == (96, 80)
+
+
+def test_a_compressed_body_arrives_as_the_picture(patient):
+    assert patient.fetch(url_of("/gzip")) == hostile.png()
+
+
+def test_a_bomb_of_200_mb_is_held_to_the_limit(site, monkeypatch):
+    monkeypatch.setattr("data.fetch.Image.open", pytest.fail)  # it never gets that far
+    assert fate(fetcher(site, retries=0), url_of("/gzip-bomb")) == "too_many_bytes"
+
+
+# Who asks
+
+
+def test_requests_say_who_asks_and_for_what(site):
+    fetcher(site).fetch(url_of("/same/"))
+    assert site.headers["User-Agent"] == "gigagan-pipeline/0.1 (+https://example.org)"
+    assert site.headers["Accept"] == "image/*"
+    assert site.headers["Accept-Encoding"] == "identity"
+
+
+def test_a_contact_cannot_smuggle_a_header():
+    config = DownloadConfig(contact="me@example.org\r\nX: y")
+    with pytest.raises(ValueError, match="contact"):
+        FetchSettings.of(config)
+
+
+# Hashes
+
+
+@pytest.mark.parametrize("kind", ["md5", "sha256"])
+def test_bytes_are_held_to_their_listed_hash(patient, kind):
+    right = hashlib.new(kind, hostile.png()).hexdigest()
+    assert patient.fetch(url_of("/same/"), f"{kind}:{right.upper()}") == hostile.png()
+    assert fate(patient, url_of("/same/"), f"{kind}:{right[::-1]}") == "hash_mismatch"
+
+
+def test_a_hash_of_another_kind_is_our_mistake(patient):
+    with pytest.raises(ValueError, match="give md5:HEX or sha256:HEX"):
+        patient.fetch(url_of("/same/"), "crc32:00")
+
+
+# Retries
+
+
+def test_retries_happen_only_where_they_can_help(site):
+    fetch = fetcher(site)
+    asked = {"/404": 1, "/429": 2, "/503": 2, "/noai/2.png": 1, "/truncated": 2, "/hang-up": 2}
+    before = {path: site.asked[path] for path in asked}
+    for path in asked:
+        fate(fetch, f"http://{hostile.HOST}{path}")
+    assert {path: site.asked[path] - before[path] for path in asked} == asked
+
+
+def test_a_far_retry_after_is_refused_at_once(site):
+    before = site.asked["/503-for-an-hour"]
+    assert refusal(fetcher(site), url_of("/503-for-an-hour")) == "http_503: Retry-After: 3600 s"
+    assert site.asked["/503-for-an-hour"] == before + 1
 
 
 @pytest.mark.parametrize(
-    ("path", "expected"),
-    [
-        ("404", "http_404"),
-        ("html", "not_an_image"),
-        ("svg", "not_an_image"),
-        ("empty", "not_an_image"),
-        ("noai", "opt_out"),
-        ("reserved", "opt_out"),
-        ("loop", "redirects"),
-        ("to_file", "scheme"),
-        ("to_private", "private_address"),
-        ("huge", "too_many_pixels"),
-        ("long", "too_many_bytes"),
-        ("told_long", "too_many_bytes"),
-    ],
+    ("value", "low", "high"),
+    [("7", 7, 7), ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0), ("soon", None, None), ("", None, None)],
 )
-def test_each_hostile_answer_ends_with_its_fate(site, path, expected):
-    assert fate(fetcher(site), f"http://emoji.test/{path}") == expected
+def test_retry_after_is_seconds_or_a_date(value, low, high):
+    response = urllib3.HTTPResponse(status=429, headers={"Retry-After": value})
+    after = _failed(response).retry_after_s
+    assert after is None if low is None else low <= after <= high
 
 
-@pytest.mark.parametrize("path", ["drip", "drip_header"])
-def test_a_drip_is_ended_by_the_total_deadline(site, path):
-    begun = time.monotonic()
-    assert fate(fetcher(site), f"http://emoji.test/{path}") == "deadline"
-    assert time.monotonic() - begun < 3
+# Redirects and addresses
 
 
-def test_a_mute_server_is_a_timeout(site):
-    assert fate(fetcher(site, timeout_s=0.3, retries=0), "http://emoji.test/mute") == "timeout"
+def test_more_redirects_than_allowed_are_not_followed(site):
+    assert fate(fetcher(site, max_redirects=2), url_of("/elsewhere/")) == "redirects"
+    assert fate(fetcher(site, max_redirects=3), url_of("/elsewhere/")) == "ok"
 
 
 @pytest.mark.parametrize(
@@ -189,54 +180,222 @@ def test_a_mute_server_is_a_timeout(site):
     [
         ("file:///etc/passwd", "scheme"),
         ("data:image/png;base64,AAAA", "scheme"),
-        ("ftp://emoji.test/good", "scheme"),
+        ("ftp://hostile.test/good/1.png", "scheme"),
+        ("javascript:alert(1)", "scheme"),
         ("good.png", "scheme"),
+        ("//hostile.test/good/1.png", "scheme"),
+        ("", "scheme"),
         ("http://", "bad_url"),
+        ("http:///path", "bad_url"),
+        ("http://a..b/", "bad_url"),
+        (f"http://{'a' * 64}.test/", "bad_url"),
+        ("http://💩.test/", "bad_url"),
+        ("http://xn--\u00e9.test/", "bad_url"),
+        ("http://user:secret@hostile.test/", "bad_url"),
+        ("http://hostile.test/a\r\nX-Header: b", "bad_url"),
+        ("http://hostile.test/\x00a", "bad_url"),
+        ("http://hostile.test:99999/", "bad_url"),
+        ("http://[::1%25eth0]/", "bad_url"),
+        ("http://[::1/", "bad_url"),
+        ("http://1.2.3.4.5/", "bad_url"),
+        ("http://hostile.test/" + "x" * MAX_URL, "bad_url"),
+        ("http://hostile.test/" + "é" * (MAX_URL // 3), "bad_url"),
+        ("http://hostile.test:22/", "bad_port"),
+        ("http://hostile.test:25/", "bad_port"),
+        ("http://hostile.test:6000/", "bad_port"),
+        ("http://hostile.test:0/", "bad_port"),
         ("http://gone.invalid/1.png", "dns"),
         ("http://127.0.0.1/1.png", "private_address"),
+        ("http://127.1/1.png", "private_address"),
+        ("http://2130706433/1.png", "private_address"),
+        ("http://0x7f.1/1.png", "private_address"),
+        ("http://0177.0.0.1/1.png", "private_address"),
+        ("http://%31%32%37.0.0.1/1.png", "private_address"),
         ("http://localhost/1.png", "private_address"),
+        ("http://localhost./1.png", "private_address"),
         ("http://169.254.169.254/latest", "private_address"),
+        ("http://0.0.0.0/1.png", "private_address"),
         ("http://[::1]/1.png", "private_address"),
         ("http://[::ffff:10.0.0.1]/1.png", "private_address"),
+        ("http://[64:ff9b::7f00:1]/1.png", "private_address"),
+        ("http://[2002:7f00:1::]/1.png", "private_address"),
+        ("http://[fe80::1]/1.png", "private_address"),
     ],
 )
 def test_what_must_not_be_asked_is_not(url, expected):
     assert fate(fetcher(), url) == expected
 
 
-def test_private_addresses_can_be_allowed(site):
-    url = f"http://127.0.0.1:{site.server_port}/good"
-    assert fetcher(allow_private_addresses=True).fetch(url) == png()
-
-
-def test_retries_happen_only_where_they_can_help(site):
-    fetch = fetcher(site, total_deadline_s=5)
-    assert fetch.fetch("http://emoji.test/once_503") == png()
-    assert fate(fetch, "http://emoji.test/404") == "http_404"
-    assert fate(fetch, "http://emoji.test/noai") == "opt_out"
-    assert fate(fetch, "http://emoji.test/429") == "http_429"
-    counts = {name: site.RequestHandlerClass.asked.count(name) for name in ("404", "noai", "429")}
-    assert counts == {"404": 1, "noai": 1, "429": 2}
-
-
-def test_a_refused_connection_has_its_own_fate(site):
-    connect_to = {"emoji.test": "127.0.0.1:1"}
-    assert fate(fetcher(connect_to=connect_to), "http://emoji.test/x") == "connection_refused"
-
-
 @pytest.mark.parametrize(
-    ("value", "binds"),
-    [("noai", True), ("all", False), ("NoImageAI", True), ("otherbot: noai", False)],
+    ("url", "asked"),
+    [
+        ("  HTTP://Hostile.TEST./a b/é?q=ü#part ", "http://hostile.test/a%20b/%C3%A9?q=%C3%BC"),
+        ("https://München.example:443", "https://xn--mnchen-3ya.example:443/"),
+        ("http://hostile.test/100%/%41%zz", "http://hostile.test/100%25/%41%25zz"),
+        ("http://hostile.test/../a/./b", "http://hostile.test/a/b"),
+        ("http://hostile.test\\@10.0.0.1/", "http://hostile.test/%5C@10.0.0.1/"),
+        ("http://[2606:4700::0001]:8080/", "http://[2606:4700::1]:8080/"),
+    ],
 )
-def test_opt_outs_bind_when_they_are_addressed_to_all(value, binds):
-    headers = urllib3.HTTPHeaderDict({"X-Robots-Tag": value})
-    assert (opt_out(headers) is not None) == binds
+def test_odd_urls_are_asked_for_in_one_spelling(url, asked):
+    assert vetted(url) == asked
+
+
+def test_private_addresses_can_be_allowed(site):
+    url = f"http://127.0.0.1:{site.server_port}/same/1.png"
+    assert fetcher(allow_private_addresses=True).fetch(url) == hostile.png()
+    assert fate(fetcher(), url) == "private_address"
+
+
+def test_a_name_that_changes_its_address_gains_nothing(site, monkeypatch):
+    """What was vetted is connected to, without asking the resolver again."""
+    answers = iter(["93.184.216.34", "127.0.0.1"])
+    dialled = []
+
+    def getaddrinfo(host, port, **_):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (next(answers), port))]
+
+    def create_connection(address, timeout):
+        dialled.append(address)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(addresses.socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(addresses.socket, "create_connection", create_connection)
+    fetch = fetcher(honour_robots_txt=False, honour_opt_outs=False)
+    assert fate(fetch, "http://rebinding.example:8080/") == "connection_refused"
+    assert fate(fetch, "http://rebinding.example:8080/") == "private_address"
+    assert dialled == [("93.184.216.34", 8080)]
+
+
+def test_a_mute_resolver_is_left_behind(monkeypatch):
+    answer = threading.Event()
+    monkeypatch.setattr(addresses.socket, "getaddrinfo", lambda *_, **__: answer.wait(20) and [])
+    with pytest.raises(RefusedError) as caught:
+        addresses.resolved("slow.example", 80, 0.2)
+    answer.set()
+    assert caught.value.fate == "dns"
+
+
+def test_a_refused_connection_has_its_own_fate():
+    fetch = fetcher(connect_to={"x.test": "127.0.0.1:1"})
+    assert fate(fetch, "http://x.test/x") == "connection_refused"
+
+
+# TLS
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tls") / "own.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    subject = ["-subj", "/CN=secure.test", "-addext", "subjectAltName=DNS:secure.test"]
+    made = [*command.split(), *subject, "-keyout", str(path), "-out", str(path.with_suffix(".crt"))]
+    try:
+        subprocess.run(made, check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("openssl is not installed")
+    return path.with_suffix(".crt"), path
+
+
+@pytest.fixture
+def secure_site(certificate):
+    with hostile.serve() as server:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*certificate)
+        server.socket = context.wrap_socket(
+            server.socket, server_side=True, do_handshake_on_connect=False
+        )
+        yield server
+
+
+def test_only_certificates_that_are_trusted_for_the_name_are_good(secure_site, certificate):
+    names = ("secure.test", "other.test")
+    fetch = fetcher(secure_site, connect_to=secure_site.connect_to(*names))
+    assert fate(fetch, "https://secure.test/same/1.png") == "tls"
+    fetch = fetcher(secure_site, connect_to=secure_site.connect_to(*names))
+    fetch._tls.load_verify_locations(certificate[0])
+    assert fetch.fetch("https://secure.test/same/1.png") == hostile.png()
+    assert fate(fetch, "https://other.test/same/1.png") == "tls"
+
+
+def test_plain_http_on_the_port_of_tls_is_a_tls_fault(site):
+    assert fate(fetcher(site), f"https://{hostile.HOST}/good/1.png") == "tls"
+
+
+def test_a_slow_handshake_is_under_the_deadline():
+    listener = socket.create_server(("127.0.0.1", 0))
+    settings = {"timeout_s": 0.3, "total_deadline_s": 0.8, "retries": 0, "honour_robots_txt": False}
+    connect_to = {"slow.test": f"127.0.0.1:{listener.getsockname()[1]}"}
+    with listener:
+        fetch = fetcher(connect_to=connect_to, honour_opt_outs=False, **settings)
+        assert fate(fetch, "https://slow.test/1.png") == "timeout"
+
+
+# Properties
+
+URLS = st.one_of(
+    st.text(),
+    st.text().map("http://".__add__),
+    st.builds(
+        "{}://{}{}/{}?{}#{}".format,
+        st.sampled_from(["http", "https", "HTTP", "ftp", "file"]),
+        st.one_of(
+            st.text(min_size=1, max_size=20),
+            st.ip_addresses().map(lambda ip: f"[{ip}]" if ip.version == 6 else str(ip)),
+            st.integers(0, 2**33).map(str),
+            st.from_regex(r"[a-zäß0-9.%@:-]{1,20}", fullmatch=True),
+        ),
+        st.one_of(st.just(""), st.integers(0, 70_000).map(":{}".format)),
+        st.text(),
+        st.text(),
+        st.text(),
+    ),
+)
+
+
+@given(URLS)
+def test_any_text_is_refused_or_becomes_a_plain_url(text):
+    try:
+        url = vetted(text)
+    except RefusedError:
+        return
+    assert url.isascii()
+    assert url.isprintable()
+    assert " " not in url
+    assert "#" not in url
+    parsed = urllib3.util.parse_url(url)
+    assert parsed.scheme in ("http", "https")
+    assert parsed.host
+    assert parsed.auth is None
+    assert urlsplit(url).hostname == parsed.host.strip("[]")  # no two readers see two hosts
+    assert vetted(url) == url
+
+
+@given(st.ip_addresses(v=4))
+def test_an_ipv4_address_is_as_public_in_any_clothes(ip):
+    public = ip.is_global and not ip.is_multicast
+    number = int(ip)
+    nat64 = ipaddress.IPv6Address((0x64FF9B << 96) | number)
+    six_to_four = ipaddress.IPv6Address((0x2002 << 112) | (number << 80))
+    for clothes in (ip, f"::ffff:{ip}", nat64, six_to_four):
+        assert is_public(str(clothes)) == public, clothes
+
+
+@given(st.ip_addresses(v=6))
+def test_what_ipaddress_calls_private_is_not_public(ip):
+    inner = ip.ipv4_mapped or ip.sixtofour
+    if is_public(str(ip)):
+        assert (inner or ip).is_global
+        assert not (inner or ip).is_multicast
+        assert inner or ip in addresses.NAT64 or not (ip.is_reserved or ip.is_site_local)
 
 
 @pytest.mark.parametrize(
     ("address", "public"),
-    [("8.8.8.8", True), ("10.1.2.3", False), ("100.64.0.1", False), ("fe80::1%eth0", False),
-     ("::ffff:192.168.0.1", False), ("224.0.0.1", False), ("0.0.0.0", False)],
+    [("8.8.8.8", True), ("2606:4700::1", True), ("10.1.2.3", False), ("100.64.0.1", False),
+     ("fe80::1%eth0", False), ("fec0::1", False), ("::ffff:192.168.0.1", False),
+     ("::7f00:1", False),
+     ("224.0.0.1", False), ("0.0.0.0", False), ("255.255.255.255", False), ("2001:0:1::", False)],
 )  # fmt: skip
 def test_public_means_the_open_internet(address, public):
     assert is_public(address) == public

@@ -10,7 +10,7 @@ from flows import settings
 
 settings.apply()
 
-from flows import download, evaluate, filter, train_base, train_upsampler  # noqa: E402
+from flows import download, evaluate, filter, score, train_base, train_upsampler  # noqa: E402
 from flows.config import PipelineConfig  # noqa: E402
 from flows.stage import Context  # noqa: E402
 
@@ -40,10 +40,11 @@ def config(runs, request, monkeypatch):
 
 @pytest.fixture
 def ran(monkeypatch):
-    """Replace the bodies of the five stages; returns the names of those that ran, in order."""
+    """Replace the bodies of the six stages; returns the names of those that ran, in order."""
     names: list[str] = []
     bodies = {
         download: _download,
+        score: _score,
         filter: _filter,
         train_base: _train,
         train_upsampler: _train,
@@ -64,14 +65,21 @@ def _with(stage, body, names):
 
 
 def _download(context: Context) -> None:
-    write(context.path / "images/00000.tar", f"seed {context.config.embedded.seed}")
+    write(context.path / "images/00000/00000.tar", "pictures")
+    write(context.path / "fates/00000.parquet", f"seed {context.config.embedded.seed}")
     write(context.path / "heldout/captions.json", "{}")
     write(context.path / "report.json", json.dumps({"counts": {"rows": 5}}))
     context.metrics["rows"] = 5.0
 
 
+def _score(context: Context) -> None:
+    fates = (context.inputs["fates"] / "00000.parquet").read_text()
+    write(context.path / "scores/00000/00000.parquet", fates)
+    context.metrics["scored"] = 5.0
+
+
 def _filter(context: Context) -> None:
-    images = (context.inputs["images"] / "00000.tar").read_text()
+    images = (context.inputs["scores"] / "00000/00000.parquet").read_text()
     for resolution in context.config.resolutions:
         write(context.path / f"shards/{resolution:03d}/train-00000.tar", images)
     write(context.path / "aligner.safetensors", "weights")

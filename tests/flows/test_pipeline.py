@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from prefect.client.orchestration import get_client
 
-from flows import download, filter
+from flows import download, filter, score
 from flows.config import StageName
 from flows.full_pipeline import full_pipeline, plan
 from flows.stage import MissingInputError
@@ -23,10 +23,10 @@ def states() -> dict[str, str]:
 
 
 def test_stages_run_in_order_and_leave_a_complete_record(config, ran):
-    assert [step.action for step in plan(config)] == ["run"] * 5
+    assert [step.action for step in plan(config)] == ["run"] * 6
     outputs = full_pipeline(config=config)
     assert ran == list(StageName) == list(outputs)
-    assert [step.action for step in plan(config)] == ["skip"] * 5
+    assert [step.action for step in plan(config)] == ["skip"] * 6
 
     tracker = Tracker(config.name, config.store_path)
     (pipeline,) = tracker.client.search_runs([tracker.experiment()])
@@ -46,18 +46,19 @@ def test_stages_run_in_order_and_leave_a_complete_record(config, ran):
     assert full_pipeline({"train_upsampler.seed": 9}, config=config)["evaluate"]
     assert ran == ["train-upsampler"]  # equal weights came out, so nothing after it
     assert states()["full-pipeline"] == "Completed"
-    assert {states()[name] for name in ("download", "filter", "train-base", "evaluate")} == {
-        "Skipped"
-    }
+    assert {
+        states()[name] for name in ("download", "score", "filter", "train-base", "evaluate")
+    } == {"Skipped"}
 
 
 def test_a_stage_runs_alone_on_what_the_store_holds(config, ran):
-    with pytest.raises(MissingInputError, match="prefect deployment run filter/filter"):
+    with pytest.raises(MissingInputError, match="prefect deployment run score/score"):
         full_pipeline(stages=[StageName.DOWNLOAD, StageName.TRAIN_BASE], config=config)
+    score.score(config=config)
     first = filter.filter_(config=config)
-    assert ran == ["download", "filter"]
+    assert ran == ["download", "score", "filter"]
     second = filter.filter_(force=True, config=config)
-    assert ran == ["download", "filter", "filter"]
+    assert ran == ["download", "score", "filter", "filter"]
     assert first.content == second.content
     assert first.mlflow_run_id != second.mlflow_run_id
 

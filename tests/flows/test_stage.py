@@ -217,6 +217,21 @@ def test_a_digest_given_by_the_writer_is_not_computed_again(bench):
     assert entry.sha256 == "f" * 64
 
 
+def test_what_other_files_vouch_for_is_listed_by_size_and_not_read(bench):
+    def run(context: Context) -> None:
+        write(context.path / "images/0.tar", "terabytes")
+        write(context.path / "fates/0.parquet", "their digests")
+
+    vouching = Stage("download", 1, run, vouched=("images",))
+    output = bench.up_to_date(vouching)
+    fates, images = bench.store.manifest(vouching, output.key).files
+    assert (images.path, images.size, images.sha256) == ("images/0.tar", 9, None)
+    assert fates.sha256 is not None
+    assert bench.store.lookup(vouching, output.key, verify=True)
+    write(output.path / "images/0.tar", "cut")
+    assert bench.store.lookup(vouching, output.key) is None
+
+
 def test_the_manifest_lists_what_the_stage_wrote_and_nothing_else(bench):
     output = bench.up_to_date(bench.download)
     manifest = json.loads((output.path / "manifest.json").read_text())

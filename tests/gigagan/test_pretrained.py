@@ -1,5 +1,6 @@
 import io
 import pickle
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,15 @@ from PIL import Image
 
 from gigagan.evaluation.alignment import clip_score
 from gigagan.models import pretrained
+from gigagan.models.aesthetic import AestheticPredictor, collapse
+from gigagan.models.openclip import uses_bfloat16
 from gigagan.models.pretrained import (
     CATALOGUE,
     WEIGHTS_VARIABLE,
     MissingWeightsError,
     Weights,
     WrongWeightsError,
+    aesthetic,
     image_encoder,
     inception,
     lpips,
@@ -232,6 +236,41 @@ def test_nsfw_scores_are_those_of_the_package():
     assert nsfw()([]).shape == (0,)
 
 
+# ---- aesthetic predictor
+
+RATINGS = Path(__file__).parent / "data" / "laion-ratings.npy"
+GOLDEN = (1.6555, 2.3593, 3.0698, 3.6725, 4.2380, 4.7010, 5.0731, 5.3654, 5.5767, 5.7468)
+
+
+def test_aesthetic_scores_of_rated_embeddings_are_those_of_the_published_network():
+    ratings_ND = np.load(RATINGS)
+    np.testing.assert_allclose(aesthetic()(ratings_ND), GOLDEN, atol=1e-3)
+    np.testing.assert_allclose(aesthetic()(7 * ratings_ND.astype(np.float16)), GOLDEN, atol=5e-3)
+
+
+def test_collapsed_layers_say_what_the_layers_say(tmp_path):
+    torch.manual_seed(0)
+    widths = (7, 5, 4, 3, 2, 1)
+    layers = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in pairwise(widths)))
+    state = {}
+    for number, layer in zip((0, 2, 4, 6, 7), layers, strict=True):
+        state |= {f"layers.{number}.{k}": v.detach() for k, v in layer.named_parameters()}
+    torch.save(state, tmp_path / "layers.pth")
+    collapse(tmp_path / "layers.pth", tmp_path / "product.safetensors")
+    x_ND = torch.randn(6, 7)
+    expected = layers(torch.nn.functional.normalize(x_ND)).detach().numpy()[:, 0]
+    found = AestheticPredictor(tmp_path / "product.safetensors")(x_ND.numpy())
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_embeddings_of_another_model_have_no_aesthetic_score():
+    with pytest.raises(ValueError, match=r"ViT-L-14/openai.*\[2, 512\]"):
+        aesthetic()(np.zeros((2, 512), np.float32))
+    assert np.isnan(aesthetic()(np.zeros((1, 768), np.float32))).all()
+    with pytest.raises(ValueError, match="choose laion-v2"):
+        aesthetic("laion-v1")
+
+
 # ---- open_clip, with a small architecture and random weights in a file
 
 CLIP = "open_clip:ViT-S-32-alt/random"
@@ -315,6 +354,39 @@ def test_a_clip_score_is_that_of_the_models_own_preparation(clip):
 def test_both_towers_of_a_clip_share_one_model(clip):
     (model,) = image_encoder(CLIP)._model
     assert text_encoder(CLIP)._model is model
+
+
+def test_bfloat16_features_are_close_to_float32_and_leave_the_shared_model_alone(clip):
+    torch.manual_seed(1)
+    x = torch.rand(3, 3, 224, 224) * 2 - 1
+    captions = ["a dog", "two cats on a sofa", "a red bus"]
+    towers = {
+        precision: (
+            image_encoder(CLIP, precision=precision),
+            text_encoder(CLIP, precision=precision),
+        )
+        for precision in ("float32", "bfloat16")
+    }
+    for whole, half in (
+        (towers["float32"][0](x).pooled_BD, towers["bfloat16"][0](x).pooled_BD.float()),
+        (towers["float32"][1].embed(captions), towers["bfloat16"][1].embed(captions)),
+    ):
+        assert not torch.equal(whole, half)
+        assert torch.nn.functional.cosine_similarity(whole, half).min() > 0.999
+    plain, coarse = (towers[p][1].encode(captions) for p in ("float32", "bfloat16"))
+    assert torch.equal(plain.pooled_BD, coarse.pooled_BD)
+    assert towers["bfloat16"][1]._model is towers["float32"][1]._model
+    assert towers["bfloat16"][1].embed(captions).dtype == torch.float32
+
+
+def test_automatic_precision_is_bfloat16_only_where_the_device_multiplies_it(monkeypatch):
+    cpu = torch.device("cpu")
+    for native in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert uses_bfloat16("auto", cpu) is native
+    assert uses_bfloat16("bfloat16", cpu)
+    assert not uses_bfloat16("float32", cpu)
 
 
 def test_an_architecture_with_a_foreign_tokenizer_is_refused(monkeypatch, tmp_path):

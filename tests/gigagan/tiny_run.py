@@ -18,11 +18,14 @@ import traceback
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 from data.loader import Batch, ShardLoader
+from data.manifest import SIDECAR, Entry, Index
 from gigagan.config import (
     AugmentConfig,
     DiscriminatorConfig,
@@ -77,22 +80,46 @@ def write_shards(folder: Path, num_samples: int = NUM_SAMPLES) -> Path:
     folder.mkdir(parents=True)
     entries = []
     for shard, start in enumerate(range(0, num_samples, PER_SHARD)):
-        name = f"train-{shard:05d}.tar"
-        with tarfile.open(folder / name, "w") as archive:
-            for place in range(start, min(start + PER_SHARD, num_samples)):
-                png = io.BytesIO()
-                random = np.random.default_rng(place)
-                Image.fromarray(random.integers(256, size=(SIDE, SIDE, 3), dtype=np.uint8)).save(
-                    png, "PNG"
-                )
-                caption = f"a {'large' if place % 2 else 'small'} thing number{place % 9}"
-                for kind, content in (("png", png.getvalue()), ("txt", caption.encode())):
-                    member = tarfile.TarInfo(f"{place:08d}.{kind}")
-                    member.size = len(content)
-                    archive.addfile(member, io.BytesIO(content))
-        entries.append({"name": name, "bytes": (folder / name).stat().st_size})
-    (folder / "index.json").write_text(json.dumps({"resolution": SIDE, "shards": entries}))
+        tar = folder / f"train-{shard:05d}.tar"
+        places = range(start, min(start + PER_SHARD, num_samples))
+        with tarfile.open(tar, "w") as archive:
+            rows = [add_sample(archive, place) for place in places]
+        sidecar = tar.with_suffix(".parquet")
+        pq.write_table(pa.Table.from_pylist(rows, SIDECAR), sidecar)
+        contents, told = tar.read_bytes(), sidecar.read_bytes()
+        entries.append(
+            Entry(
+                name=tar.name,
+                samples=len(rows),
+                bytes=len(contents),
+                sha256=digest(contents),
+                index_bytes=len(told),
+                index_sha256=digest(told),
+            )
+        )
+    index = Index(resolution=SIDE, codec="png", samples=num_samples, shards=tuple(entries))
+    (folder / "index.json").write_text(index.text())
     return folder
+
+
+def add_sample(archive: tarfile.TarFile, place: int) -> dict:
+    """Its row of the sidecar."""
+    png, random = io.BytesIO(), np.random.default_rng(place)
+    pixels = random.integers(256, size=(SIDE, SIDE, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(png, "PNG")
+    key, picture = f"{place:08d}", png.getvalue()
+    caption = f"a {'large' if place % 2 else 'small'} thing number{place % 9}"
+    offset = archive.offset + tarfile.BLOCKSIZE
+    for kind, content in (("png", picture), ("txt", caption.encode())):
+        member = tarfile.TarInfo(f"{key}.{kind}")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    values = (key, caption, offset, len(picture), digest(picture))
+    return dict(zip(SIDECAR.names, values, strict=True))
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 class WordEncoder(TextEncoder):
@@ -148,6 +175,7 @@ def terminate_in_step(at):
 
 
 def lose_tar(at, path, share=None, keep_bytes=None):
+    ShardLoader.AHEAD = 0  # so that the tar is lost before its pictures were read
     if share is not None:
         ShardLoader.CORRUPT_SHARE = share
 

@@ -1,0 +1,260 @@
+"""The out-of-core half of prepare: each list → its passing rows by digest → the rows of each part.
+
+`scan` takes one list, `gather` one range of digests over all lists. Both hold a bounded number of
+rows, write aside and rename, and give the same when run again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from data.config import DownloadConfig
+from data.prefilter import BATCH_ROWS, judged, reasons
+from data.schema import LIST, TYPES, MetadataError
+from data.sources import Source, connect
+
+DIGESTS = 1 << 64
+ROW_GROUP = 50_000
+"""Rows in a row group of a list."""
+VECTOR = 2048
+"""DuckDB's row groups are multiples of it."""
+
+
+@dataclass(frozen=True)
+class ScanJob:
+    """One list to read."""
+
+    source: Source
+    number: int
+    """Place among the lists, as names may repeat."""
+    folder: Path
+    """Where passing rows go: NNNNN.parquet, and then NNNNN.json."""
+    config: DownloadConfig
+    slice_rows: int
+    """About how many of its rows one part takes: with row groups of so many, little more is read
+    than is taken."""
+
+    def __str__(self) -> str:
+        return f"reading {self.source.path}"
+
+    @property
+    def done(self) -> Path:
+        """Its marker: rows by verdict."""
+        return self.folder / f"{self.number:05d}.json"
+
+
+def scan(job: ScanJob) -> str | None:
+    """Write the passing rows of one list, sorted by digest, and rows by verdict.
+
+    Returns what is wrong with the list, if anything is.
+    """
+    try:
+        counts = _scan(job, doubted=False)
+        if counts is None:
+            counts = _scan(job, doubted=True)
+    except MetadataError as error:
+        return str(error)
+    names = ["ok", *(reason for reason, _ in reasons(job.config))]
+    commit(job.done, {names[verdict]: rows for verdict, rows in sorted((counts or {}).items())})
+    return None
+
+
+class _Passing:
+    """Batches of the rows that pass; counts all, and remembers what ended the reading."""
+
+    def __init__(self, batches: Iterator[pa.RecordBatch]) -> None:
+        self._batches = batches
+        self.counts: Counter[int] = Counter()
+        self.error: Exception | None = None
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        try:
+            for batch in self._batches:
+                for value in batch.column("verdict").value_counts():
+                    self.counts[value["values"].as_py()] += value["counts"].as_py()
+                yield batch.filter(pc.equal(batch.column("verdict"), 0)).drop_columns(["verdict"])
+        except Exception as error:
+            self.error = error
+            raise
+
+
+def _scan(job: ScanJob, *, doubted: bool) -> dict[int, int] | None:
+    """Rows by verdict; None if text of the list turns out not to be UTF-8."""
+    target = job.done.with_suffix(".parquet")
+    partial = target.with_suffix(f".partial-{os.getpid()}")
+    spill = job.folder / f"spill-{os.getpid()}"
+    with connect([job.source]) as reader, connect(spill=spill) as sorter:
+        passing = _Passing(judged(reader, job.source, job.config, doubted=doubted))
+        schema = pa.schema([*(LIST.field(name) for name in TYPES), ("row", pa.int64())])
+        sorter.register("passing", pa.RecordBatchReader.from_batches(schema, iter(passing)))
+        try:
+            sorter.execute(_sorted(job, partial))
+        except Exception as error:
+            cause = passing.error
+            if cause is None:
+                raise
+            if isinstance(cause, MetadataError):
+                raise cause from None
+            if not doubted and not job.source.is_text and "UTF" in str(cause).upper():
+                return None
+            raise MetadataError(
+                f"{job.source.path}: cannot be read to its end ({str(cause).splitlines()[0]}); "
+                "fetch it again or take it out of download.metadata"
+            ) from error
+    partial.replace(target)
+    return dict(passing.counts)
+
+
+def _sorted(job: ScanJob, target: Path) -> str:
+    """SQL that writes `passing` by digest. `pick` decides which of equal rows stays."""
+    groups = max(VECTOR, min(60 * VECTOR, job.slice_rows // VECTOR * VECTOR))
+    seeded = f"'{job.config.seed} ' || url"
+    return (
+        f"COPY (SELECT *, {_literal(job.source.stem)} AS source, {job.number} AS list, "
+        f"md5_number_upper({seeded}) AS digest, "
+        f"md5_number_upper({seeded} || ' ' || caption) AS pick FROM passing ORDER BY digest) "
+        f"TO {_literal(str(target))} (FORMAT parquet, ROW_GROUP_SIZE {groups})"
+    )
+
+
+@dataclass(frozen=True)
+class GatherJob:
+    """The rows of one range of digests."""
+
+    number: int
+    """Which of `count` equal ranges."""
+    count: int
+    folder: Path
+    lists: int
+    """How many were scanned."""
+    unique: tuple[str, ...]
+    """Columns by which rows are equal."""
+    limit: int | None = None
+    """Stop after so many kept rows."""
+
+    def __str__(self) -> str:
+        return f"sorting part {self.number} of {self.count}"
+
+    @property
+    def done(self) -> Path:
+        """Its marker: rows kept, and rows dropped as equal to one of them."""
+        limit = "" if self.limit is None else f"-{self.limit}"
+        return self.folder / f"part-{self.number:05d}{limit}.json"
+
+    @property
+    def target(self) -> Path:
+        """What it writes."""
+        return self.done.with_suffix(".parquet")
+
+
+def gather(job: GatherJob, db: Any) -> None:
+    """Write one part's rows in the order of their digests, each once."""
+    partial = job.target.with_suffix(f".partial-{os.getpid()}")
+    result = db.sql(_ranged(job)).to_arrow_reader(BATCH_ROWS)
+    distinct = _Distinct(result, job.unique, job.limit)
+    with pq.ParquetWriter(partial, LIST) as writer:
+        for group in _regrouped(distinct):
+            writer.write_table(group, row_group_size=ROW_GROUP)
+    partial.replace(job.target)
+    commit(job.done, {"rows": distinct.rows, "same": distinct.same})
+
+
+def opened(folder: Path, number: int) -> duckdb.DuckDBPyConnection:
+    """A worker's DuckDB for `gather`: it keeps what it learnt of the scanned files' footers."""
+    return connect(spill=folder / f"spill-{os.getpid()}-{number}")
+
+
+def _ranged(job: GatherJob) -> str:
+    """SQL of the range in an order that hinges on nothing but the rows.
+
+    Equal URLs are neighbours, and among them equal captions; the first of equal rows is the one
+    that stays. Where only hashes, sizes or scores differ, these decide, and at last the place.
+    """
+    files = ", ".join(_literal(str(job.folder / f"{n:05d}.parquet")) for n in range(job.lists))
+    start, stop = (DIGESTS * n // job.count for n in (job.number, job.number + 1))
+    rest = [name for name in TYPES if name not in ("url", "caption")]
+    return (
+        f"SELECT {', '.join(LIST.names)} FROM read_parquet([{files}]) "
+        f"WHERE digest BETWEEN {start}::UBIGINT AND {stop - 1}::UBIGINT "
+        f"ORDER BY digest, url, pick, caption, {', '.join(rest)}, list, row"
+    )
+
+
+class _Distinct:
+    """Batches without rows that equal the one before; up to `limit` rows that are kept."""
+
+    def __init__(
+        self, batches: Iterator[pa.RecordBatch], unique: tuple[str, ...], limit: int | None
+    ) -> None:
+        self._batches, self._unique, self._limit = batches, unique, limit
+        self.rows = 0
+        self.same = 0
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        last: pa.RecordBatch | None = None
+        for batch in self._batches:
+            if not len(batch):
+                continue
+            new = self._differs(batch, last)
+            last = batch.slice(len(batch) - 1)
+            end = self._end(new)
+            kept = batch.slice(0, end).filter(new.slice(0, end))
+            self.rows += len(kept)
+            self.same += end - len(kept)
+            yield kept
+            if end < len(batch):
+                return
+
+    def _differs(self, batch: pa.RecordBatch, last: pa.RecordBatch | None) -> pa.Array:
+        """True where a row equals none before."""
+        differs = pa.array([last is None] + [False] * (len(batch) - 1))
+        for name in self._unique:
+            column = batch.column(name)
+            before = pa.concat_arrays([(last or batch).column(name).slice(0, 1), column])
+            differs = pc.or_(differs, pc.not_equal(column, before.slice(0, len(batch))))
+        return differs
+
+    def _end(self, new: pa.Array) -> int:
+        """How many rows of a batch are before the first that is too much."""
+        if self._limit is None:
+            return len(new)
+        places = pc.indices_nonzero(new)
+        room = self._limit - self.rows
+        return int(places[room].as_py()) if len(places) > room else len(new)
+
+
+def _regrouped(batches: _Distinct) -> Iterator[pa.Table]:
+    """The same rows in tables of ROW_GROUP, so that files hinge on no size of batches."""
+    held: list[pa.RecordBatch] = []
+    for batch in batches:
+        held.append(batch)
+        if sum(map(len, held)) >= ROW_GROUP:
+            table = pa.Table.from_batches(held).cast(LIST)
+            whole = len(table) // ROW_GROUP * ROW_GROUP
+            for start in range(0, whole, ROW_GROUP):
+                yield table.slice(start, ROW_GROUP).combine_chunks()
+            held = table.slice(whole).to_batches()
+    if held:
+        yield pa.Table.from_batches(held).cast(LIST).combine_chunks()
+
+
+def commit(path: Path, document: dict[str, Any]) -> None:
+    """Write JSON aside and then in place."""
+    partial = path.with_suffix(f".json-{os.getpid()}")
+    partial.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+    partial.replace(path)
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"

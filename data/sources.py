@@ -1,0 +1,244 @@
+"""Lists of metadata as files: local paths, globs and fsspec URLs; Parquet, CSV and TSV."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import duckdb
+import fsspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from data import delimited
+from data.schema import MetadataError
+
+FOOTER_BYTES = 1 << 16
+TEXT_SUFFIXES = (".csv", ".tsv")
+PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+MEMORY_GB = 1
+"""What each DuckDB may hold before it spills to disk."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One list."""
+
+    path: str
+    """As matched: a local path, or a URL that fsspec reads."""
+
+    @property
+    def stem(self) -> str:
+        """Name of the file without suffix, by which rows remember it."""
+        name = PurePosixPath(self.path.replace("\\", "/"))
+        return PurePosixPath(name.stem if name.suffix in PACKED_SUFFIXES else name).stem
+
+    @property
+    def is_text(self) -> bool:
+        """CSV or TSV, packed or not; else it is Parquet."""
+        suffixes = PurePosixPath(self.path.lower()).suffixes
+        if suffixes and suffixes[-1] in PACKED_SUFFIXES:
+            suffixes.pop()
+        return bool(suffixes) and suffixes[-1] in TEXT_SUFFIXES
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether fsspec has to read it."""
+        return "://" in self.path
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        filesystem, path = fsspec.url_to_fs(self.path)
+        return int(filesystem.size(path) or 0)
+
+    def columns(self) -> dict[str, str]:
+        """DuckDB type of each column.
+
+        Raises:
+            MetadataError: it cannot be opened, or is not what its suffix says.
+        """
+        try:
+            if self.is_text:
+                names = delimited.header(self.path)
+                if len({*names}) < len(names):
+                    raise ValueError(f"two columns have one name in {', '.join(names)}")
+                return dict.fromkeys(names, "VARCHAR")
+            with fsspec.open(self.path, "rb") as file:
+                names = pq.read_schema(file).names
+            with connect([self]) as db:
+                rows = db.sql(f"DESCRIBE SELECT * FROM {self._scan()}").fetchall()
+            # DuckDB renames columns that differ in case only; its row numbers come last.
+            return {name: row[1] for name, row in zip(names, rows, strict=False)}
+        except Exception as error:  # every fsspec implementation has errors of its own
+            kind = "CSV or TSV in UTF-8 with a header" if self.is_text else "Parquet file"
+            raise MetadataError(
+                f"{self.path}: not a readable {kind} ({_first_line(error)}); fetch it again, check "
+                "its rights, or take it out of download.metadata"
+            ) from None
+
+    def relation(self, db: duckdb.DuckDBPyConnection, columns: list[str], *, doubted: bool) -> str:
+        """SQL of a table with `columns`, `row` (from 0) and `readable`.
+
+        With `doubted`, text is checked to be UTF-8 row by row, which is slow; without, DuckDB gives
+        up at a Parquet file whose text is not.
+        """
+        if not self.is_text and not doubted:
+            names = ", ".join('"' + column.replace('"', '""') + '"' for column in columns)
+            return f"(SELECT {names}, file_row_number AS row, true AS readable FROM {self._scan()})"
+        batches = delimited.batches if self.is_text else _checked
+        found = batches(self.path, columns)
+        first = next(found)
+        db.register("given", pa.RecordBatchReader.from_batches(first.schema, _chain(first, found)))
+        return "given"
+
+    def _scan(self) -> str:
+        literal = "'" + self.path.replace("'", "''") + "'"
+        return f"read_parquet([{literal}], file_row_number = true, binary_as_string = true)"
+
+    def print(self) -> bytes:
+        """Name, size and what tells its content: all bytes of text, the footer of Parquet."""
+        filesystem, path = fsspec.url_to_fs(self.path)
+        size, digest = filesystem.size(path), hashlib.sha256()
+        with filesystem.open(path, "rb") as file:
+            if not self.is_text:
+                file.seek(max(0, size - FOOTER_BYTES))
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return f"{PurePosixPath(path).name} {size} {digest.hexdigest()}".encode()
+
+
+def find(patterns: tuple[str, ...]) -> list[Source]:
+    """Every file that the patterns name, once each, in their order.
+
+    Raises:
+        MetadataError: a pattern without a file, or whose place cannot be listed.
+    """
+    found: dict[str, Source] = {}
+    for pattern in patterns:
+        paths = _matches(pattern)
+        if not paths:
+            raise MetadataError(
+                f"download.metadata: no file matches {pattern!r} (seen from {Path.cwd()}); "
+                "give a Parquet, CSV or TSV file, or a glob, that exists"
+            )
+        for path in paths:
+            same = path if "://" in path else str(Path(path).resolve())
+            found.setdefault(same, Source(path))
+    return list(found.values())
+
+
+def fingerprint(files: tuple[str, ...]) -> str:
+    """sha256 over the names, sizes and contents of the lists; patterns without a file count too.
+
+    Of a Parquet file the last 64 KiB stand for its content: they hold its schema, the place and the
+    statistics of every column chunk, so that another content has another end, and terabytes need
+    not be read to see it.
+    """
+    digest = hashlib.sha256()
+    for pattern in files:
+        paths = _matches(str(pattern))
+        if not paths:
+            digest.update(f"{pattern} is not there ".encode())
+        for path in paths:
+            digest.update(Source(path).print() + b" ")
+    return digest.hexdigest()
+
+
+def connect(read: list[Source] | None = None, spill: Path | None = None) -> Any:
+    """A DuckDB of one thread that reads these sources and spills to `spill`.
+
+    Workers are the way to use more cores: each has one of these, so that memory is counted by them,
+    and that what one thread writes is the same to the byte each time.
+    """
+    settings: dict[str, Any] = {
+        "threads": 1,
+        "memory_limit": f"{MEMORY_GB}GB",
+        "autoinstall_known_extensions": False,
+        "parquet_metadata_cache": True,
+        "enable_external_file_cache": False,
+    }
+    if spill is not None:
+        settings["temp_directory"] = str(spill)
+    db = duckdb.connect(config=settings)
+    db.execute("SET enable_progress_bar = false")
+    for source in read or []:
+        if source.is_remote:
+            db.register_filesystem(fsspec.url_to_fs(source.path)[0])
+    return db
+
+
+def _matches(pattern: str) -> list[str]:
+    """Sorted paths or URLs; a `file://` URL becomes a path."""
+    if "://" in pattern and not pattern.startswith(("file://", "local://")):
+        return _remote_matches(pattern)
+    path = pattern.partition("://")[2] if "://" in pattern else pattern
+    found = sorted(glob.glob(path, recursive=True))  # noqa: PTH207 — patterns may be absolute
+    return [path for path in found or [path] if Path(path).is_file()]
+
+
+def _remote_matches(pattern: str) -> list[str]:
+    protocol = pattern.partition("://")[0]
+    try:
+        filesystem, path = fsspec.url_to_fs(pattern)
+    except (ImportError, ValueError) as error:
+        raise MetadataError(
+            f"download.metadata: {pattern!r} cannot be opened ({error}): install the package that "
+            f"reads {protocol}://, or give a local copy"
+        ) from None
+    try:
+        paths = filesystem.glob(path) if glob.has_magic(path) else [path]
+        return sorted(filesystem.unstrip_protocol(p) for p in paths if filesystem.isfile(p))
+    except Exception as error:  # every implementation has errors of its own
+        raise MetadataError(
+            f"download.metadata: {pattern!r} cannot be listed ({type(error).__name__}: "
+            f"{_first_line(error)}): check the address, the credentials and your rights"
+        ) from None
+
+
+def _checked(path: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Like delimited.batches, of Parquet; a row is unreadable if any of its text is not UTF-8."""
+    with fsspec.open(path, "rb") as file, pq.ParquetFile(file) as parquet:
+        start = 0
+        for batch in parquet.iter_batches(delimited.BATCH_ROWS, columns=columns):
+            read, readable = [], pa.array([True] * len(batch))
+            for column in columns:
+                before = batch.column(column)
+                read.append(_text(before))
+                kept = pc.equal(before.is_null(), read[-1].is_null())
+                readable = pc.and_(readable, kept)
+            rows = pa.array(range(start, start + len(batch)), pa.int64())
+            start += len(batch)
+            yield pa.record_batch([*read, rows, readable], names=[*columns, "row", "readable"])
+
+
+def _text(values: pa.Array) -> pa.Array:
+    """Bytes as text, null where they are not UTF-8; what is no text stays."""
+    if not (pa.types.is_string(values.type) or pa.types.is_binary(values.type)):
+        return values
+    values = values.cast(pa.binary())
+    try:
+        return values.cast(pa.string())
+    except pa.ArrowInvalid:
+        return pa.array([_decoded(value) for value in values.to_pylist()], pa.string())
+
+
+def _decoded(value: bytes | None) -> str | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _chain(first: pa.RecordBatch, rest: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    yield first
+    yield from rest
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
