@@ -40,7 +40,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "tests" / "data" / "hostile.py"
 HOSTS = 200
-ROWS_A_SHARD = 1000
+SHARDS = 100
+"""About as many image shards, whatever the number of rows."""
 GOOD = 0.86
 """Share of the rows that name a good page."""
 PLANTED = ("duplicate", "null_size", "small", "unsafe", "wrong_hash", "no_caption")
@@ -215,7 +216,7 @@ def serving(port: int) -> Iterator[None]:
         process.wait()
 
 
-def command(store: Path, lists: Path, port: int, arguments: Sequence[str]) -> list[str]:
+def command(store: Path, lists: Path, port: int, rows: int, arguments: Sequence[str]) -> list[str]:
     """The pipeline's first three stages over the lists."""
     hosts = {f"host-{i:03d}.test": f"127.0.0.1:{port}" for i in range(HOSTS)}
     sources = [str(lists / f"{name}.parquet") for name in SOURCES]
@@ -224,10 +225,10 @@ def command(store: Path, lists: Path, port: int, arguments: Sequence[str]) -> li
         "download.metadata": sources,
         "download.connect_to": hosts,
         "download.contact": "bench@example.org",
-        "download.rows_per_shard": ROWS_A_SHARD,
-        "download.rows_per_part": 30_000,
+        "download.rows_per_shard": max(10, rows // SHARDS),
+        "download.rows_per_part": max(10, 3 * rows // 10),
         "download.timeout_s": 2,
-        "download.total_deadline_s": 4,
+        "download.total_deadline_s": 6,
         "download.host_connections": 64,
         "download.stall_s": 60,
         "score.take_over": ["unsafe", "watermark"],
@@ -236,6 +237,7 @@ def command(store: Path, lists: Path, port: int, arguments: Sequence[str]) -> li
         "filter.min_similarity": None,
         "filter.min_side": 32,
         "filter.resolutions": [32, 64],
+        "filter.samples_per_shard": max(10, rows // SHARDS),
     }
     run = [sys.executable, "-m", "flows", "run", "--preset", "smoke", "--store", str(store)]
     run += ["--stages", *STAGES]
@@ -244,9 +246,7 @@ def command(store: Path, lists: Path, port: int, arguments: Sequence[str]) -> li
     return [*run, *arguments]
 
 
-def run_and_kill(
-    argv: Sequence[str], store: Path, log: Path, shards: int
-) -> list[dict[str, object]]:
+def run_and_kill(argv: Sequence[str], store: Path, log: Path) -> list[dict[str, object]]:
     """Begin again after a kill in each stage; what was killed where, and each attempt's peak."""
     attempts: list[dict[str, object]] = []
     for stage in (*STAGES, None):
@@ -256,7 +256,7 @@ def run_and_kill(
             )
         memory, begun = Memory(process.pid), time.monotonic()
         try:
-            while process.poll() is None and not _is_amid(stage, store, shards):
+            while process.poll() is None and not _is_amid(stage, store):
                 time.sleep(0.2)
             was_running = process.poll() is None
             if was_running and stage != "score":  # there only the parent: its children must notice
@@ -283,11 +283,11 @@ MARKS = {
 """Files that a stage writes one after another, below the store."""
 
 
-def _is_amid(stage: str | None, store: Path, shards: int) -> bool:
+def _is_amid(stage: str | None, store: Path) -> bool:
     """Whether a stage has got well under way."""
     if stage is None or (stage == "download" and not store.is_dir()):
         return False
-    return sum(1 for _ in store.glob(MARKS[stage])) >= max(1, AMID[stage] * shards)
+    return sum(1 for _ in store.glob(MARKS[stage])) >= max(1, AMID[stage] * SHARDS)
 
 
 AMID = {"download": 0.3, "score": 0.3, "filter": 0.1}
@@ -379,11 +379,9 @@ def main() -> None:
     lists, store = arguments.out / "lists", arguments.out / "store"
     if not (lists / "truth.parquet").exists():
         write_lists(lists, arguments.rows, arguments.seed)
-    argv = command(store, lists, arguments.port, arguments.settings)
+    argv = command(store, lists, arguments.port, arguments.rows, arguments.settings)
     with serving(arguments.port):
-        attempts = run_and_kill(
-            argv, store, arguments.out / "run.log", arguments.rows // ROWS_A_SHARD
-        )
+        attempts = run_and_kill(argv, store, arguments.out / "run.log")
     result = {"rows": arguments.rows, "attempts": attempts, **account(store, lists)}
     (arguments.out / "result.json").write_text(json.dumps(result, indent=1))
     print(json.dumps(result, indent=1))
