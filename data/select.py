@@ -219,11 +219,7 @@ def _drop_contaminated(
     database: duckdb.DuckDBPyConnection, config: FilterConfig, workers: int, progress: Progress
 ) -> None:
     """Rows near to an evaluation picture, by the limits of near duplicates."""
-    if config.max_phash_distance is None:
-        raise ValueError(
-            "filter.decontaminate needs filter.max_phash_distance, which is null: set it, for "
-            "example to 4"
-        )
+    assert config.max_phash_distance is not None, "its config is refused without"
     known = duplicates.references(config.decontaminate, workers=workers, progress=progress)
     _drop_lookless(database, "contaminated")
     names = pa.array([str(path) for path in known.paths], pa.string())

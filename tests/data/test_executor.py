@@ -117,6 +117,8 @@ def test_senseless_settings_are_refused():
 @pytest.mark.parametrize("deed", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_workers_end_with_the_run_however_it_ends(tmp_path, deed):
     script = (
+        # Shells start what runs in the background with interrupts ignored.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from pathlib import Path; from data.executor import each; "
         "from executor_tasks import slow_and_marked\n"
         f"list(each(slow_and_marked, [Path(r'{tmp_path}') / n for n in 'ab'], workers=2))"

@@ -119,9 +119,12 @@ def test_requests_say_who_asks_and_for_what(site):
 
 
 def test_a_contact_cannot_smuggle_a_header():
-    config = DownloadConfig(contact="me@example.org\r\nX: y")
+    smuggled = "me@example.org\r\nX: y"
     with pytest.raises(ValueError, match="contact"):
-        FetchSettings.of(config)
+        DownloadConfig(contact=smuggled)
+    unchecked = DownloadConfig().model_copy(update={"contact": smuggled})
+    with pytest.raises(ValueError, match="contact"):
+        FetchSettings.of(unchecked)
 
 
 # Hashes

@@ -153,7 +153,7 @@ def test_ties_at_the_edge_of_a_share_all_pass(chosen):
         ({"max_watermark": 0.5}, r"max_watermark is 0\.5.*of the 3.*'watermark': name watermark"),
         ({"languages": ("en",)}, r"filter\.languages.*score\.language"),
         ({"min_duplicate_cosine": 0.9}, r"min_duplicate_cosine is 0\.9.*no embedding"),
-        ({"decontaminate": ("x",), "max_phash_distance": None}, r"needs filter\.max_phash"),
+        ({"decontaminate": ("x",), "max_phash_distance": None}, r"max_phash_distance is null"),
     ],
 )
 def test_a_rule_on_what_was_never_scored_names_setting_and_remedy(chosen, settings, text):
