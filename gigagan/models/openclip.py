@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gigagan.models.encoders import ImageEncoder, ImageFeatures, TextEncoder, TextFeatures
+from gigagan.models.precision import has_bfloat16
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -25,9 +26,7 @@ def uses_bfloat16(precision: Precision, device: torch.device) -> bool:
     """Whether to multiply in bfloat16; `auto` does where the device has instructions for it."""
     if precision != "auto":
         return precision == "bfloat16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return has_bfloat16(device)
 
 
 def load(architecture: str, tag: str, weights: Path, device: torch.device) -> nn.Module:

@@ -20,6 +20,7 @@ from gigagan.models.attention import AttentionBlock
 from gigagan.models.discriminator import DownConv, Predictor, Reduce, Stage
 from gigagan.models.generator import SynthesisLevel
 from gigagan.models.layers import AdaptiveBlock, DownBlock, ResidualBlock
+from gigagan.models.precision import has_bfloat16
 
 _LEVELS = (SynthesisLevel, Stage, DownBlock)
 _COMPILED = (AdaptiveBlock, AttentionBlock, ResidualBlock, DownBlock, DownConv, Reduce, Predictor)
@@ -41,15 +42,9 @@ def autocast(
 ) -> contextlib.AbstractContextManager[object]:
     """bf16 where asked for, or where `auto` and the device multiplies bf16 natively.
 
-    Demodulation, softmax over a bank, losses and R1 keep float32. A CPU without bf16 instructions
-    emulates them at a tenth of the speed of float32 or less.
+    Demodulation, softmax over a bank, losses and R1 keep float32.
     """
-    native = (
-        torch.cuda.is_bf16_supported(including_emulation=False)
-        if device.type == "cuda"
-        else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
-    wanted = precision == "bf16" or (precision == "auto" and native)
+    wanted = precision == "bf16" or (precision == "auto" and has_bfloat16(device))
     return torch.autocast(device.type, torch.bfloat16) if wanted else contextlib.nullcontext()
 
 
