@@ -1,7 +1,14 @@
 """A Prefect server and an MLflow database for a test session; stages that take no time."""
 
+import contextlib
 import dataclasses
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +17,7 @@ from flows import settings
 
 settings.apply()
 
-from flows import download, evaluate, filter, score, train_base, train_upsampler  # noqa: E402
+from flows import download, evaluate, filter, score, services, train_base, train_upsampler  # noqa: E402
 from flows.config import PipelineConfig  # noqa: E402
 from flows.stage import Context  # noqa: E402
 
@@ -28,6 +35,144 @@ def prefect_server():
 def runs(tmp_path_factory):
     """A folder for a store and a tracking database, whose schema takes seconds to make."""
     return tmp_path_factory.mktemp("runs")
+
+
+@dataclasses.dataclass(frozen=True)
+class S3:
+    """A server that speaks S3, in a process of its own."""
+
+    endpoint: str
+    process: subprocess.Popen
+    environment: dict[str, str]
+    """What a client's process needs: endpoint and (made up) keys."""
+
+    @property
+    def options(self) -> dict:
+        """Keyword arguments of s3fs."""
+        return {"endpoint_url": self.endpoint, "key": "testing", "secret": "testing"}
+
+
+@contextlib.contextmanager
+def start_s3(port: int = 0):
+    """Run moto's S3; every bucket is gone with it."""
+    port = port or services.free_port()
+    endpoint = f"http://127.0.0.1:{port}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(lambda: services.answers(f"{endpoint}/moto-api/"), 60)
+        environment = {
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ENDPOINT_URL_S3": endpoint,
+            "MLFLOW_S3_ENDPOINT_URL": endpoint,
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        yield S3(endpoint, process, environment)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """An S3 server for the session; make a bucket of your own."""
+    with start_s3() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """The session's S3 server, with the variables that lead this process to it."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_server
+
+
+@dataclasses.dataclass
+class Postgres:
+    """A PostgreSQL server with a data folder of its own."""
+
+    folder: Path
+    port: int
+    bin: Path
+    process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it takes connections."""
+        self.process = subprocess.Popen(
+            [self.bin / "postgres", "-D", self.folder / "data", "-p", str(self.port)]
+            + ["-k", str(self.folder), "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            **_unprivileged(),
+        )
+        wait_for(lambda: self.sql("select 1") == "1", 30)
+
+    def stop(self, number: int = signal.SIGINT) -> None:
+        """End it: SIGINT drops its connections, SIGKILL is a crash."""
+        self.process.send_signal(number)
+        self.process.wait(30)
+
+    def sql(self, text: str, database: str = "postgres") -> str:
+        """What psql prints for a statement; empty when it fails."""
+        done = subprocess.run(
+            [self.bin / "psql", "-At", "-c", text, self.url(database)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.stdout.strip()
+
+    def url(self, database: str, scheme: str = "postgresql") -> str:
+        """Address of a database."""
+        return f"{scheme}://postgres@127.0.0.1:{self.port}/{database}"
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory):
+    """A PostgreSQL server for the session; make a database of your own (`create database …`)."""
+    found = shutil.which("initdb") or next(
+        iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), reverse=True)), None
+    )
+    if found is None:
+        pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
+    folder = tmp_path_factory.mktemp("postgres")
+    for above in (folder, *folder.parents):
+        if above.name.startswith("pytest-"):
+            above.chmod(0o755)  # pytest's folders are for their owner alone
+    user = _unprivileged()
+    if user:
+        os.chown(folder, user["user"], user["group"])
+    subprocess.run(
+        [found, "-D", folder / "data", "-U", "postgres", "--auth=trust", "--encoding=UTF8"]
+        + ["--no-sync"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        **user,
+    )
+    server = Postgres(folder, services.free_port(), Path(found).resolve().parent)
+    server.start()
+    yield server
+    server.stop(signal.SIGINT)
+
+
+def _unprivileged() -> dict:
+    """Options of subprocess for what refuses to run as root."""
+    return {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+
+
+def wait_for(claim, seconds: float, every: float = 0.2):
+    """Return what `claim()` returns once it is true; fail after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not (found := claim()):
+        assert time.monotonic() < deadline, f"not true after {seconds} s"
+        time.sleep(every)
+    return found
 
 
 @pytest.fixture
