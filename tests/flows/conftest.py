@@ -105,8 +105,10 @@ class Postgres:
     def start(self) -> None:
         """Start it and wait until it takes connections."""
         self.process = subprocess.Popen(
-            [self.bin / "postgres", "-D", self.folder / "data", "-p", str(self.port)]
-            + ["-k", str(self.folder), "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"],
+            [
+                *(self.bin / "postgres", "-D", self.folder / "data", "-p", str(self.port)),
+                *("-k", self.folder, "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"),
+            ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             **_unprivileged(),
@@ -149,8 +151,10 @@ def postgres(tmp_path_factory):
     if user:
         os.chown(folder, user["user"], user["group"])
     subprocess.run(
-        [found, "-D", folder / "data", "-U", "postgres", "--auth=trust", "--encoding=UTF8"]
-        + ["--no-sync"],
+        [
+            *(found, "-D", folder / "data", "-U", "postgres"),
+            *("--auth=trust", "--encoding=UTF8", "--no-sync"),
+        ],
         check=True,
         stdout=subprocess.DEVNULL,
         **user,
