@@ -8,18 +8,24 @@ READY := $(VENV)/ready-$(firstword $(shell cksum < requirements.lock))
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3 python,$(shell \
 	$(name) -c 'import sys; sys.version_info[:2] in ((3, 11), (3, 12)) or sys.exit(1); print("$(name)")' 2>/dev/null)))
 
-.PHONY: help demo test check bench ui run lock clean setup
+# As many tests at a time as there are cores; a file's tests share what they prepare.
+PYTEST := $(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile
+
+.PHONY: help demo test test-all check bench ui compare run lock clean setup
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
 	@echo 'Arguments: make demo ARGS="--set filter.min_similarity=0.2"; make run PRESET=smoke'
 
 demo: setup  ## the whole pipeline on real pictures, 22 minutes on one core
 	@$(PY) -m flows run --preset $(PRESET) $(ARGS)
 
 test: setup  ## all tests but the slow ones
-	@$(PY) -m pytest -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: setup  ## every test, as continuous integration runs them
+	@$(PYTEST) $(ARGS)
 
 check: setup  ## lint, format, types, import rules
 	$(VENV)/bin/ruff check .
@@ -32,6 +38,9 @@ bench: setup  ## measure speed and memory
 
 ui: setup  ## the Prefect and MLflow pages, until Ctrl-C
 	@$(PY) -m flows ui $(ARGS)
+
+compare: setup  ## the MLflow page that lays runs side by side (ARGS=train-base: runs of that stage)
+	@$(PY) -m flows compare $(ARGS)
 
 run: setup  ## a deployment through a Prefect server and worker, watched to its end
 	@$(PY) -m flows submit --preset $(PRESET) $(ARGS)

@@ -7,13 +7,14 @@ import itertools
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from bench import adaptive, data, initial, model, precision, predict, training
+from bench import adaptive, data, initial, model, orchestration, precision, predict, training
 
 BENCHMARKS = {
     "adaptive": adaptive.main,
     "data": data.main,
     "initial": initial.main,
     "model": model.main,
+    "orchestration": orchestration.main,
     "precision": precision.main,
     "predict": predict.main,
     "training": training.main,

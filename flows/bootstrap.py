@@ -1,23 +1,27 @@
-"""What a Prefect server needs before it can run us: pool, limit, automation, deployments.
+"""What a Prefect server needs before it can run us: pool, limit, automations, deployments.
 
 Idempotent: a second call changes nothing but to the current definitions.
 """
 
 from __future__ import annotations
 
-import contextlib
-import subprocess
-import sys
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
+from uuid import UUID
 
+import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.objects import StateType, WorkerStatus
 from prefect.events import AutomationCore, EventTrigger, Posture
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.events import ResourceSpecification
-from prefect.exceptions import ObjectAlreadyExists
+from prefect.exceptions import ObjectNotFound
+from prefect.flows import Flow, load_flow_from_entrypoint
+from prefect.utilities.callables import parameter_schema
+from prefect.utilities.importtools import from_qualified_name
+from prefect.utilities.templating import apply_values
 
 from flows import settings
 from flows.conductor import GPU_LIMIT
@@ -25,52 +29,89 @@ from flows.config import ROOT, PipelineConfig
 
 DEPLOYMENTS = ROOT / "infra" / "prefect.yaml"
 ZOMBIES = "crash-zombie-runs"
-ZOMBIE_AFTER = timedelta(seconds=90)
+ZOMBIE_AFTER_S = 90.0
+"""Silence after which a run is taken for dead; three of its heartbeats."""
 
 
 class BootstrapError(RuntimeError):
-    """The server refused a definition."""
+    """The server has something else under one of our names."""
 
 
-def bootstrap(gpu_jobs: int = 1) -> None:
-    """Create or update everything on the server of `PREFECT_API_URL`."""
+def bootstrap(
+    gpu_jobs: int | None = None,
+    *,
+    pool: str = settings.POOL,
+    kind: str = "process",
+    job_variables: Mapping[str, Any] | None = None,
+    zombie_after_s: float = ZOMBIE_AFTER_S,
+) -> None:
+    """Create or update everything on the server of `PREFECT_API_URL`.
+
+    `gpu_jobs` sets how many stages may hold a GPU at a time (None keeps what the server has, at
+    first 1). `kind` is the type of the work pool, `process` or `kubernetes`; `job_variables` are
+    those of all deployments. Raises `BootstrapError` when the pool exists with another type.
+    """
     with get_client(sync_client=True) as client:
-        make_pool(client)
+        make_pool(client, pool, kind)
         make_gpu_limit(client, gpu_jobs)
-        make_zombie_automation(client)
-    deploy()
+        make_zombie_automation(client, zombie_after_s)
+        deploy(client, pool, job_variables)
 
 
-def make_pool(client: SyncPrefectClient) -> None:
-    """The work pool whose worker runs flows as processes of this machine."""
-    with contextlib.suppress(ObjectAlreadyExists):
-        client.create_work_pool(WorkPoolCreate(name=settings.POOL, type="process"))
+def make_pool(client: SyncPrefectClient, name: str, kind: str) -> None:
+    """The work pool whose workers run flows: as processes of their machine, or as pods."""
+    template = _kubernetes_template() if kind == "kubernetes" else None
+    try:
+        found = client.read_work_pool(name)
+    except ObjectNotFound:
+        pool = WorkPoolCreate(name=name, type=kind, base_job_template=template or {})
+        client.create_work_pool(pool)
+        return
+    if found.type != kind:
+        raise BootstrapError(
+            f"the work pool {name!r} is of type {found.type!r}, not {kind!r}: name another pool, "
+            f"or delete it with `prefect work-pool delete {name}`"
+        )
+    if template:
+        client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
 
 
-def make_gpu_limit(client: SyncPrefectClient, gpu_jobs: int) -> None:
-    """How many training jobs run at a time; others queue. A missing limit would limit nothing."""
-    client.upsert_global_concurrency_limit_by_name(GPU_LIMIT, gpu_jobs)
+def _kubernetes_template() -> dict[str, Any]:
+    from flows import pools  # its package is an extra
+
+    return pools.template()
 
 
-def make_zombie_automation(client: SyncPrefectClient) -> None:
+def make_gpu_limit(client: SyncPrefectClient, gpu_jobs: int | None) -> None:
+    """How many GPU stages run at a time; others queue. A missing limit would limit nothing."""
+    if gpu_jobs is None:
+        try:
+            client.read_global_concurrency_limit_by_name(GPU_LIMIT)
+        except ObjectNotFound:
+            gpu_jobs = 1
+    if gpu_jobs is not None:
+        client.upsert_global_concurrency_limit_by_name(GPU_LIMIT, gpu_jobs)
+
+
+def make_zombie_automation(client: SyncPrefectClient, after_s: float) -> None:
     """Mark runs as crashed that send no heartbeats any more: worker and flow died together."""
-    states = ("Completed", "Failed", "Cancelled", "Crashed")
+    ends = ("Completed", "Failed", "Cancelled", "Crashed")
     automation = AutomationCore(
         name=ZOMBIES,
         description="Flow runs whose heartbeats stopped become Crashed.",
         trigger=EventTrigger(
             after={"prefect.flow-run.heartbeat"},
-            expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{s}" for s in states)},
+            expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{end}" for end in ends)},
             match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
-            within=ZOMBIE_AFTER,
+            within=timedelta(seconds=after_s),
         ),
         actions=[
             ChangeFlowRunState(
                 state=StateType.CRASHED,
-                message=f"no heartbeat for {ZOMBIE_AFTER.seconds} s: its process is gone",
+                message=f"no heartbeat for {after_s:g} s: its process is gone",
             )
         ],
     )
@@ -82,21 +123,52 @@ def make_zombie_automation(client: SyncPrefectClient) -> None:
 
 
 def has_worker() -> bool:
-    """Whether a worker of our pool is alive."""
+    """Whether a worker of this machine's pool is alive."""
     with get_client(sync_client=True) as client:
         workers = client.read_workers_for_work_pool(settings.POOL)
     return any(worker.status == WorkerStatus.ONLINE for worker in workers)
 
 
-def deploy() -> None:
-    """Register the deployments of infra/prefect.yaml."""
-    command = ["prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(DEPLOYMENTS)]
-    done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        tail = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
-        raise BootstrapError(f"`{' '.join(command)}` failed:\n{tail}")
+def deploy(
+    client: SyncPrefectClient, pool: str, job_variables: Mapping[str, Any] | None = None
+) -> None:
+    """Register the deployments of infra/prefect.yaml in a work pool.
+
+    `prefect deploy --all --prefect-file infra/prefect.yaml` does the same for the pool in that
+    file, five times as slowly: it derives the form of every deployment anew.
+    """
+    flows: dict[str, tuple[UUID, dict[str, Any], str | None]] = {}
+    for deployment in deployments():
+        entrypoint = deployment["entrypoint"]
+        if entrypoint not in flows:
+            flow: Flow[..., Any] = load_flow_from_entrypoint(entrypoint)
+            form = parameter_schema(flow).model_dump_for_openapi()
+            flows[entrypoint] = client.create_flow(flow), form, flow.description
+        flow_id, form, description = flows[entrypoint]
+        client.create_deployment(
+            flow_id,
+            deployment["name"],
+            entrypoint=entrypoint,
+            description=description,
+            parameters=deployment["parameters"],
+            parameter_openapi_schema=form,
+            enforce_parameter_schema=True,
+            tags=deployment["tags"],
+            work_pool_name=pool,
+            job_variables=dict(job_variables or deployment["work_pool"]["job_variables"]),
+            pull_steps=[],
+        )
+
+
+def deployments() -> list[dict[str, Any]]:
+    """What infra/prefect.yaml declares, with its build steps run and their results put in."""
+    document = yaml.safe_load(DEPLOYMENTS.read_text())
+    results = {}
+    for step in document["build"]:
+        ((function, inputs),) = step.items()
+        arguments = {name: value for name, value in inputs.items() if name != "id"}
+        results[inputs["id"]] = from_qualified_name(function)(**arguments)
+    return list(apply_values(document["deployments"], results))
 
 
 def preset_step(preset: str) -> dict[str, Any]:
