@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -136,17 +137,15 @@ class Postgres:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory):
+def postgres():
     """A PostgreSQL server for the session; make a database of your own (`create database …`)."""
     found = shutil.which("initdb") or next(
         iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), reverse=True)), None
     )
     if found is None:
         pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
-    folder = tmp_path_factory.mktemp("postgres")
-    for above in (folder, *folder.parents):
-        if above.name.startswith("pytest-"):
-            above.chmod(0o755)  # pytest's folders are for their owner alone
+    # Not one of pytest's folders: those are for their owner alone.
+    folder = Path(tempfile.mkdtemp(prefix="postgres-"))
     user = _unprivileged()
     if user:
         os.chown(folder, user["user"], user["group"])
@@ -163,6 +162,7 @@ def postgres(tmp_path_factory):
     server.start()
     yield server
     server.stop(signal.SIGINT)
+    shutil.rmtree(folder)
 
 
 def _unprivileged() -> dict:

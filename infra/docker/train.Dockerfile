@@ -1,0 +1,39 @@
+# Training on GPUs: torch with the CUDA libraries of requirements.lock, and a C compiler, which
+# torch.compile needs. Also a conductor that trains in its own container (compose.gpu.yaml).
+#   docker build -f infra/docker/train.Dockerfile -t gigagan-train .
+# A digest instead of a tag: --build-arg IMAGE=python@sha256:…
+ARG IMAGE=python:3.11.14-bookworm
+
+FROM ${IMAGE} AS build
+COPY infra/docker/train.txt /tmp/
+RUN python -m venv /opt/venv \
+    && /opt/venv/bin/pip install --no-cache-dir --no-deps -r /tmp/train.txt
+
+FROM ${IMAGE}
+RUN groupadd --gid 10001 app && useradd --uid 10001 --gid 10001 --create-home app \
+    && mkdir -p /app/runs && chown app:app /app/runs
+COPY --from=build /opt/venv /opt/venv
+COPY infra/docker/with-secrets /usr/local/bin/
+COPY pyproject.toml /app/
+COPY gigagan /app/gigagan
+COPY data /app/data
+COPY flows /app/flows
+COPY infra/prefect.yaml /app/infra/
+# The driver comes from the node: these two tell NVIDIA's container runtime what to mount.
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONPATH=/app \
+    PIPELINE_ROOT=/app \
+    PYTHONUNBUFFERED=1 \
+    PREFECT_HOME=/tmp/prefect \
+    MPLCONFIGDIR=/tmp/matplotlib \
+    TORCHINDUCTOR_CACHE_DIR=/tmp/inductor \
+    TRITON_CACHE_DIR=/tmp/triton \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER 10001:10001
+WORKDIR /app
+VOLUME /app/runs
+ENTRYPOINT ["with-secrets"]
+# A batch job: its health is its exit status.
+HEALTHCHECK NONE
+CMD ["python", "-m", "gigagan.training", "--help"]
