@@ -24,6 +24,8 @@ OTHER_SERVICES = frozenset(
 """Ports above 1023 that browsers refuse, too: a request could mean something to who listens."""
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 """IPv6 prefix behind which a gateway answers for an IPv4 address (RFC 6052)."""
+DOCUMENTATION = ipaddress.ip_network("3fff::/20")
+"""RFC 9637; younger than Python 3.11's lists."""
 GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 """All of IPv6 that is assigned to the internet; Teredo in it counts as private to `ipaddress`."""
 
@@ -123,7 +125,7 @@ def is_public(address: str) -> bool:
         last = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         inner = ip.ipv4_mapped or ip.sixtofour or (last if ip in NAT64 else None)
         if inner is None:
-            return ip.is_global and ip in GLOBAL_UNICAST
+            return ip.is_global and ip in GLOBAL_UNICAST and ip not in DOCUMENTATION
         ip = inner
     return ip.is_global and not ip.is_multicast
 

@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flows import progress, settings
+from flows import progress, settings, store_command
 from flows.config import PRESETS, PipelineConfig, StageName, parse_assignments, presets
 
 if TYPE_CHECKING:
+    from flows.registry import Registry
     from flows.stage import StageOutput
 
 DEFAULT_PRESET = "demo"
@@ -104,6 +105,14 @@ def parser() -> argparse.ArgumentParser:
         "--force", nargs="+", default=[], metavar="STAGE", help="discard the output of these first"
     )
 
+    chosen.add_argument(
+        "--upstream",
+        action="append",
+        default=[],
+        metavar="STAGE=WHERE",
+        help="let this output stand for a stage: a key, an MLflow run, a folder or URL",
+    )
+
     top = argparse.ArgumentParser(
         prog="python -m flows",
         description="Download, score, filter, train, upsample, evaluate: one pipeline.",
@@ -134,7 +143,22 @@ def parser() -> argparse.ArgumentParser:
         help="create pool, limit, automation and deployments on a Prefect server",
     )
     bootstrap.add_argument(
-        "--gpu-jobs", type=int, default=1, help="training jobs at a time (default: 1)"
+        "--gpu-jobs", type=int, help="GPU stages at a time (default: what the server has, or 1)"
+    )
+    bootstrap.add_argument("--pool", default=settings.POOL, help="work pool (default: local)")
+    bootstrap.add_argument(
+        "--type",
+        choices=["process", "kubernetes"],
+        default="process",
+        help="how workers of the pool start flows (default: as processes)",
+    )
+    bootstrap.add_argument(
+        "--job-variable",
+        dest="job_variables",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the pool's job template, for all deployments, as in image=REGISTRY/IMAGE:TAG",
     )
     bootstrap.set_defaults(command=bootstrap_command)
 
@@ -143,9 +167,41 @@ def parser() -> argparse.ArgumentParser:
     )
     worker.set_defaults(command=worker_command)
 
+    compare = commands.add_parser(
+        "compare", parents=[common], help="show runs side by side in MLflow's page"
+    )
+    compare.add_argument("stage", nargs="?", help="its runs (default: runs of the whole pipeline)")
+    compare.add_argument("--no-open", action="store_true", help="print the page, open no browser")
+    _add_record(compare)
+    compare.set_defaults(command=compare_command)
+
+    champion = commands.add_parser(
+        "champion", parents=[common], help="show, set or roll back the best evaluated model"
+    )
+    champion.add_argument("action", nargs="?", choices=["show", "set", "rollback"], default="show")
+    champion.add_argument("version", nargs="?", help="for set: the version that becomes champion")
+    _add_record(champion)
+    champion.set_defaults(command=champion_command)
+
+    store_command.add_parser(commands, [common])
+
+    render = commands.add_parser(
+        "render", parents=[common, chosen], help="print what a stage would start, and start nothing"
+    )
+    render.add_argument("stage", metavar="STAGE", help="train-base, train-upsampler or evaluate")
+    render.set_defaults(command=render_command)
+
     listing = commands.add_parser("presets", parents=[common], help="list the presets")
     listing.set_defaults(command=presets_command)
     return top
+
+
+def _add_record(parser: argparse.ArgumentParser) -> None:
+    """Options that say which record is meant."""
+    parser.add_argument(
+        "--preset", default=DEFAULT_PRESET, help="the one that was run (default: demo)"
+    )
+    parser.add_argument("--store", help="folder or URL of all outputs (default: the preset's)")
 
 
 def configured(arguments: argparse.Namespace) -> PipelineConfig:
@@ -157,7 +213,7 @@ def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The changes of the command line; a store is relative to where it was typed."""
     overrides = parse_assignments(arguments.assignments)
     if arguments.store:
-        overrides["store"] = str(Path(arguments.store).absolute())
+        overrides["store"] = store_command.located(arguments.store)
     return overrides
 
 
@@ -181,12 +237,13 @@ def run_command(arguments: argparse.Namespace) -> None:
     if not arguments.debug:
         settings.quiet()
     if arguments.dry_run:
-        _show_plan(config, stages, force)
+        _show_plan(config, stages, force, arguments.upstream)
         return
-    from flows import services
-    from flows.stage import Store
+    from flows import services, upstream
+    from flows.store import Store
 
-    Store(config.store_path).prepare()
+    Store.of(config).prepare()
+    named = upstream.parse(arguments.upstream)
     console = Console()
     with services.prefect_api():
         from prefect.logging.handlers import APILogHandler
@@ -196,7 +253,7 @@ def run_command(arguments: argparse.Namespace) -> None:
         console.print(f"Prefect page while this runs: {os.environ['PREFECT_UI_URL']}")
         with progress.reporting(console) as reporter:
             try:
-                outputs = full_pipeline(stages=stages, force=force, config=config)
+                outputs = full_pipeline(stages=stages, force=force, upstream=named, config=config)
             finally:
                 APILogHandler().flush()  # while the server is there
     _show_results(console, config, outputs, reporter.endings)
@@ -210,7 +267,9 @@ def submit_command(arguments: argparse.Namespace) -> int:
         "stages": named_stages(arguments.stages),
         "force": named_stages(arguments.force),
     }
-    from flows import services
+    from flows import services, upstream
+
+    parameters["upstream"] = upstream.parse(arguments.upstream)
 
     with services.prefect_api():
         from flows.bootstrap import bootstrap, has_worker
@@ -246,7 +305,12 @@ def bootstrap_command(arguments: argparse.Namespace) -> None:
     with services.prefect_api() as api:
         from flows.bootstrap import bootstrap
 
-        bootstrap(arguments.gpu_jobs)
+        bootstrap(
+            arguments.gpu_jobs,
+            pool=arguments.pool,
+            kind=arguments.type,
+            job_variables=parse_assignments(arguments.job_variables, "--job-variable"),
+        )
         Console().print(f"{api}: pool, limit, automation and deployments are up to date")
 
 
@@ -256,6 +320,67 @@ def worker_command(arguments: argparse.Namespace) -> NoReturn:
 
     services.use_running_api()
     os.execv(sys.executable, [sys.executable, "-m", *services.WORKER])
+
+
+def compare_command(arguments: argparse.Namespace) -> None:
+    """Show the page that compares runs; serve it until Ctrl-C where none is served."""
+    from flows import compare
+
+    stage = named_stages([arguments.stage])[0] if arguments.stage else None
+    config = _recorded(arguments)
+    compare.compare(config, stage, Console(), browse=not arguments.no_open and sys.stdout.isatty())
+
+
+def champion_command(arguments: argparse.Namespace) -> None:
+    """Show the registered versions, or move the title between them."""
+    from flows.registry import Registry
+    from flows.tracking import Tracker
+
+    config = _recorded(arguments)
+    if (arguments.action == "set") != bool(arguments.version):
+        raise UsageError("write `champion set VERSION`, `champion rollback` or `champion`")
+    registry = Registry(Tracker(config.name, config.store_path).client, config.name)
+    console = Console()
+    if arguments.action == "set":
+        console.print(registry.choose(arguments.version))
+    elif arguments.action == "rollback":
+        console.print(registry.roll_back())
+    else:
+        _show_versions(console, registry)
+
+
+def _show_versions(console: Console, registry: Registry) -> None:
+    from flows.registry import score_under
+
+    champion = registry.champion()
+    table = Table(title=f"{registry.name} in the registry", title_justify="left", box=None)
+    for column in ("version", "", "decides", "protocol", "evaluated", "note"):
+        table.add_column(column, overflow="fold")
+    for version in registry.versions():
+        title = "champion" if champion and version.version == champion.version else ""
+        note = version.tags.get("champion.withdrawn") or version.tags.get("champion.reason", "")
+        protocol = version.tags.get("protocol", "")
+        score = score_under(version, protocol)
+        run = version.tags.get("evaluation.run_id", "")
+        shown = f"{score.metric} {score.value:.4g}"
+        table.add_row(f"{version.version}", title, shown, protocol, run[:8], escape(note))
+    console.print(table)
+
+
+def _recorded(arguments: argparse.Namespace) -> PipelineConfig:
+    """The configuration whose record is meant; a folder is relative to where it was typed."""
+    store = arguments.store
+    if store and "://" not in store:
+        store = str(Path(store).absolute())
+    return PipelineConfig.preset(arguments.preset).override({"store": store} if store else {})
+
+
+def render_command(arguments: argparse.Namespace) -> None:
+    """Print a stage's command line, batch script or manifest."""
+    from flows.render import rendered
+
+    (stage,) = named_stages([arguments.stage])
+    print(rendered(stage, configured(arguments)))
 
 
 def presets_command(arguments: argparse.Namespace) -> None:
@@ -270,16 +395,22 @@ def presets_command(arguments: argparse.Namespace) -> None:
 
 
 def _show_plan(
-    config: PipelineConfig, stages: Sequence[StageName], force: Sequence[StageName]
+    config: PipelineConfig,
+    stages: Sequence[StageName],
+    force: Sequence[StageName],
+    upstream: Sequence[str],
 ) -> None:
     from flows.full_pipeline import plan
+    from flows.upstream import parse
 
     console = Console()
     console.print_json(config.model_dump_json())
-    table = Table(title=f"Plan in {config.store_path}", title_justify="left", box=None)
+    table = Table(
+        title=f"Plan in {config.store_url or config.store_path}", title_justify="left", box=None
+    )
     for column in ("stage", "action", "key", "why"):
         table.add_column(column, overflow="fold")
-    for step in plan(config, stages, force):
+    for step in plan(config, stages, force, parse(upstream)):
         table.add_row(step.stage, step.action, (step.key or "")[:16], escape(step.reason))
     console.print(table)
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from data.config import DownloadConfig, FilterConfig, ScoreConfig
+from flows.resources import Frozen, ResourcesConfig
+from flows.resources import Resources as Resources  # part of this module's interface
 from gigagan.config import EvaluateConfig, TrainBaseConfig, TrainUpsamplerConfig
 from gigagan.config import presets as training_presets
 
@@ -19,18 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PRESETS = Path(__file__).with_name("presets")
 TRAINING = frozenset({"train_base", "train_upsampler"})
 """Sections that may start from one of the networks' own presets."""
+FREE = frozenset({"env", "parameters", "node_selector", "env_from_secrets"})
+"""Mappings in which an override may name a new key."""
 
 
 class ConfigError(ValueError):
     """A preset, key or value that cannot be used; the message says what can."""
-
-
-class Frozen(BaseModel):
-    """A section of the configuration: immutable, unknown keys refused, attribute docs shown."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
-    )
 
 
 class StageName(StrEnum):
@@ -44,50 +43,16 @@ class StageName(StrEnum):
     EVALUATE = "evaluate"
 
 
-class Resources(Frozen):
-    """What a stage runs on. Never part of its key: other hardware makes the same output."""
-
-    backend: Literal["inline", "torchrun"] = "inline"
-    """How child processes start: one plain process, or torchrun on this node."""
-    processes: int = Field(1, ge=1)
-    """Processes of the stage: ranks for torchrun, workers for data stages."""
-    threads: int | None = Field(None, ge=1)
-    """Threads of each process; null shares the cores out evenly."""
-    max_restarts: int = Field(3, ge=0)
-    """How often torchrun starts all ranks again, from the last checkpoint, after one died."""
-    executor: Literal["processes", "ray"] = "processes"
-    """Where data stages run their shards: processes of this machine, or a Ray cluster (the one of
-    RAY_ADDRESS, or a local one)."""
-    gpus: float = Field(0.0, ge=0)
-    """Share of a CUDA device that Ray gives each worker; without it workers see none."""
-    env: dict[str, str] = {}
-    """Further environment variables for child processes."""
-
-
-class ResourcesConfig(Frozen):
-    """Resources of every stage."""
-
-    download: Resources = Resources()
-    """For the download."""
-    score: Resources = Resources()
-    """For scoring; a process per device."""
-    filter: Resources = Resources()
-    """For selection and sharding."""
-    train_base: Resources = Resources()
-    """For training the base generator."""
-    train_upsampler: Resources = Resources()
-    """For training the upsampler."""
-    evaluate: Resources = Resources()
-    """For the evaluation."""
-
-
 class PipelineConfig(Frozen):
     """All settings of a pipeline run."""
 
     name: str = Field("gigagan", pattern=r"^[\w.-]+$")
     """Prefix of the MLflow experiments."""
     store: str = "runs/store"
-    """Folder of all outputs; a relative path starts at the project's folder."""
+    """Folder of all outputs, or an fsspec URL such as s3://bucket/prefix; a relative path starts at
+    the project's folder."""
+    save_every_s: float = Field(300.0, gt=0)
+    """Seconds between two savings of unfinished work to a store behind a URL."""
     download: DownloadConfig = DownloadConfig()
     """Metadata to images."""
     score: ScoreConfig = ScoreConfig()
@@ -104,9 +69,23 @@ class PipelineConfig(Frozen):
     """What each stage runs on."""
 
     @property
+    def store_url(self) -> str | None:
+        """The store's URL; None when it is a folder."""
+        is_folder = "://" not in self.store or self.store.startswith("file://")
+        return None if is_folder else self.store.rstrip("/")
+
+    @property
     def store_path(self) -> Path:
-        """The store as a path that does not depend on the working directory."""
-        return ROOT / Path(self.store).expanduser()
+        """The store's folder on this machine, whatever the working directory.
+
+        Of a store behind a URL the mirror, below `GIGAGAN_STORE_CACHE` or `runs/mirror`.
+        """
+        if self.store_url is None:
+            return ROOT / Path(self.store.removeprefix("file://")).expanduser()
+        mirrors = os.environ.get("GIGAGAN_STORE_CACHE") or ROOT / "runs" / "mirror"
+        name = re.sub(r"[^A-Za-z0-9]+", "-", self.store_url).strip("-")
+        short = hashlib.sha256(self.store_url.encode()).hexdigest()[:8]
+        return Path(mirrors).absolute() / f"{name}-{short}"
 
     @classmethod
     def preset(cls, name: str) -> PipelineConfig:
@@ -146,7 +125,8 @@ class PipelineConfig(Frozen):
             for section in sections:
                 node = node.get(section) if isinstance(node, dict) else None
             # A leaf that is not there yet is legal in a free mapping such as `env` only.
-            if not isinstance(node, dict) or (leaf not in node and sections[-1:] != ["env"]):
+            is_free = sections[-1:] and sections[-1] in FREE
+            if not isinstance(node, dict) or (leaf not in node and not is_free):
                 raise ConfigError(_unknown(key))
             node[leaf] = value
         return self.parse(tree)
@@ -157,13 +137,13 @@ def presets() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def parse_assignments(items: Sequence[str]) -> dict[str, Any]:
+def parse_assignments(items: Sequence[str], option: str = "--set") -> dict[str, Any]:
     """`["a.b=1", …]` as overrides; values are read as YAML."""
     overrides = {}
     for item in items:
         key, sign, value = item.partition("=")
         if not sign:
-            raise ConfigError(f"--set {item!r} has no '=': write it as section.key=value")
+            raise ConfigError(f"{option} {item!r} has no '=': write it as KEY=VALUE")
         overrides[key.strip()] = yaml.safe_load(value)
     return overrides
 
@@ -227,6 +207,7 @@ def _problem(problem: Mapping[str, Any]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return _unknown(key)
-    if not isinstance(problem["input"], dict):
+    # A validator of ours says what is wrong, and no more where the value may be a secret.
+    if problem["type"] != "value_error" and not isinstance(problem["input"], dict):
         return f"{key} = {problem['input']!r}: {problem['msg']}"
-    return f"{key}: {problem['msg']}"
+    return f"{key}: {problem['msg'].removeprefix('Value error, ')}"

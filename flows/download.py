@@ -50,11 +50,13 @@ STAGE = Stage(
 def download(
     overrides: dict[str, Any] = {},  # noqa: B006
     force: bool = False,
+    upstream: dict[str, str] = {},  # noqa: B006
     config: PipelineConfig = PipelineConfig(),
 ) -> Outcome:
     """Bring the download up to date.
 
     * **overrides**: dotted keys, as in `{"download.embedded.max_concepts": 50}`
     * **force**: discard its output and run it again
+    * **upstream**: outputs to read instead: `{"filter": WHERE}` with a key, an MLflow run or a URL
     """
-    return conduct(STAGE, overrides, force, config)
+    return conduct(STAGE, overrides, force, config, upstream)

@@ -15,10 +15,12 @@ from flows.conductor import Outcome, conduct
 from flows.config import PipelineConfig
 from flows.stage import Context, Need, Stage
 
+PROCESS = launch.Process(("gigagan", "evaluate"), out="--out")
+
 
 def run(context: Context) -> None:
     """The stage's body."""
-    launch.stage_process(context, ["gigagan", "evaluate"], out="--out")
+    launch.stage_process(context, PROCESS)
     context.metrics |= json.loads((context.path / "results.json").read_text())["metrics"]
 
 
@@ -56,11 +58,13 @@ STAGE = Stage(
 def evaluate(
     overrides: dict[str, Any] = {},  # noqa: B006
     force: bool = False,
+    upstream: dict[str, str] = {},  # noqa: B006
     config: PipelineConfig = PipelineConfig(),
 ) -> Outcome:
     """Bring the evaluation up to date.
 
     * **overrides**: dotted keys, as in `{"evaluate.seed": 1}`
     * **force**: discard its output and evaluate again
+    * **upstream**: outputs to read instead: `{"filter": WHERE}` with a key, an MLflow run or a URL
     """
-    return conduct(STAGE, overrides, force, config)
+    return conduct(STAGE, overrides, force, config, upstream)

@@ -40,7 +40,9 @@ def run(context: Context) -> None:
     for index in context.path.glob("shards/*/index.json"):
         folder = index.parent.relative_to(context.path)
         for shard in json.loads(index.read_text())["shards"]:
-            context.digests[f"{folder}/{shard['name']}"] = shard["sha256"]
+            tar = f"{folder}/{shard['name']}"
+            context.digests[tar] = shard["sha256"]
+            context.digests[tar.removesuffix("tar") + "parquet"] = shard["index_sha256"]
 
 
 def _save_aligner(out: Path, scores: Path) -> None:
@@ -58,7 +60,11 @@ def _save_aligner(out: Path, scores: Path) -> None:
 
 def needs(config: PipelineConfig) -> Mapping[str, Need]:
     """The scores, and the pictures they were made from."""
-    found = {"scores": Need(score.STAGE, "scores"), "fates": Need(download.STAGE, "fates")}
+    pictures = ("images", "plan.json", "site")
+    found = {
+        "scores": Need(score.STAGE, "scores"),
+        "fates": Need(download.STAGE, "fates", beside=pictures),
+    }
     if config.score.encoder == "embedded:aligner" or config.filter.min_duplicate_cosine:
         found["embeddings"] = Need(score.STAGE, "embeddings", optional=True)
     return found
@@ -81,11 +87,13 @@ STAGE = Stage("filter", version=2, run=run, needs=needs, external=external)
 def filter_(
     overrides: dict[str, Any] = {},  # noqa: B006
     force: bool = False,
+    upstream: dict[str, str] = {},  # noqa: B006
     config: PipelineConfig = PipelineConfig(),
 ) -> Outcome:
     """Bring the filter up to date.
 
     * **overrides**: dotted keys, as in `{"filter.min_similarity": 0.2}`
     * **force**: discard its output and run it again
+    * **upstream**: outputs to read instead: `{"filter": WHERE}` with a key, an MLflow run or a URL
     """
-    return conduct(STAGE, overrides, force, config)
+    return conduct(STAGE, overrides, force, config, upstream)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,10 +11,13 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.runtime import flow_run
 
 from flows import download, evaluate, filter, progress, score, train_base, train_upsampler
+from flows.aftermath import spare
 from flows.conductor import prefect_tags
 from flows.config import PipelineConfig, StageName
-from flows.stage import MissingInputError, Stage, StageOutput, Store
+from flows.stage import MissingInputError, Stage, StageOutput
+from flows.store import Store, Upstream
 from flows.tracking import PIPELINE, Tracker
+from flows.upstream import locate
 
 ALL = list(StageName)
 
@@ -46,6 +49,7 @@ def full_pipeline(
     overrides: dict[str, Any] = {},  # noqa: B006
     stages: list[StageName] = ALL,
     force: list[StageName] = [],  # noqa: B006
+    upstream: dict[str, str] = {},  # noqa: B006
     config: PipelineConfig = PipelineConfig(),
 ) -> dict[str, StageOutput]:
     """Bring all stages up to date, in order.
@@ -53,24 +57,29 @@ def full_pipeline(
     * **overrides**: dotted keys, as in `{"train_base.total_images": 20000}`
     * **stages**: run only these; what they need must be in the store
     * **force**: discard the output of these and run them again
+    * **upstream**: outputs that stand for stages, which then do not run: `{"filter": WHERE}` with a
+      key, an MLflow run or a URL
     """
     config = config.override(overrides)
-    Store(config.store_path).prepare()
+    Store.of(config).prepare()
     tracker = Tracker(config.name, config.store_path)
     run_id = tracker.start_pipeline(
         str(flow_run.id), config.model_dump(mode="json"), prefect_tags()
     )
-    create_link_artifact(tracker.run_url(run_id), key="mlflow", description="The run in MLflow.")
+    url = tracker.run_url(run_id)
+    with spare("the link to MLflow"):
+        create_link_artifact(url, key="mlflow", description="The run in MLflow.")
 
     outputs: dict[str, StageOutput] = {}
     try:
         with tracker.status_of(run_id):
             for name in ALL:
-                if name in stages:
-                    outcome = FLOWS[name](force=name in force, config=config)
+                if name in stages and name not in upstream:
+                    outcome = FLOWS[name](force=name in force, upstream=upstream, config=config)
                     outputs[name.value] = cast(StageOutput, outcome)  # Prefect unwraps a state
     finally:
-        create_markdown_artifact(_summary(outputs, tracker, run_id), key="pipeline-summary")
+        with spare("the summary"):
+            create_markdown_artifact(_summary(outputs, tracker, run_id), key="pipeline-summary")
     return outputs
 
 
@@ -87,40 +96,55 @@ class Step:
 
 
 def plan(
-    config: PipelineConfig, stages: Sequence[StageName] = ALL, force: Sequence[StageName] = ()
+    config: PipelineConfig,
+    stages: Sequence[StageName] = ALL,
+    force: Sequence[StageName] = (),
+    upstream: Mapping[str, str] | None = None,
 ) -> list[Step]:
     """What `full_pipeline` would do, without doing it."""
-    store = Store(config.store_path)
+    store = Store.of(config)
+    given = _given(config, store, upstream or {})
     pending: list[str] = []  # stages whose output may change, so that later keys are open
     steps = []
     for name in ALL:
-        if name not in stages:
+        if name not in stages or name in given:
             continue
         this = stage(name)
-        upstream = {need.stage.name for need in this.needs(config).values()}
-        waits_for = [other for other in pending if other in upstream]
-        step = _step(this, config, store, waits_for, name in force)
+        makers = {need.stage.name for need in this.needs(config).values()}
+        waits_for = [other for other in pending if other in makers]
+        step = _step(this, config, store, given, waits_for, name in force)
         if step.action != "skip":
             pending.append(this.name)
         steps.append(step)
     return steps
 
 
+def _given(config: PipelineConfig, store: Store, upstream: Mapping[str, str]) -> Upstream:
+    if not upstream:
+        return {}  # MLflow is asked only for what names one of its runs
+    return locate(store, upstream, lambda run: Tracker(config.name, store.root).output_of(run))
+
+
 def _step(
-    this: Stage, config: PipelineConfig, store: Store, waits_for: list[str], force: bool
+    this: Stage,
+    config: PipelineConfig,
+    store: Store,
+    given: Upstream,
+    waits_for: list[str],
+    force: bool,
 ) -> Step:
     if waits_for:
         reason = f"its key follows from the output of {', '.join(waits_for)}"
         return Step(this.name, "force" if force else "run", None, reason)
     try:
-        key = store.resolve(this, config).key
+        key = store.resolve(this, config, upstream=given).key
     except MissingInputError as error:
         return Step(this.name, "missing", None, str(error))
-    folder = store.directory(this, key)
+    folder = store.place(this.name, key)
     if force:
         return Step(this.name, "force", key, f"discards {folder}")
     if store.manifest(this, key) is None:
-        if folder.exists():
+        if folder.has_work():
             return Step(this.name, "resume", key, f"unfinished in {folder}")
         return Step(this.name, "run", key, "never run with this configuration and input")
     if damage := store.damage(this, key):

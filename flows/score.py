@@ -140,7 +140,7 @@ def _cross_fitted(images_ND: Any, texts_NE: Any, *, seed: int) -> Any:
 
 def needs(config: PipelineConfig) -> Mapping[str, Need]:
     """The fates: they name every picture by its sha256."""
-    return {"fates": Need(download.STAGE, "fates")}
+    return {"fates": Need(download.STAGE, "fates", beside=("images", "lists"))}
 
 
 STAGE = Stage("score", version=1, run=run, needs=needs, unkeyed=("devices", "batch_size"))
@@ -150,14 +150,16 @@ STAGE = Stage("score", version=1, run=run, needs=needs, unkeyed=("devices", "bat
 def score(
     overrides: dict[str, Any] = {},  # noqa: B006
     force: bool = False,
+    upstream: dict[str, str] = {},  # noqa: B006
     config: PipelineConfig = PipelineConfig(),
 ) -> Outcome:
     """Bring the scores up to date.
 
     * **overrides**: dotted keys, as in `{"score.nsfw": null}`
     * **force**: discard its output and run it again
+    * **upstream**: outputs to read instead: `{"filter": WHERE}` with a key, an MLflow run or a URL
     """
-    return conduct(STAGE, overrides, force, config)
+    return conduct(STAGE, overrides, force, config, upstream)
 
 
 def aligner(scores: Path, keys: list[str], out: Path) -> None:

@@ -11,12 +11,12 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from flows import settings
-from flows.stage import is_alive
+from flows.processes import is_alive
 
 HOST = "127.0.0.1"
 WORKER = ["prefect", "worker", "start", "--pool", settings.POOL, "--type", "process"]
@@ -32,7 +32,13 @@ class ServiceError(RuntimeError):
 class Service:
     """A Python module that runs until it is stopped."""
 
-    def __init__(self, name: str, module: Sequence[str], health: str | None = None):
+    def __init__(
+        self,
+        name: str,
+        module: Sequence[str],
+        health: str | None = None,
+        env: Mapping[str, str] | None = None,
+    ):
         self.name = name
         self.health = health
         self.log = settings.RUNS / "logs" / f"{name}.log"
@@ -44,6 +50,7 @@ class Service:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=settings.ROOT,
+                env={**os.environ, **(env or {})},
                 start_new_session=True,
             )
 
@@ -73,10 +80,13 @@ class Service:
 
 @contextmanager
 def running(
-    name: str, module: Sequence[str], health: str | None = None
+    name: str,
+    module: Sequence[str],
+    health: str | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a service during the block, which begins when it answers."""
-    service = Service(name, module, health)
+    service = Service(name, module, health, env)
     try:
         service.wait_until_ready()
         yield service.process
@@ -103,7 +113,8 @@ def prefect_api(port: int | None = None) -> Iterator[str]:
     port = port or choose_port(4200)
     api = f"http://{HOST}:{port}/api"
     module = ["prefect", "server", "start", "--host", HOST, "--port", str(port)]
-    with running("prefect", module, f"{api}/health") as process:
+    pages = {"PREFECT_SERVER_UI_API_URL": api}  # they would ask port 4200, whatever ours is
+    with running("prefect", module, f"{api}/health", pages) as process:
         _record_file().parent.mkdir(parents=True, exist_ok=True)
         _record_file().write_text(json.dumps({"api": api, "pid": process.pid}))
         _announce(api)

@@ -6,34 +6,23 @@
     skip     = manifest present and its files match
     content  = digest of a file list; of a sub-folder when a need names one
 
-Neither Prefect nor MLflow in here.
+What the words mean; `store.py` does it. Neither Prefect nor MLflow in here.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
-import os
-import shutil
-import socket
-import tempfile
-import threading
-import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from flows.config import PipelineConfig, Resources
+from flows.files import digest, safe
 
 MANIFEST = "manifest.json"
-LEASE = ".lease"
 
 Progress = Callable[[str, int, int | None], None]
 """Called with (what, done, total or None) by everything that takes long."""
@@ -47,8 +36,12 @@ class MissingInputError(StageError):
     """What a stage needs is not in the store."""
 
 
+class DamagedError(StageError):
+    """An output, or its manifest, is not what was written."""
+
+
 class BusyError(StageError):
-    """Another live run is writing the same output."""
+    """Another run writes the same output: it took over while this one stood still."""
 
 
 class FileEntry(BaseModel):
@@ -57,9 +50,14 @@ class FileEntry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str
-    size: int
+    size: int = Field(ge=0)
     sha256: str | None
     """None where other files of the output vouch for its content."""
+
+    @field_validator("path")
+    @classmethod
+    def _stays_inside(cls, path: str) -> str:
+        return safe(path)
 
 
 class StageOutput(BaseModel):
@@ -70,10 +68,13 @@ class StageOutput(BaseModel):
     stage: str
     key: str
     path: Path
+    """Its folder on this machine; of a store behind a URL it may hold only part of the files."""
     content: str
     metrics: dict[str, float] = {}
     mlflow_run_id: str | None = None
     seconds: float = 0.0
+    url: str | None = None
+    """Where all of it lies when the store is behind a URL."""
 
 
 class Manifest(BaseModel):
@@ -81,25 +82,43 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    stage: str
+    stage: str = Field(pattern=r"^[a-z-]+$")
     version: int
-    key: str
+    key: str = Field(pattern=r"^[0-9a-f]{64}$")
     content: str
     created: datetime
     seconds: float
     config: dict[str, Any]
     inputs: dict[str, str]
+    """Content digest of each input, and of what was read from outside the store."""
+    origins: dict[str, str] = {}
+    """The output, as STAGE/KEY, that each input came from."""
     metrics: dict[str, float]
     mlflow_run_id: str | None
     files: tuple[FileEntry, ...]
 
-    def content_of(self, under: str = "") -> str | None:
-        """Digest of the files at or below `under`; None when there are none."""
-        return _content(
+    @property
+    def name(self) -> str:
+        """STAGE/KEY, as its folder is called."""
+        return f"{self.stage}/{self.key[:16]}"
+
+    def below(self, under: str) -> tuple[FileEntry, ...]:
+        """The files at or below `under`; all when it is empty."""
+        return tuple(
             entry
             for entry in self.files
             if not under or entry.path == under or entry.path.startswith(f"{under}/")
         )
+
+    def content_of(self, under: str = "") -> str | None:
+        """Digest of the files at or below `under`; None when there are none."""
+        return content(self.below(under))
+
+
+def content(entries: tuple[FileEntry, ...]) -> str | None:
+    """Digest of a list of files; None of an empty one."""
+    listed = [(entry.path, entry.sha256) for entry in entries]
+    return digest(listed) if listed else None
 
 
 @dataclass(frozen=True)
@@ -112,6 +131,13 @@ class Need:
     stage: Stage
     under: str = ""
     optional: bool = False
+    beside: tuple[str, ...] = ()
+    """What else of that output is read, where it exists: what lies `under` vouches for it."""
+
+    def __post_init__(self) -> None:
+        for name in (self.under, *self.beside):
+            if name:
+                safe(name)
 
 
 @dataclass
@@ -176,317 +202,3 @@ class Stage:
             f"`python -m flows run --stages {self.name}` or "
             f"`prefect deployment run {self.name}/{self.name}`"
         )
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """A stage's key, and where its inputs are and what they hold."""
-
-    key: str
-    paths: dict[str, Path]
-    contents: dict[str, str]
-
-
-class Store:
-    """Outputs of all stages, below one local or shared folder."""
-
-    def __init__(self, root: Path):
-        self.root = root
-
-    def prepare(self) -> None:
-        """Make the folder; raises `StageError` when it cannot be written."""
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.root):
-                pass
-        except OSError as error:
-            raise StageError(
-                f"the store {self.root} cannot be written ({error.strerror}): "
-                "set `store` to a folder that can"
-            ) from error
-
-    def directory(self, stage: Stage, key: str) -> Path:
-        """Where the output with this key is made and kept."""
-        return self.root / stage.name / key[:16]
-
-    def key(self, stage: Stage, config: PipelineConfig, contents: Mapping[str, str]) -> str:
-        """Identity of an output: all that decides what it holds."""
-        section = getattr(config, stage.section).model_dump(mode="json", exclude={*stage.unkeyed})
-        return _digest([stage.name, stage.version, section, dict(contents)])
-
-    def resolve(self, stage: Stage, config: PipelineConfig, *, check: bool = False) -> Resolved:
-        """Find the inputs of `stage` in the store, and with them its key.
-
-        `check` compares the files of the inputs with their manifests, too. Raises
-        `MissingInputError` naming the command that makes the first input that is not there.
-        """
-        paths: dict[str, Path] = {}
-        contents: dict[str, str] = dict(stage.external(config))
-        for name, need in stage.needs(config).items():
-            upstream = self.resolve(need.stage, config).key
-            folder = self.directory(need.stage, upstream)
-            manifest = self.manifest(need.stage, upstream)
-            if manifest and check and (damage := self.damage(need.stage, upstream)):
-                raise MissingInputError(
-                    f"{stage.name} needs the output of {need.stage.name}, but {damage}: "
-                    f"run {need.stage.remedy} to make it again"
-                )
-            if manifest is None:
-                raise MissingInputError(
-                    f"{stage.name} needs the output of {need.stage.name} for this configuration, "
-                    f"and {folder} is not complete: run {need.stage.remedy} first, "
-                    "with the same preset and settings"
-                )
-            content = manifest.content_of(need.under)
-            if content is not None:
-                paths[name], contents[name] = folder / need.under, content
-            elif not need.optional:
-                there = sorted({str(Path(entry.path).parent) for entry in manifest.files})
-                raise MissingInputError(
-                    f"{stage.name} needs {need.under!r} from {need.stage.name}, but {folder} "
-                    f"holds only {', '.join(there[:12])}: make the settings of the two stages agree"
-                )
-        return Resolved(self.key(stage, config, contents), paths, contents)
-
-    def manifest(self, stage: Stage, key: str) -> Manifest | None:
-        """The manifest with this key, or None when the output was never completed."""
-        try:
-            text = (self.directory(stage, key) / MANIFEST).read_text()
-        except FileNotFoundError:
-            return None
-        return Manifest.model_validate_json(text)
-
-    def damage(self, stage: Stage, key: str, *, verify: bool = False) -> str | None:
-        """What is wrong with a completed output: None, or the first file that does not match.
-
-        Sizes are always compared; `verify` reads every file again and compares sha256.
-        """
-        manifest = self.manifest(stage, key)
-        assert manifest is not None, "only a completed output can be damaged"
-        folder = self.directory(stage, key)
-        for entry in manifest.files:
-            path = folder / entry.path
-            if not path.is_file():
-                return f"{path} is missing"
-            if path.stat().st_size != entry.size:
-                return f"{path} has {path.stat().st_size} bytes instead of {entry.size}"
-            if verify and entry.sha256 and _sha256(path) != entry.sha256:
-                return f"{path} has another sha256 than when it was written"
-        return None
-
-    def lookup(self, stage: Stage, key: str, *, verify: bool = False) -> StageOutput | None:
-        """The output with this key if it is complete and undamaged."""
-        manifest = self.manifest(stage, key)
-        if manifest is None or self.damage(stage, key, verify=verify):
-            return None
-        return self._output(stage, manifest)
-
-    def discard(self, stage: Stage, key: str, *, keep: tuple[str, ...] = ()) -> None:
-        """Delete an output, manifest first, but the top-level names in `keep`."""
-        folder = self.directory(stage, key)
-        (folder / MANIFEST).unlink(missing_ok=True)
-        for path in folder.iterdir():
-            if path.name in keep or path.name.startswith(LEASE):
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
-    def commit(
-        self,
-        stage: Stage,
-        key: str,
-        context: Context,
-        *,
-        inputs: Mapping[str, str],
-        mlflow_run_id: str | None = None,
-        seconds: float = 0.0,
-    ) -> StageOutput:
-        """List the files and write the manifest: from now on the stage is up to date."""
-        files = tuple(
-            FileEntry(
-                path=name,
-                size=path.stat().st_size,
-                sha256=None
-                if name.partition("/")[0] in stage.vouched
-                else context.digests.get(name) or _sha256(path),
-            )
-            for name, path in _files(context.path, stage.scratch)
-        )
-        manifest = Manifest(
-            stage=stage.name,
-            version=stage.version,
-            key=key,
-            content=_content(files) or _digest([]),
-            created=datetime.now(UTC),
-            seconds=seconds,
-            config=context.config.model_dump(mode="json"),
-            inputs=dict(inputs),
-            metrics=context.metrics,
-            mlflow_run_id=mlflow_run_id,
-            files=files,
-        )
-        _write_atomically(context.path / MANIFEST, manifest.model_dump_json(indent=1))
-        return self._output(stage, manifest)
-
-    def _output(self, stage: Stage, manifest: Manifest) -> StageOutput:
-        return StageOutput(
-            stage=manifest.stage,
-            key=manifest.key,
-            path=self.directory(stage, manifest.key),
-            content=manifest.content,
-            metrics=manifest.metrics,
-            mlflow_run_id=manifest.mlflow_run_id,
-            seconds=manifest.seconds,
-        )
-
-    @contextmanager
-    def lease(self, stage: Stage, key: str, *, stale_s: float = 30.0) -> Iterator[Lease]:
-        """Be the only writer of an output.
-
-        A lease whose process has died on this host is taken over at once; any other that is
-        found must stand still for `stale_s` seconds first. Raises `BusyError` when its holder
-        is alive.
-        """
-        folder = self.directory(stage, key)
-        folder.mkdir(parents=True, exist_ok=True)
-        lease = Lease(folder / LEASE, stale_s)
-        lease.acquire()
-        try:
-            yield lease
-        finally:
-            lease.release()
-
-
-class Lease:
-    """A file that one run holds and keeps touching while it lives."""
-
-    def __init__(self, path: Path, stale_s: float):
-        self.path = path
-        self.stale_s = stale_s
-        self._mine = json.dumps(
-            {
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "since": datetime.now(UTC).isoformat(timespec="seconds"),
-                "token": uuid.uuid4().hex,
-            }
-        )
-        self._stop = threading.Event()
-        self._heart = threading.Thread(target=self._beat, name="lease-heartbeat", daemon=True)
-
-    def acquire(self) -> None:
-        """Take the lease, waiting at most `stale_s` for a silent holder to prove alive."""
-        silent: tuple[str, int] | None = None
-        since = time.monotonic()
-        while True:
-            with self._mutex():
-                held = self._read()
-                if held is None or _died_here(held) or self._expired(held, silent, since):
-                    _write_atomically(self.path, self._mine)
-                    break
-                beat = self._last_beat()
-            if silent is None:
-                silent, since = (held, beat), time.monotonic()
-            elif silent != (held, beat):
-                holder = json.loads(held)
-                raise BusyError(
-                    f"{self.path.parent} is being written by process {holder['pid']} on "
-                    f"{holder['host']} since {holder['since']}: wait for that run, or stop it"
-                )
-            time.sleep(min(1.0, self.stale_s / 10))
-        self._heart.start()
-
-    def check(self) -> None:
-        """Raise `BusyError` if another run took over while this one was not heard of."""
-        if self._read() != self._mine:
-            raise BusyError(
-                f"{self.path.parent} was taken over by another run while this one stood still "
-                "(suspended machine?): its output is not committed here"
-            )
-
-    def release(self) -> None:
-        """Give the lease back if it is still ours."""
-        self._stop.set()
-        self._heart.join()
-        with self._mutex():
-            if self._read() == self._mine:
-                self.path.unlink()
-
-    def _beat(self) -> None:
-        while not self._stop.wait(self.stale_s / 5):
-            if self._read() == self._mine:
-                os.utime(self.path)
-
-    def _expired(self, held: str, silent: tuple[str, int] | None, since: float) -> bool:
-        waited = time.monotonic() - since
-        return silent == (held, self._last_beat()) and waited > self.stale_s
-
-    def _last_beat(self) -> int:
-        return self.path.stat().st_mtime_ns
-
-    def _read(self) -> str | None:
-        try:
-            return self.path.read_text()
-        except FileNotFoundError:
-            return None
-
-    @contextmanager
-    def _mutex(self) -> Iterator[None]:
-        """One process at a time decides who holds the lease; the kernel frees it on death."""
-        with self.path.with_name(f"{LEASE}.mutex").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-
-def _died_here(held: str) -> bool:
-    holder = json.loads(held)
-    return holder["host"] == socket.gethostname() and not is_alive(holder["pid"])
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process of this machine is running."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _files(folder: Path, scratch: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
-    """Files of an output in a fixed order; hidden ones and the manifest are not part of it."""
-    for path in sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts
-        hidden = any(part.startswith(".") for part in parts)
-        if path.is_file() and not hidden and parts[0] not in (MANIFEST, *scratch):
-            yield "/".join(parts), path
-
-
-def _content(entries: Iterator[FileEntry] | tuple[FileEntry, ...]) -> str | None:
-    listed = [(entry.path, entry.sha256) for entry in entries]
-    return _digest(listed) if listed else None
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with aside.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

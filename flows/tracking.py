@@ -6,40 +6,35 @@ The active run of `mlflow.start_run` is never used: it is local to a thread, and
 
 from __future__ import annotations
 
-import getpass
+import logging
 import os
-import re
 import socket
 import time
 import urllib.error
 import urllib.request
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.data.dataset_source_registry import resolve_dataset_source
-from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunStatus
+from mlflow.entities import Metric, Param, Run, RunStatus
 from mlflow.exceptions import MlflowException
 
-from flows.stage import MANIFEST, Manifest, Stage, StageOutput, is_alive
+from flows import exhibits, lineage, outages, owners, scrub
+from flows.outages import T, TrackingError
+from flows.place import Place
+from flows.remote import Remote
+from flows.stage import Manifest, Stage, StageOutput
+from flows.store import Resolved
+
+__all__ = ["PIPELINE", "Tracker", "TrackingError", "flatten", "tracking_uri"]
 
 PIPELINE = "full-pipeline"
-DIGEST_LENGTH = 36
-"""Longest digest that MLflow's dataset table takes."""
-PUBLISHED = (".png", ".json", ".html", ".md", ".txt")
-SHEETS = "sheets"
-"""Folder of an output whose pictures are shown in a folder of their own."""
-"""What lies at the top of an output with one of these endings is shown with its run."""
 LOCAL_UI = "http://127.0.0.1:5000"
 """Where `python -m flows ui` shows a tracking database that is a file."""
 
-
-class TrackingError(RuntimeError):
-    """The tracking server does not answer."""
+log = logging.getLogger("flows.tracking")
 
 
 def tracking_uri(store: Path) -> str:
@@ -54,11 +49,16 @@ class Tracker:
         self.name = name
         self.uri = tracking_uri(store)
         self._artifacts = None if self.is_server else (store.parent / "mlartifacts").as_uri()
+        for variable, bound in outages.BOUNDS.items():
+            os.environ.setdefault(variable, bound)
         if self.is_server:
             self._probe()
         else:
             store.parent.mkdir(parents=True, exist_ok=True)
         self.client = MlflowClient(self.uri)
+        self.models = lineage.Models(self.client)
+        if self.is_server:
+            self._greet()
 
     @property
     def is_server(self) -> bool:
@@ -70,19 +70,26 @@ class Tracker:
         experiment = self.client.get_run(run_id).info.experiment_id
         return f"{self._page}/#/experiments/{experiment}/runs/{run_id}"
 
-    def compare_url(self, stage: str | None = None) -> str:
+    def compare_url(self, stage: str | None = None, page: str | None = None) -> str:
         """The page that overlays the curves of all runs of a stage, or of all pipelines."""
         # Without these two parameters the page opens in a mode made for language models.
         mode = "workflowType=machine_learning&compareRunsMode=CHART"
-        return f"{self._page}/#/experiments/{self.experiment(stage)}/runs?{mode}"
+        return f"{page or self._page}/#/experiments/{self.experiment(stage)}/runs?{mode}"
 
     def child_environment(self, run_id: str) -> dict[str, str]:
         """What lets a training process log to a run."""
-        return {"MLFLOW_TRACKING_URI": self.uri, "MLFLOW_RUN_ID": run_id}
+        bounds = {
+            variable: os.environ.get(variable, bound) for variable, bound in outages.BOUNDS.items()
+        }
+        return {"MLFLOW_TRACKING_URI": self.uri, "MLFLOW_RUN_ID": run_id, **bounds}
+
+    def experiment_name(self, stage: str | None = None) -> str:
+        """What a stage's experiment is called, or the pipeline's."""
+        return f"{self.name}/{stage}" if stage else self.name
 
     def experiment(self, stage: str | None = None) -> str:
         """Id of a stage's experiment (of the pipeline's without one), made when needed."""
-        name = f"{self.name}/{stage}" if stage else self.name
+        name = self.experiment_name(stage)
         found = self.client.get_experiment_by_name(name)
         if found is None:
             location = f"{self._artifacts}/{name}" if self._artifacts else None
@@ -102,6 +109,16 @@ class Tracker:
         newest = ["attributes.start_time DESC"]
         runs = self.client.search_runs([experiment], query, max_results=1, order_by=newest)
         return runs[0].info.run_id if runs else None
+
+    def output_of(self, run_id: str) -> tuple[str, str]:
+        """Stage and key of what a stage's run made."""
+        try:
+            tags = self.client.get_run(run_id).data.tags
+        except MlflowException as error:
+            raise TrackingError(f"MLflow knows no run {run_id}: give another id") from error
+        if "stage" not in tags or "fingerprint" not in tags:
+            raise TrackingError(f"the MLflow run {run_id} is not one of a stage: give one that is")
+        return tags["stage"], tags["fingerprint"]
 
     def start_pipeline(
         self, flow_run_id: str, config: Mapping[str, Any], tags: Mapping[str, str]
@@ -132,11 +149,13 @@ class Tracker:
         """Open the run of a stage.
 
         An attempt that broke off goes on in its old run, so that its curves have no seam;
-        `fresh` starts another.
+        `fresh` starts another. The caller holds the lease: whoever else has a run of this key
+        RUNNING, here or on another machine, has died.
         """
         experiment = self.experiment(stage.name)
         self.reconcile(experiment)
         identity = {"stage": stage.name, "fingerprint": key[:16]}
+        self._bury(experiment, identity, parent)
         old = None if fresh else self.find(experiment, identity)
         if parent:
             tags = {**tags, "mlflow.parentRunId": parent}
@@ -147,49 +166,59 @@ class Tracker:
     @contextmanager
     def status_of(self, run_id: str) -> Iterator[None]:
         """End a run as FINISHED, FAILED or KILLED, as the block ends."""
-        status = "KILLED"  # signals and cancellations are no `Exception`
         try:
             yield
-            status = "FINISHED"
         except Exception:
-            status = "FAILED"
+            self._end(run_id, "FAILED")
             raise
-        finally:
-            self.client.set_terminated(run_id, status)
+        except BaseException:  # signals and cancellations are no `Exception`
+            self._end(run_id, "KILLED")
+            raise
+        self.insist(lambda: self.client.set_terminated(run_id, "FINISHED"))
 
-    def inputs(self, run_id: str, paths: Mapping[str, Path], contents: Mapping[str, str]) -> None:
-        """Record what a run reads, by content digest."""
-        for name, path in paths.items():
-            self._dataset(run_id, name, path, contents[name], f"input:{name}")
+    def insist(self, action: Callable[[], T], kept: Path | None = None) -> T:
+        """Do what can be done twice until the server has taken it; see `outages.insist`."""
+        return outages.insist(action, self._where, kept)
+
+    def inputs(self, run_id: str, resolved: Resolved, config: Mapping[str, Any]) -> None:
+        """Record what a run reads: data by content digest, snapshots as models.
+
+        `config` is the stage's section; it names what lies outside the store.
+        """
+        datasets = list(lineage.inputs(resolved, config))
+        if datasets:
+            self.client.log_inputs(run_id, datasets)
+        read = [
+            self._model(found.manifest, found.place)
+            for found in resolved.inputs.values()
+            if found.need.under == lineage.SNAPSHOT
+        ]
+        self.models.are_read(self.client.get_run(run_id), read)
 
     def outputs(self, run_id: str, output: StageOutput) -> None:
-        """Record what a stage made: dataset, headline figures, pictures and reports."""
-        self._dataset(run_id, output.stage, output.path, output.content, "output")
-        self.metrics(run_id, output.metrics, prefix="final/")
-        self.client.set_tag(run_id, "store.path", str(output.path))
-        for path in sorted(output.path.iterdir()):
-            if path.suffix in PUBLISHED and path.name != MANIFEST:
-                self.client.log_artifact(run_id, str(path))
-        for path in sorted(output.path.glob(f"{SHEETS}/*.png")):
-            self.client.log_artifact(run_id, str(path), SHEETS)
+        """Record what a stage made: dataset, model, curves, headline figures, pictures, reports."""
+        self.insist(lambda: self._outputs(run_id, output), output.path)
 
     def adopt(self, parent: str, stage: Stage, output: StageOutput, run_id: str, how: str) -> None:
         """Copy a stage's headline figures to the pipeline's run, with the way to its own."""
-        self.metrics(parent, output.metrics, prefix=f"{stage.name}/")
-        self.client.set_tag(parent, f"stage.{stage.name}", f"{how}: {run_id}")
 
-    def recall(self, stage: Stage, manifest: Manifest, output: StageOutput) -> str:
+        def copy() -> None:
+            self.metrics(parent, output.metrics, prefix=f"{stage.name}/")
+            self.client.set_tag(parent, f"stage.{stage.name}", f"{how}: {run_id}")
+
+        self.insist(copy, output.path)
+
+    def recall(
+        self, stage: Stage, manifest: Manifest, output: StageOutput, resolved: Resolved
+    ) -> str:
         """The run of an output that is up to date, made good where it lacks something.
 
         A process that died between its commit and its last words, or a new tracking database,
         leave outputs without a complete record.
         """
-        run_id = output.mlflow_run_id
-        try:
-            if run_id and self.client.get_run(run_id).info.status == "FINISHED":
-                return run_id
-        except MlflowException:  # this database does not know the run
-            run_id = None
+        run_id = lineage.known(self.client, output.mlflow_run_id)
+        if run_id and self.client.get_run(run_id).info.status == "FINISHED":
+            return run_id
         if run_id is None:
             experiment = self.experiment(stage.name)
             identity = {"stage": stage.name, "fingerprint": output.key[:16]}
@@ -197,6 +226,7 @@ class Tracker:
                 experiment, f"{stage.name}-{output.key[:8]}", identity, None
             )
             self.params(run_id, manifest.config)
+            self.inputs(run_id, resolved, manifest.config)
         with self.status_of(run_id):
             self.outputs(run_id, output)
         return run_id
@@ -204,7 +234,8 @@ class Tracker:
     def params(self, run_id: str, config: Mapping[str, Any]) -> None:
         """Log settings; those that a run has stay as they are, for they are write-once."""
         known = self.client.get_run(run_id).data.params
-        new = [Param(key, str(value)) for key, value in flatten(config).items() if key not in known]
+        settings = flatten(config).items()
+        new = [Param(key, scrub.value(key, value)) for key, value in settings if key not in known]
         for start in range(0, len(new), 100):
             self.client.log_batch(run_id, params=new[start : start + 100])
 
@@ -217,16 +248,31 @@ class Tracker:
 
     def reconcile(self, experiment: str) -> None:
         """End runs that are RUNNING in the record but whose process on this host is dead."""
-        query = f"attributes.status = 'RUNNING' and tags.`host` = '{socket.gethostname()}'"
-        for run in self.client.search_runs([experiment], query):
-            pid = run.data.tags.get("pid", "")
-            if pid.isdigit() and not is_alive(int(pid)):
+        for run in self._running(experiment, {"host": socket.gethostname()}):
+            if owners.has_died(run):
                 self.client.set_terminated(run.info.run_id, "KILLED")
 
+    def _bury(self, experiment: str, identity: Mapping[str, str], parent: str | None) -> None:
+        """End the RUNNING runs of a key that was taken over, and the pipelines they died with."""
+        for run in self._running(experiment, identity):
+            self.client.set_terminated(run.info.run_id, "KILLED")
+            above = run.data.tags.get("mlflow.parentRunId")
+            dead = owners.process(run.data.tags)
+            if not above or above == parent or dead == tuple(owners.me().values()):
+                continue
+            pipeline = self.client.get_run(above)
+            if pipeline.info.status == "RUNNING" and owners.process(pipeline.data.tags) == dead:
+                self.client.set_terminated(above, "KILLED")
+
+    def _running(self, experiment: str, tags: Mapping[str, str]) -> list[Run]:
+        query = "attributes.status = 'RUNNING'"
+        query += "".join(f" and tags.`{key}` = '{value}'" for key, value in tags.items())
+        return list(self.client.search_runs([experiment], query))
+
     def _open(self, experiment: str, name: str, tags: Mapping[str, str], old: str | None) -> str:
-        tags = {**tags, "host": socket.gethostname(), "pid": str(os.getpid())}
+        tags = {key: scrub.text(value) for key, value in tags.items()} | owners.me()
         if old is None:
-            tags = {**tags, "mlflow.user": _user(), "mlflow.source.name": "flows"}
+            tags = {**tags, "mlflow.user": owners.user(), "mlflow.source.name": "flows"}
             run = self.client.create_run(experiment, run_name=name, tags=tags)
             return str(run.info.run_id)
         self.client.update_run(old, status=RunStatus.to_string(RunStatus.RUNNING))
@@ -234,32 +280,71 @@ class Tracker:
             self.client.set_tag(old, key, value)
         return old
 
-    def _dataset(self, run_id: str, name: str, path: Path, digest: str, context: str) -> None:
-        with warnings.catch_warnings():  # it has two names for local files
-            warnings.simplefilter("ignore", UserWarning)
-            source = resolve_dataset_source(str(path))
-        digest = digest[:DIGEST_LENGTH]
-        dataset = MetaDataset(source, name=name, digest=digest)  # type: ignore[abstract]
-        tag = InputTag("mlflow.data.context", context)
-        self.client.log_inputs(run_id, [DatasetInput(dataset._to_mlflow_entity(), [tag])])
+    def _end(self, run_id: str, status: str) -> None:
+        """Set a status on the way out of an error, which a server that is gone must not hide."""
+        try:
+            self.client.set_terminated(run_id, status)
+        except Exception as error:
+            log.warning(
+                "MLflow could not be told that run %s is %s (%s): the next run of the stage does",
+                *(run_id, status, type(error).__name__),
+            )
+
+    def _outputs(self, run_id: str, output: StageOutput) -> None:
+        from gigagan.training.relay import Relay
+
+        place = place_of(output)
+        manifest = place.manifest()
+        assert manifest is not None, "an output is complete: it has a manifest"
+        Relay(output.path, run_id, self.client).catch_up()
+        self.client.log_inputs(run_id, list(lineage.made(manifest, place)))
+        if lineage.sha256_of(manifest, lineage.SNAPSHOT):
+            model = self._model(manifest, place)
+            step = int(output.metrics.get("images_seen", 0))
+            self.models.is_made(self.client.get_run(run_id), model, step)
+        self.metrics(run_id, output.metrics, prefix="final/")
+        self.client.set_tag(run_id, "store.path", scrub.text(str(place)))
+        exhibits.publish(self.client, run_id, output.path)
+
+    def _model(self, manifest: Manifest, place: Place) -> str:
+        """Id of the model that is the snapshot of an output."""
+        return self.models.find_or_make(self.experiment(manifest.stage), manifest, place)
+
+    @property
+    def _where(self) -> str:
+        return scrub.text(self.uri)
 
     @property
     def _page(self) -> str:
-        address = self.uri if self.is_server else os.environ.get("MLFLOW_UI_URL", LOCAL_UI)
+        address = self._where if self.is_server else os.environ.get("MLFLOW_UI_URL", LOCAL_UI)
         return address.rstrip("/")
 
     def _probe(self) -> None:
-        """Fail at once instead of after MLflow's four minutes of retries."""
+        """Fail at once instead of after a client's retries."""
         try:
-            urllib.request.urlopen(f"{self.uri.rstrip('/')}/health", timeout=10).close()
+            urllib.request.urlopen(f"{self._where.rstrip('/')}/health", timeout=10).close()
         except urllib.error.HTTPError:
             return  # it answers; a proxy may hide its health page
         except OSError as error:
-            where = re.sub(r"//[^@/]*@", "//", self.uri)  # no password in a message
             raise TrackingError(
-                f"MLflow at {where} does not answer ({error}): start it, or unset "
+                f"MLflow at {self._where} does not answer ({error}): start it, or unset "
                 "MLFLOW_TRACKING_URI to record to a file beside the store"
             ) from error
+
+    def _greet(self) -> None:
+        """Be refused now rather than after hours of work."""
+        try:
+            self.client.search_experiments(max_results=1)
+        except MlflowException as error:
+            raise TrackingError(
+                f"MLflow at {self._where} refuses us ({outages.brief(error)}): set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to an account that may write"
+            ) from error
+
+
+def place_of(output: StageOutput) -> Place:
+    """Where an output lies."""
+    return Place(output.path, Remote(output.url) if output.url else None)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -271,10 +356,3 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user id without a name
-        return str(os.getuid())

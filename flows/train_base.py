@@ -13,6 +13,7 @@ from flows.conductor import Outcome, conduct
 from flows.config import PipelineConfig
 from flows.stage import Context, Need, Stage
 
+PROCESS = launch.Process(("gigagan.training",), out="--run-dir")
 SCRATCH = ("checkpoints", "text-features.pt", launch.LOG)
 UNKEYED = ("health", "system", "keep_checkpoints", "milestone_images", "checkpoint_images")
 """A run goes on in its folder with other limits of health, or laid out differently."""
@@ -20,7 +21,7 @@ UNKEYED = ("health", "system", "keep_checkpoints", "milestone_images", "checkpoi
 
 def train(context: Context) -> None:
     """The body of both training stages; a second attempt goes on from the last checkpoint."""
-    launch.stage_process(context, ["gigagan.training"], out="--run-dir")
+    launch.stage_process(context, PROCESS)
     context.metrics |= json.loads((context.path / "result.json").read_text())
 
 
@@ -48,11 +49,13 @@ STAGE = Stage(
 def train_base(
     overrides: dict[str, Any] = {},  # noqa: B006
     force: bool = False,
+    upstream: dict[str, str] = {},  # noqa: B006
     config: PipelineConfig = PipelineConfig(),
 ) -> Outcome:
     """Bring the base generator up to date.
 
     * **overrides**: dotted keys, as in `{"train_base.total_images": 20000}`
     * **force**: discard its output and train again
+    * **upstream**: outputs to read instead: `{"filter": WHERE}` with a key, an MLflow run or a URL
     """
-    return conduct(STAGE, overrides, force, config)
+    return conduct(STAGE, overrides, force, config, upstream)

@@ -40,11 +40,13 @@ STAGE = Stage(
 def train_upsampler(
     overrides: dict[str, Any] = {},  # noqa: B006
     force: bool = False,
+    upstream: dict[str, str] = {},  # noqa: B006
     config: PipelineConfig = PipelineConfig(),
 ) -> Outcome:
     """Bring the upsampler up to date.
 
     * **overrides**: dotted keys, as in `{"train_upsampler.total_images": 20000}`
     * **force**: discard its output and train again
+    * **upstream**: outputs to read instead: `{"filter": WHERE}` with a key, an MLflow run or a URL
     """
-    return conduct(STAGE, overrides, force, config)
+    return conduct(STAGE, overrides, force, config, upstream)

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from gigagan.config import StyleConfig
+from gigagan.inference import resolver
 from gigagan.models import pretrained, snapshot
 from gigagan.models.encoders import TextEncoder
 from gigagan.models.generator import Generator
@@ -33,7 +34,9 @@ def load(
 ) -> Sampler:
     """Open the snapshot of a base generator and, if given, that of an upsampler.
 
-    Without any, both of those that come with the package.
+    Without any, both of those that come with the package. `models:/gigagan@champion`, or
+    `models:/gigagan/VERSION`, opens both of a pair registered in MLflow; an upsampler that is given
+    takes the place of the pair's.
 
     Raises:
         SnapshotError: a file is missing, damaged, or of the other kind.
@@ -58,7 +61,10 @@ def load(
 
 
 def or_published(base: str | Path | None, upsampler: str | Path | None) -> tuple[Path, Path | None]:
-    """These snapshots; without a base those of the package, of both networks."""
+    """These snapshots or those of a registered pair; without a base those of the package."""
+    if isinstance(base, str) and resolver.is_registered(base):
+        registered = resolver.resolve(base)
+        return registered[0], registered[1] if upsampler is None else Path(upsampler)
     if base is None:
         base = PUBLISHED / "emoji-32.safetensors"
         upsampler = upsampler or PUBLISHED / "emoji-32-to-128.safetensors"

@@ -34,7 +34,7 @@ OTHER_COLOURS = ("#000000", "#56b4e9", "#e69f00", "#009e73", "#cc79a7")
 GREY, LIMIT_COLOUR = "#555555", "#8b0000"
 MANY_POINTS, FEW_POINTS = 120, 40
 ROLLBACKS = "health/rollbacks"
-UNSHOWN = {ROLLBACKS, "cpu_seconds"}  # one is drawn in every panel, one says nothing of the run
+UNSHOWN = {ROLLBACKS, "cpu_seconds", "time"}  # the first is drawn in every panel
 
 
 class Curve(NamedTuple):

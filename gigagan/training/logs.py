@@ -1,6 +1,6 @@
-"""Where a run's numbers and pictures go: JSON lines always, MLflow when a run id is given.
+"""Where a run's numbers and pictures go: into its folder always, MLflow when a run id is given.
 
-The only module of the package that imports MLflow.
+The folder is the truth; relay.py sends it on in a thread, and no outage there stops training.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -19,6 +18,10 @@ from torch import Tensor
 
 from gigagan.config import HealthConfig
 from gigagan.training.charts import draw_health
+from gigagan.training.relay import HEALTH, LINES, SAMPLES, TIME, Relay
+
+CLOSE_S = 30.0
+"""How long the end of a run waits for MLflow; what it lacks then is sent later from the folder."""
 
 
 class Log:
@@ -31,18 +34,16 @@ class Log:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._since: tuple[float, int] | None = None
-        self._mlflow = _MlflowRun.from_environment() if is_main else None
+        self._relay = Relay.from_environment(run_dir, self.say) if is_main else None
 
     def start(self, images_seen: int) -> None:
         """Forget lines of a previous attempt beyond this position, and start the clock."""
-        path = self.run_dir / "metrics.jsonl"
+        path = self.run_dir / LINES
         if self.is_main and path.exists():
-            kept = [
-                line for line in path.read_text().splitlines() if _position(line) <= images_seen
-            ]
-            partial = path.with_name(path.name + ".partial")
-            partial.write_text("".join(line + "\n" for line in kept))
-            partial.replace(path)
+            with self._relay.lock if self._relay else contextlib.nullcontext():
+                kept = _cut(path, images_seen)
+                if self._relay is not None:
+                    self._relay.cut(kept)
         self._since = (time.monotonic(), images_seen)
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
@@ -90,28 +91,27 @@ class Log:
         """Write numbers at a position."""
         if not self.is_main:
             return
-        with self.spare("metrics"), (self.run_dir / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"images": images_seen, **values}) + "\n")
-        if self._mlflow is not None:
-            self._mlflow.scalars(images_seen, values)
+        line = {"images": images_seen, TIME: round(time.time(), 3), **values}
+        with self.spare("metrics"), (self.run_dir / LINES).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self._wake()
 
     def picture(self, images_seen: int, name: str, image: Image.Image) -> Path:
         """Save a picture under samples/ and show it in MLflow with a step slider."""
-        path = self.run_dir / "samples" / f"{name}-{images_seen:09d}.png"
+        path = self.run_dir / SAMPLES / f"{name}-{images_seen:09d}.png"
         with self.spare("a picture"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path)
-        if self._mlflow is not None:
-            self._mlflow.picture(images_seen, name, image)
+            partial = path.with_suffix(".partial")  # the relay must not meet half a picture
+            image.save(partial, format="PNG")
+            partial.replace(path)
+        self._wake()
         return path
 
     def health(self, limits: HealthConfig) -> None:
         """Draw the page of health charts anew, and show it in MLflow."""
-        path = self.run_dir / "health.png"
         with self.spare("the health page"):
-            draw_health(self.run_dir / "metrics.jsonl", path, limits)
-            if self._mlflow is not None:
-                self._mlflow.file(path)
+            draw_health(self.run_dir / LINES, self.run_dir / HEALTH, limits)
+        self._wake()
 
     @contextlib.contextmanager
     def spare(self, what: str) -> Iterator[None]:
@@ -124,12 +124,29 @@ class Log:
     def say(self, text: str) -> None:
         """Print a line in the main process."""
         if self.is_main:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except BrokenPipeError:  # who read it is dead; a last checkpoint is still due
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     def close(self) -> None:
-        """Wait until MLflow has everything."""
-        if self._mlflow is not None:
-            self._mlflow.close()
+        """Wait until MLflow has everything, but not for long."""
+        if self._relay is not None and not self._relay.close(CLOSE_S):
+            self.say("warning: MLflow lacks figures of this run; its folder has them all")
+
+    def _wake(self) -> None:
+        if self._relay is not None:
+            self._relay.wake()
+
+
+def _cut(path: Path, images_seen: int) -> int:
+    """Keep the lines up to a position; returns the bytes that are left."""
+    kept = [line for line in path.read_text().splitlines() if _position(line) <= images_seen]
+    text = "".join(line + "\n" for line in kept)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+    return len(text.encode())
 
 
 def _position(line: str) -> int:
@@ -138,38 +155,3 @@ def _position(line: str) -> int:
         return int(json.loads(line)["images"])
     except (ValueError, KeyError):
         return 1 << 62
-
-
-class _MlflowRun:
-    """One MLflow run, by id: its status is the business of whoever created it."""
-
-    def __init__(self, run_id: str) -> None:
-        from mlflow import MlflowClient
-
-        self.client = MlflowClient()
-        self.run_id = run_id
-
-    @classmethod
-    def from_environment(cls) -> _MlflowRun | None:
-        """The run of MLFLOW_RUN_ID, where MLFLOW_TRACKING_URI is set too."""
-        run_id = os.environ.get("MLFLOW_RUN_ID")
-        return cls(run_id) if run_id and os.environ.get("MLFLOW_TRACKING_URI") else None
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        metrics: list[Any] = [Metric(name, value, now, step) for name, value in values.items()]
-        self.client.log_batch(self.run_id, metrics=metrics, synchronous=False)
-
-    def picture(self, step: int, name: str, image: Image.Image) -> None:
-        self.client.log_image(self.run_id, image, key=name, step=step, synchronous=False)
-
-    def file(self, path: Path) -> None:
-        self.client.log_artifact(self.run_id, str(path))
-
-    def close(self) -> None:
-        import mlflow
-
-        mlflow.flush_async_logging()
-        mlflow.flush_artifact_async_logging()

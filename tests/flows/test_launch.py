@@ -1,16 +1,19 @@
 """Child processes: output, exit status, termination, environment."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from flows.config import Resources
-from flows.launch import LaunchError, command, environment, launch
-from flows.stage import is_alive
+from flows.launch import LaunchError, launch
+from flows.launch.command import Job, Output, argv, environment
+from flows.processes import is_alive
 
 INLINE = Resources()
 
@@ -90,7 +93,7 @@ def test_a_signal_to_the_group_reaches_the_child(module, tmp_path):
             "from flows.launch import launch;"
             f"launch({child!r}, Resources(), log_file=Path({str(tmp_path / 'log')!r}))",
         ],
-        env=environment(INLINE, {}),
+        env=environment(Job([], INLINE, tmp_path / "log")),
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -106,26 +109,79 @@ def test_a_signal_to_the_group_reaches_the_child(module, tmp_path):
     assert not is_alive(pid)
 
 
+def job(tmp_path=Path("/store/train-base/0123456789abcdef"), env=(), **resources):
+    return Job(["m", "--x"], Resources(**resources), tmp_path / "log", dict(env))
+
+
 def test_torchrun_is_one_node_with_that_many_processes():
-    argv = command(["gigagan.training", "--x"], Resources(backend="torchrun", processes=3))
-    assert argv[1:] == [
+    assert argv(job(backend="torchrun", processes=3))[1:] == [
         "-m",
         "torch.distributed.run",
         "--standalone",
         "--nproc-per-node=3",
         "--max-restarts=3",
+        "--shutdown-timeout=120",
         "-m",
-        "gigagan.training",
+        "m",
         "--x",
     ]
 
 
 def test_ranks_share_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(7)))
-    env = environment(Resources(backend="torchrun", processes=3, env={"A": "1"}), {"B": "2"})
+    env = environment(job(env={"B": "2"}, backend="torchrun", processes=3))
     assert env["OMP_NUM_THREADS"] == "2"
-    assert (env["A"], env["B"]) == ("1", "2")
-    assert environment(Resources(threads=5), {})["OMP_NUM_THREADS"] == "5"
+    assert env["B"] == "2"
+    assert environment(job(threads=5))["OMP_NUM_THREADS"] == "5"
+
+
+def test_every_attempt_at_an_output_has_the_same_name_and_port():
+    assert job().name == "train-base-01234567"
+    assert job().port == job(threads=5).port
+    assert 20_000 <= job().port < 30_000
+    assert job().port != job(Path("/store/train-base/1123456789abcdef")).port
+
+
+@pytest.mark.parametrize("folder", ["/tmp/Über_x/Y.Z", "/1/2", "/a/b-"])
+def test_a_name_is_a_dns_label(folder):
+    assert re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", job(Path(folder)).name)
+
+
+def test_the_last_words_are_those_before_the_report_of_torchrun():
+    output = Output(str)
+    for line in ["before", "ValueError: no such shards"]:
+        output.take(line)
+    output.take("E1123 23:58:34.1 7 torch/distributed/elastic/x.py:874] failed (exitcode: 1)")
+    for number in range(40):
+        output.take(f"report {number}")
+    text = str(output.error(job(), "exited with status 1"))
+    assert text.endswith("  before\n  ValueError: no such shards")
+
+
+@pytest.mark.slow
+def test_under_torchrun_too_a_training_that_saved_is_not_called_a_failure(module, tmp_path):
+    child = module(
+        "import os, signal, sys, time\n"
+        "def stop(*_):\n"
+        "    os.write(1, b'asked to stop: the same command goes on from there\\n')\n"
+        "    os._exit(75)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "os.write(1, f'ready {os.getppid()}\\n'.encode())\n"
+        "time.sleep(60)\n"
+    )
+
+    def stop(line: str) -> None:
+        if line.startswith("ready"):
+            os.kill(int(line.split()[1]), signal.SIGTERM)
+
+    with pytest.raises(LaunchError, match="asked to stop and has saved its state"):
+        launch(child, Resources(backend="torchrun"), log_file=tmp_path / "log", log=stop)
+
+
+@pytest.mark.parametrize("package", ["kubernetes", "submitit", "torch", "ray"])
+def test_a_backend_is_imported_when_it_is_used(package):
+    code = f"import flows.launch, flows.launch.slurm, sys; sys.exit({package!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.slow

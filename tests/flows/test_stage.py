@@ -1,17 +1,14 @@
 """The stage contract, on stages that write small files."""
 
 import json
-import os
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import pytest
 
 from flows import stage as contract
 from flows.config import PipelineConfig
-from flows.stage import BusyError, Context, MissingInputError, Need, Stage, Store
+from flows.stage import Context, MissingInputError, Need, Stage
+from flows.store import Store
 
 
 class Bench:
@@ -48,6 +45,7 @@ class Bench:
             elif self.store.manifest(stage, found.key):
                 self.store.discard(stage, found.key, keep=stage.scratch)
             section = getattr(self.config, stage.section)
+            self.store.begin(stage, found.key)
             context = Context(self.store.directory(stage, found.key), section, found.paths)
             stage.run(context)
             return self.store.commit(stage, found.key, context, inputs=found.contents)
@@ -240,68 +238,124 @@ def test_the_manifest_lists_what_the_stage_wrote_and_nothing_else(bench):
     assert not list(output.path.glob("*manifest.json.*"))
 
 
-def test_a_live_holder_keeps_others_out_and_is_named(bench):
-    with (
-        bench.store.lease(bench.download, "k" * 64, stale_s=1.0),
-        pytest.raises(BusyError, match=f"process {os.getpid()}"),
-        bench.store.lease(bench.download, "k" * 64, stale_s=5.0),
-    ):
-        pass
-    with bench.store.lease(bench.download, "k" * 64, stale_s=1.0):
-        pass
-
-
-def test_a_holder_that_died_here_is_replaced_at_once(bench):
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    child.wait()
-    leave_lease(bench, pid=child.pid, host=contract.socket.gethostname())
-    with bench.store.lease(bench.download, "k" * 64, stale_s=60.0):
-        pass
-
-
-def test_a_holder_elsewhere_is_replaced_when_its_heart_stands_still(bench):
-    path = leave_lease(bench, pid=1, host="elsewhere")
-    with bench.store.lease(bench.download, "k" * 64, stale_s=0.4):
-        assert "elsewhere" not in path.read_text()
-
-
-def test_only_one_of_many_gets_a_stale_lease(bench):
-    leave_lease(bench, pid=1, host="elsewhere")
-    held, won, all_tried = [], [], threading.Event()
-
-    def contend() -> None:
-        try:
-            with bench.store.lease(bench.download, "k" * 64, stale_s=0.5):
-                won.append(1)
-                all_tried.wait(10)
-        except BusyError:
-            held.append(1)
-            if len(held) == 3:
-                all_tried.set()
-
-    threads = [threading.Thread(target=contend) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (len(won), len(held)) == (1, 3)
-
-
-def test_a_holder_that_was_replaced_does_not_commit(bench):
-    with bench.store.lease(bench.download, "k" * 64, stale_s=60.0) as lease:
-        lease.check()
-        lease.path.write_text("another")
-        with pytest.raises(BusyError, match="taken over"):
-            lease.check()
-
-
 def test_a_store_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(contract.StageError, match=r"file/store.*store"):
         Store(tmp_path / "file/store").prepare()
 
 
-def leave_lease(bench: Bench, **holder: object) -> Path:
-    path = bench.store.directory(bench.download, "k" * 64) / contract.LEASE
-    write(path, json.dumps({"since": "then", "token": "t", **holder}))
-    return path
+def test_a_run_that_failed_late_goes_on_there_when_a_later_setting_changes(bench, monkeypatch):
+    bench.up_to_date(bench.download)
+
+    def fail(context: Context) -> None:
+        raise OSError("no network")
+
+    with pytest.raises(OSError, match="no network"):
+        bench.up_to_date(Stage("filter", 1, fail, bench.filter.needs))
+    bench.config = bench.config.override({"filter.min_side": 77})
+    bench.all()
+    assert bench.runs == {"download": 1, "filter": 1}
+
+
+def test_a_failed_stage_goes_on_in_its_folder_when_an_unkeyed_setting_changes(bench):
+    def half(context: Context) -> None:
+        write(context.path / "checkpoints/1.pt", "half")
+        raise OSError("no network")
+
+    with pytest.raises(OSError, match="no network"):
+        bench.up_to_date(Stage("download", 1, half, unkeyed=("stall_s",)))
+    bench.config = bench.config.override({"download.stall_s": 7000})
+    again = Stage("download", 1, bench.download.run, unkeyed=("stall_s",))
+    bench.store.resolve(again, bench.config)
+    folder = bench.store.directory(again, bench.store.resolve(again, bench.config).key)
+    assert (folder / "checkpoints/1.pt").read_text() == "half"
+
+
+def test_the_filter_knows_the_digests_of_its_tars_and_sidecars(tmp_path, monkeypatch):
+    import hashlib
+
+    from flows import filter
+
+    write(tmp_path / "shards/064/train-00000.tar", "tar")
+    write(tmp_path / "shards/064/train-00000.parquet", "sidecar")
+    listed = {
+        "name": "train-00000.tar",
+        "sha256": hashlib.sha256(b"tar").hexdigest(),
+        "index_sha256": hashlib.sha256(b"sidecar").hexdigest(),
+    }
+
+    class Report:
+        metrics: dict[str, float] = {}  # noqa: RUF012
+
+    def run(out: Path, *rest: object, **options: object) -> Report:
+        write(out / "shards/064/index.json", json.dumps({"shards": [listed]}))
+        return Report()
+
+    monkeypatch.setattr("data.filter.run", run)
+    (tmp_path / "in/x").mkdir(parents=True)
+    inputs = {"scores": tmp_path / "in/x", "fates": tmp_path / "in/x"}
+    context = Context(tmp_path, PipelineConfig().filter, inputs)
+    filter.run(context)
+    assert context.digests == {
+        "shards/064/train-00000.tar": listed["sha256"],
+        "shards/064/train-00000.parquet": listed["index_sha256"],
+    }
+
+
+@pytest.mark.parametrize("under", ["../other", "/etc", "a/../../b"])
+def test_a_need_cannot_name_what_is_outside_the_output(bench, under):
+    with pytest.raises(ValueError, match="not the name of a file"):
+        Need(bench.download, under)
+    with pytest.raises(ValueError, match="not the name of a file"):
+        Need(bench.download, beside=(under,))
+
+
+@pytest.mark.parametrize("path", ["../../x", "/etc/passwd", "a//b", "a/./b", "a\nb", "."])
+def test_a_manifest_that_names_files_outside_is_refused(bench, path):
+    output = bench.up_to_date(bench.download)
+    manifest = output.path / "manifest.json"
+    tree = json.loads(manifest.read_text())
+    tree["files"][0]["path"] = path
+    manifest.write_text(json.dumps(tree))
+    with pytest.raises(contract.DamagedError, match=r"manifest\.json.*files\.0\.path"):
+        bench.store.lookup(bench.download, output.key)
+
+
+def test_a_link_in_an_output_that_leads_out_is_not_committed_and_later_counts_as_damage(bench):
+    def run(context: Context) -> None:
+        (context.path / "images").symlink_to("/etc")
+
+    with pytest.raises(contract.StageError, match="link"):
+        bench.up_to_date(Stage("filter", 1, run))
+    output = bench.up_to_date(bench.download)
+    size = (output.path / "log.txt").stat().st_size
+    write(output.path.parent / "outside", "x" * size)
+    (output.path / "log.txt").unlink()
+    (output.path / "log.txt").symlink_to(output.path.parent / "outside")
+    assert "leads out" in bench.store.damage(bench.download, output.key)
+
+
+def test_a_manifest_of_another_output_is_refused(bench):
+    output = bench.up_to_date(bench.download)
+    other = bench.store.directory(bench.download, "f" * 64)
+    write(other / "manifest.json", (output.path / "manifest.json").read_text())
+    with pytest.raises(contract.DamagedError, match=output.key[:16]):
+        bench.store.lookup(bench.download, "f" * 64)
+
+
+def test_what_is_beside_a_need_is_read_with_it_and_no_part_of_the_key(bench):
+    def key(*beside: str) -> str:
+        stage = Stage(
+            "filter",
+            1,
+            print,
+            lambda config: {"log": Need(bench.download, "log.txt", False, beside)},
+        )
+        found = bench.store.resolve(stage, bench.config)
+        read[beside] = [entry.path for entry in found.inputs["log"].files]
+        return found.key
+
+    read = {}
+    bench.up_to_date(bench.download)
+    assert key() == key("images", "not there")
+    assert read == {(): ["log.txt"], ("images", "not there"): ["log.txt", "images/0.tar"]}

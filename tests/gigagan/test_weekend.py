@@ -23,7 +23,7 @@ from gigagan.training import checkpoint
 pytestmark = pytest.mark.slow  # real processes: minutes in all
 
 PROGRAM = Path(__file__).with_name("tiny_run.py")
-CLOCKS = {"images_per_second", "cpu_seconds", "health/failed_checkpoints"}
+CLOCKS = {"images_per_second", "cpu_seconds", "time", "health/failed_checkpoints"}
 END, KILLED, PREEMPTED = 56, -9, 75
 
 

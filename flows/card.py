@@ -1,0 +1,291 @@
+"""The model card of an evaluated pair: what the files of the store say, and nothing else.
+
+Every line comes from a manifest, a report, a result file or a snapshot's header; what none of them
+holds reads "not recorded". Nothing is judged here but by comparing two recorded numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from flows import lineage, progress, scrub
+from flows.place import Place
+from flows.stage import Manifest
+from flows.store import Store
+
+UNKNOWN = "not recorded"
+SMALLER_IS_BETTER = {"fid", "kid", "pixel_probe_median_rank", "shape_rank", "seconds_per_image"}
+HIGHLIGHTS = (
+    *("total_images", "batch_size", "seed", "precision", "optimizer.lr", "optimizer.r1_weight"),
+    *("optimizer.ema_half_life_images", "loss.matching", "loss.contrastive", "loss.vision"),
+)
+"""Settings of both trainings that are shown; all are in their config.json."""
+LOG = "output.log"
+"""What a stage's process printed; its first line names the hardware."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """A completed output of the store, to be read from."""
+
+    place: Place
+    manifest: Manifest
+
+    def file(self, name: str) -> Path | None:
+        """One of its files, on this machine."""
+        entries = [entry for entry in self.manifest.files if entry.path == name]
+        self.place.pull(self.manifest, entries)
+        path = self.place.folder / name
+        return path if path.is_file() else None
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A JSON file of it; empty where there is none."""
+        file = self.file(name)
+        return json.loads(file.read_text()) if file else {}
+
+
+def find(store: Store, name: str | None) -> Output | None:
+    """The output called STAGE/KEY."""
+    stage, _, key = (name or "").partition("/")
+    place = store.place(stage, key) if key else None
+    manifest = place.manifest() if place else None
+    return Output(place, manifest) if place and manifest else None
+
+
+def render(name: str, store: Store, judged: Output, networks: Mapping[str, Output]) -> str:
+    """The card of a base generator and its upsampler, in Markdown."""
+    kept = find(store, networks["base"].manifest.origins.get("shards"))
+    fetched = find(store, kept.manifest.origins.get("fates") if kept else None)
+    results = judged.json("results.json")
+    sections = [
+        _title(name, results, networks),
+        _use(name, networks),
+        _results(results, judged),
+        _limits(results, networks, kept),
+        _data(fetched, kept),
+        _training(networks),
+        _config(networks),
+        _licences(fetched, networks, results),
+        _files(networks),
+    ]
+    return scrub.text("\n\n".join(sections)) + "\n"
+
+
+def _title(name: str, results: Mapping[str, Any], networks: Mapping[str, Output]) -> str:
+    size = "×".join(map(str, results.get("protocol", {}).get("generated_size", []))) or UNKNOWN
+    rows = [("Makes", f"pictures from text, {size} pixels when evaluated")]
+    for role, network in networks.items():
+        header = _header(network.file(lineage.SNAPSHOT))
+        shapes = [entry["shape"] for key, entry in header.items() if key != "__metadata__"]
+        count = f"{sum(map(prod, shapes)) / 1e6:.2f} M parameters" if shapes else UNKNOWN
+        rows.append((role.capitalize(), count))
+    return f"# {name}: a base generator and its upsampler\n\n{_table(('what', 'value'), rows)}"
+
+
+def _data(fetched: Output | None, kept: Output | None) -> str:
+    parts = ["## Data"]
+    if fetched is not None:
+        config = fetched.manifest.config
+        lists = [str(place) for place in config.get("metadata") or []]
+        made = ", ".join(lists) or f"made by the source `{config.get('source', UNKNOWN)}`"
+        parts.append(f"Lists of URLs: {made}.")
+    for title, output in (("Download", fetched), ("Filter", kept)):
+        funnel = output.json("report.json").get("funnel", []) if output else []
+        rows = [
+            (step["step"], step.get("dropped", ""), step["rows"])
+            for number, step in enumerate(funnel)
+            if step.get("dropped") or number in (0, len(funnel) - 1)
+        ]
+        table = _table(("step", "dropped", "rows left"), rows) if rows else UNKNOWN
+        parts.append(f"{title}:\n\n{table}")
+    if kept is not None:
+        thresholds = {
+            key: value
+            for key, value in kept.manifest.config.items()
+            if key.startswith(("min_", "max_", "top_", "languages")) and value is not None
+        }
+        parts.append("Thresholds of the filter: " + _inline(thresholds))
+    return "\n\n".join(parts)
+
+
+def _licences(
+    fetched: Output | None, networks: Mapping[str, Output], results: Mapping[str, Any]
+) -> str:
+    from gigagan.models.pretrained import CATALOGUE  # it imports torch
+
+    names = set(results.get("protocol", {}).get("weights_sha256", {}))
+    for output in networks.values():
+        names |= {text for text in _strings(output.manifest.config) if _is_model(text)}
+    rows = []
+    for name in sorted(names):
+        known = CATALOGUE.get(name)
+        rows.append((f"`{name}`", known.licence if known else UNKNOWN))
+    data = fetched.manifest.config.get("licence", UNKNOWN) if fetched else UNKNOWN
+    table = _table(("frozen model", "licence"), rows) if rows else UNKNOWN
+    return f"## Licences\n\nPictures and captions: {data}.\n\n{table}"
+
+
+def _config(networks: Mapping[str, Output]) -> str:
+    rows = []
+    for key in HIGHLIGHTS:
+        values = [_setting(network.manifest.config, key) for network in networks.values()]
+        rows.append((key, *("" if value is None else value for value in values)))
+    return "## Configuration\n\n" + _table(("setting", *networks), rows)
+
+
+def _setting(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _training(networks: Mapping[str, Output]) -> str:
+    rows = []
+    for role, network in networks.items():
+        metrics, manifest = network.manifest.metrics, network.manifest
+        seen, rate = metrics.get("images_seen"), metrics.get("images_per_second")
+        rows.append(
+            (
+                role,
+                f"{seen:,.0f}" if seen is not None else UNKNOWN,
+                f"{rate:.1f}" if rate is not None else UNKNOWN,
+                progress.clock(manifest.seconds),
+                _hardware(network.place.folder / LOG),
+                manifest.created.date().isoformat(),
+            )
+        )
+    head = ("network", "images seen", "images/s", "last attempt", "hardware", "finished")
+    return "## Training\n\n" + _table(head, rows)
+
+
+def _results(results: Mapping[str, Any], judged: Output) -> str:
+    rules = results.get("protocol", {})
+    reference = results.get("reference", {})
+    metrics = results.get("metrics", {})
+    rows = []
+    for name, value in metrics.items():
+        deviation = metrics.get(f"{name}_subset_std")
+        shown = f"{value:.4g}" + (f" ± {deviation:.2g}" if deviation is not None else "")
+        others = [reference.get(kind, {}).get(name) for kind in ("real", "chance")]
+        rows.append((name, shown, *("" if other is None else f"{other:.4g}" for other in others)))
+    told = {k: v for k, v in rules.items() if not isinstance(v, dict | list | None)}
+    interval = (
+        "± is the standard deviation over KID's subsets; other metrics: no interval recorded."
+    )
+    return "\n\n".join(
+        [
+            f"## Results\n\nEvaluation `{judged.manifest.key[:16]}`, by these rules: "
+            + (_inline(told) if told else UNKNOWN),
+            _table(("metric", "generated", "real pictures", "chance"), rows),
+            interval,
+        ]
+    )
+
+
+def _limits(results: Mapping[str, Any], networks: Mapping[str, Output], kept: Output | None) -> str:
+    facts = []
+    if kept is not None and "kept" in kept.manifest.metrics:
+        facts.append(f"Its training shards hold {kept.manifest.metrics['kept']:,.0f} pictures.")
+    images = results.get("protocol", {}).get("num_generated")
+    if images is not None:
+        facts.append(
+            f"It was measured on {images:,} captions; numbers compare only under equal rules."
+        )
+    facts += [f"Not measured: {name} ({why})." for name, why in results.get("absent", {}).items()]
+    beaten = list(_no_better_than_chance(results))
+    if beaten:
+        facts.append(f"No better than chance: {', '.join(beaten)}.")
+    if worse := list(_worse_than_bilinear(networks)):
+        facts.append(f"The upsampler is no better than bilinear in: {', '.join(worse)}.")
+    facts.append(f"Bias, safety and use outside its training captions: {UNKNOWN}.")
+    return "## Limits\n\n" + "\n".join(f"- {fact}" for fact in facts)
+
+
+def _no_better_than_chance(results: Mapping[str, Any]) -> Iterator[str]:
+    for name, chance in results.get("reference", {}).get("chance", {}).items():
+        value = results["metrics"].get(name)
+        if value is None:
+            continue
+        is_better = value < chance if name in SMALLER_IS_BETTER else value > chance
+        if not is_better:
+            yield f"{name} ({value:.4g}, chance {chance:.4g})"
+
+
+def _worse_than_bilinear(networks: Mapping[str, Output]) -> Iterator[str]:
+    metrics = networks["upsampler"].manifest.metrics
+    for name, sign in (("psnr", 1), ("lpips", -1)):
+        ours, plain = metrics.get(name), metrics.get(f"{name}_bilinear")
+        if ours is not None and plain is not None and sign * (ours - plain) <= 0:
+            yield f"{name} ({ours:.4g}, bilinear {plain:.4g})"
+
+
+def _files(networks: Mapping[str, Output]) -> str:
+    rows = []
+    for role, network in networks.items():
+        sha256 = lineage.sha256_of(network.manifest, lineage.SNAPSHOT) or UNKNOWN
+        place = lineage.uri(network.place, lineage.SNAPSHOT)
+        rows.append((role, f"`{network.manifest.name}`", f"`{sha256}`", f"`{place}`"))
+    return "## Files\n\n" + _table(("network", "output", "sha256", "file"), rows)
+
+
+def _use(name: str, networks: Mapping[str, Output]) -> str:
+    places = [network.place.folder / lineage.SNAPSHOT for network in networks.values()]
+    files = ", ".join(f'"{path}"' for path in places)
+    return (
+        "## Use\n\n```python\nimport gigagan\n\n"
+        f'sampler = gigagan.load("models:/{name}@champion")  # of MLFLOW_TRACKING_URI\n'
+        f"sampler = gigagan.load({files})\n"
+        'sampler.sample(["a caption"], seed=0)[0].save("picture.png")\n```'
+    )
+
+
+def _header(snapshot: Path | None) -> dict[str, Any]:
+    """The JSON at the head of a safetensors file; empty where it is none."""
+    if snapshot is None:
+        return {}
+    try:
+        with snapshot.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            found = json.loads(file.read(length)) if length < 100_000_000 else {}
+    except (OSError, ValueError, struct.error):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _hardware(log: Path) -> str:
+    """What the training process said it ran on: `base on 8 × cuda`."""
+    lines = log.read_text(errors="replace").splitlines()[:1] if log.is_file() else []
+    return lines[0].partition(" on ")[2] or UNKNOWN if lines else UNKNOWN
+
+
+def _strings(tree: Any) -> Iterator[str]:
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _strings(value)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _strings(value)
+
+
+def _is_model(text: str) -> bool:
+    return text.startswith(("embedded:", "open_clip:"))
+
+
+def _inline(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )

@@ -1,0 +1,93 @@
+"""Sees to it that a stage's processes do not outlive the flow that started them.
+
+`python -m flows.guardian MARK` waits until its standard input ends, which the kernel sees to when
+the flow's process is gone, however it went; then it ends every process whose environment carries
+the mark. Knows nothing of Prefect. A job that is meant to live on its own (in a cluster's queue)
+starts without `MARK` in its environment.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+MARK = "PIPELINE_STAGE_PROCESS"
+"""Variable that all processes of a stage inherit: its output's folder."""
+GRACE_S = 20.0
+"""From SIGTERM, on which training saves its state, to SIGKILL."""
+
+
+@contextmanager
+def guarding(mark: str) -> Iterator[None]:
+    """Mark what is started in this block, and end it should this process die."""
+    command = [sys.executable, "-m", "flows.guardian", mark]
+    # A session of its own, for a signal to our group must not end it before us.
+    guardian = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT, start_new_session=True)
+    before = os.environ.get(MARK)
+    os.environ[MARK] = mark
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[MARK]
+        else:
+            os.environ[MARK] = before
+        guardian.kill()
+        guardian.communicate()
+
+
+def end_left_behind(mark: str) -> list[int]:
+    """End what a dead run left with this mark, but nothing that this process started.
+
+    The caller holds the lease of the output, so that nobody else's is alive by right.
+    """
+    ours = {process.pid for process in psutil.Process().children(recursive=True)}
+    return end(mark, but=ours)
+
+
+def end(mark: str, grace_s: float = GRACE_S, but: Collection[int] = ()) -> list[int]:
+    """End the processes with this mark, politely at first; returns their ids."""
+    left = [process for process in marked(mark) if process.pid not in but]
+    for process in left:
+        _signal(process, "terminate")
+    _, alive = psutil.wait_procs(left, grace_s)
+    since = [process for process in marked(mark) if process.pid not in but]
+    for process in {*alive, *since}:
+        _signal(process, "kill")
+    psutil.wait_procs([*alive, *since], grace_s)
+    return [process.pid for process in left]
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Other processes of this machine that were started with the mark."""
+    return [
+        process
+        for process in psutil.process_iter()
+        if process.pid != os.getpid() and _mark_of(process) == mark
+    ]
+
+
+def _mark_of(process: psutil.Process) -> str | None:
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        return process.environ().get(MARK)
+    except (psutil.Error, OSError):  # gone, or somebody else's
+        return None
+
+
+def _signal(process: psutil.Process, how: str) -> None:
+    with suppress(psutil.Error):
+        getattr(process, how)()
+
+
+if __name__ == "__main__":
+    sys.stdin.buffer.read()
+    end(sys.argv[1])

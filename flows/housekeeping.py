@@ -1,0 +1,267 @@
+"""What lies in the store: listed, shown, verified, and deleted where nothing refers to it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+
+from flows.config import StageName
+from flows.lease import holder
+from flows.place import Place, silent
+from flows.stage import BusyError, DamagedError, Manifest, Progress, StageError
+from flows.store import Store
+from flows.upstream import only
+
+KEY = re.compile(r"(?:(?P<stage>[a-z-]+)/)?(?P<key>[0-9a-f]{1,64})")
+AGE = re.compile(r"(?P<count>\d+(?:\.\d+)?)(?P<unit>[mhdw])")
+KEYS = re.compile(r"\b([0-9a-f]{16})(?:[0-9a-f]{48})?\b")
+"""Keys, whole or as folders show them, in a text."""
+UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+class HousekeepingError(StageError):
+    """A command about the store cannot be done; the message says why."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One output, finished or not."""
+
+    stage: str
+    key: str
+    """As its folder shows it: 16 digits."""
+    state: str
+    """`complete`, `unfinished`, `in use` or `damaged`."""
+    note: str
+    """What is damaged, or who uses it."""
+    bytes: int
+    changed: datetime
+    manifest: Manifest | None = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """STAGE/KEY."""
+        return f"{self.stage}/{self.key}"
+
+    @property
+    def age(self) -> timedelta:
+        """Since it was completed, or last worked on."""
+        return datetime.now(UTC) - self.changed
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `gc` does with an output."""
+
+    item: Item
+    kept: str | None
+    """Why it stays; None when it goes."""
+
+
+def items(store: Store) -> list[Item]:
+    """Every output of the store."""
+    return [_item(store, stage.value, key) for stage in StageName for key in store.keys(stage)]
+
+
+def pick(found: Iterable[Item], name: str) -> Item:
+    """The output whose key begins with `name`, or with what follows STAGE/ in it."""
+    parts = KEY.fullmatch(name)
+    if parts is None:
+        raise HousekeepingError(f"{name!r} is not the beginning of a key: 1 to 64 digits of 0-9a-f")
+    prefix, stage = parts["key"][:16], parts["stage"]
+    by_name = {i.name: i for i in found if i.key.startswith(prefix) and stage in (None, i.stage)}
+    return by_name[only(name, list(by_name), "output in the store")]
+
+
+def used_by(found: Iterable[Item]) -> dict[str, list[str]]:
+    """Names of the outputs that were made from each output."""
+    found = list(found)
+    contents = {item.name: _contents(item.manifest) for item in found if item.manifest}
+    users: dict[str, list[str]] = {item.name: [] for item in found}
+    for item in found:
+        if item.manifest is None:
+            continue
+        read = set(item.manifest.origins.values())
+        if not read:  # a manifest of before they were recorded
+            digests = set(item.manifest.inputs.values())
+            read = {name for name, known in contents.items() if known & digests}
+        for name in read & users.keys() - {item.name}:
+            users[name].append(item.name)
+    return users
+
+
+def references(client: MlflowClient) -> dict[str, list[str]]:
+    """What in MLflow refers to each key (16 digits): runs that are not deleted, model versions.
+
+    Raises:
+        HousekeepingError: it cannot be asked.
+    """
+    found: dict[str, list[str]] = {}
+    try:
+        for run in _runs(client):
+            if key := run.data.tags.get("fingerprint"):
+                found.setdefault(key[:16], []).append(f"MLflow run {run.info.run_id}")
+        for model, version, text in _versions(client):
+            for key in set(KEYS.findall(text)):
+                found.setdefault(key, []).append(f"registered model {model} version {version}")
+    except (MlflowException, OSError) as error:
+        raise HousekeepingError(
+            f"MLflow cannot be asked what it refers to ({error}), so nothing is deleted: start it, "
+            "or set MLFLOW_TRACKING_URI to where it is"
+        ) from error
+    return found
+
+
+def sweep(
+    store: Store,
+    referred: Mapping[str, list[str]],
+    *,
+    older_than: timedelta = timedelta(0),
+    unfinished: bool = False,
+) -> list[Verdict]:
+    """What would be deleted and what is kept, and why. Deletes nothing."""
+    found = items(store)
+    kept = {i.name: _reason(i, referred.get(i.key, []), older_than, unfinished) for i in found}
+    users = used_by(found)
+    # What a kept output was made from is kept, and what that was made from.
+    waiting = [name for name, reason in kept.items() if reason]
+    while waiting:
+        keeper = waiting.pop()
+        for name, by in users.items():
+            if keeper in by and not kept[name]:
+                kept[name] = f"input of {keeper}"
+                waiting.append(name)
+    return [Verdict(item, kept[item.name]) for item in found]
+
+
+def delete(store: Store, item: Item) -> None:
+    """Delete an output, unless a run holds its lease by now.
+
+    Raises:
+        BusyError: one does.
+    """
+    with store.lease(item.stage, item.key, wait=False):
+        place = store.place(item.stage, item.key)
+        if place.manifest() != item.manifest:
+            raise BusyError(f"{place} has changed since it was looked at: look again")
+        place.discard()
+        if place.folder.is_dir():
+            place.folder.rmdir()
+
+
+def verify(store: Store, item: Item, progress: Progress = silent) -> str | None:
+    """Read every file of an output; the first that is not what it was, or None."""
+    if item.manifest is None:
+        return item.note if item.state == "damaged" else None
+    return store.place(item.stage, item.key).damage(item.manifest, verify=True, progress=progress)
+
+
+def parse_age(text: str) -> timedelta:
+    """`7d` as seven days; m, h, d or w."""
+    parts = AGE.fullmatch(text)
+    if parts is None:
+        raise HousekeepingError(f"--older-than {text!r}: write it as 90m, 12h, 7d or 2w")
+    return timedelta(**{UNITS[parts["unit"]]: float(parts["count"])})
+
+
+def _item(store: Store, stage: str, key: str) -> Item:
+    place = store.place(stage, key)
+    manifest, state, note = None, "unfinished", ""
+    try:
+        manifest = place.manifest()
+        if manifest and manifest.name != f"{stage}/{key}":
+            raise DamagedError(f"its manifest is that of {manifest.name}")
+        if manifest:
+            damage = place.damage(manifest)
+            state, note = ("damaged", damage) if damage else ("complete", "")
+    except DamagedError as error:
+        manifest, state, note = None, "damaged", str(error)
+    if there := holder(store.board(stage, key)):
+        state, note = "in use", f"by {there}"
+    size, changed = _measure(place)
+    return Item(stage, key, state, note, size, manifest.created if manifest else changed, manifest)
+
+
+def _measure(place: Place) -> tuple[int, datetime]:
+    """Bytes, and when anything in it changed last."""
+    if place.remote:
+        about = place.remote.details()
+        newest = max((changed for _, changed in about.values()), default=datetime.now(UTC))
+        return sum(size for size, _ in about.values()), newest
+    size, newest_s = 0, place.folder.stat().st_mtime
+    for folder, _, names in os.walk(place.folder):
+        for name in names:
+            stat = (Path(folder) / name).lstat()
+            size, newest_s = size + stat.st_size, max(newest_s, stat.st_mtime)
+    return size, datetime.fromtimestamp(newest_s, UTC)
+
+
+def _reason(item: Item, referred: list[str], older_than: timedelta, unfinished: bool) -> str | None:
+    if item.state == "in use":
+        return f"in use {item.note}"
+    if referred:
+        more = f" and {len(referred) - 1} more" if len(referred) > 1 else ""
+        return referred[0] + more
+    if item.age < older_than:
+        return "not old enough"
+    if item.manifest is None and not unfinished:
+        return "unfinished: a run may go on from it (--unfinished)"
+    return None
+
+
+def _contents(manifest: Manifest) -> set[str]:
+    """Digests of all that a need may have named in an output."""
+    folders = {""} | {entry.path for entry in manifest.files}
+    for entry in manifest.files:
+        folders |= {str(above) for above in Path(entry.path).parents} - {"."}
+    few = folders if len(folders) < 500 else {name for name in folders if name.count("/") <= 1}
+    return {found for name in few if (found := manifest.content_of(name))}
+
+
+def _runs(client: MlflowClient) -> Iterator[Run]:
+    token = None
+    while True:
+        page = client.search_experiments(max_results=1000, page_token=token)
+        for experiment in page:
+            yield from _runs_of(client, experiment.experiment_id)
+        token = page.token
+        if not token:
+            return
+
+
+def _runs_of(client: MlflowClient, experiment: str) -> Iterator[Run]:
+    token = None
+    while True:
+        page = client.search_runs([experiment], max_results=1000, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _versions(client: MlflowClient) -> Iterator[tuple[str, str, str]]:
+    """Name and version of each registered model, and all text that may hold a key."""
+    token = None
+    while True:
+        page = client.search_model_versions(max_results=1000, page_token=token)
+        for version in page:
+            texts = [str(version.source), *map(str, (version.tags or {}).values())]
+            yield version.name, str(version.version), " ".join(texts)
+        token = page.token
+        if not token:
+            return
+
+
+def states(found: Iterable[Item]) -> str:
+    """How many outputs are in which state, as text."""
+    counts = Counter(item.state for item in found)
+    return ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "nothing"

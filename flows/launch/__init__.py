@@ -1,0 +1,80 @@
+"""Run a stage's Python module, on this machine or as a job of a cluster.
+
+One contract for all: a torchrun command line plus resources. What is printed comes here line by
+line, an exception here ends the job, and what was lost goes on from its checkpoint. A backend's
+packages are imported when it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from flows import progress
+from flows.config import Resources
+from flows.launch.command import LOG, PREEMPTED, Job, LaunchError, Output
+from flows.stage import Context
+
+__all__ = ["LOG", "PREEMPTED", "LaunchError", "Process", "launch", "render", "stage_process"]
+
+BACKENDS = {"inline": "local", "torchrun": "local", "slurm": "slurm", "kubernetes": "kubernetes"}
+CONFIG = "config.json"
+
+
+def launch(
+    module: Sequence[str],
+    resources: Resources,
+    *,
+    log_file: Path,
+    log: Callable[[str], None] = print,
+    env: Mapping[str, str] | None = None,
+) -> None:
+    """Run a module to its end, each line of its output going to `log` and to `log_file`.
+
+    It gets SIGTERM when we leave by an exception. Raises `LaunchError` when it fails.
+    """
+    job = Job(module, resources, log_file, env or {})
+    _backend(resources).run(job, Output(log))
+
+
+@dataclass(frozen=True)
+class Process:
+    """What runs a stage's body: `--config FILE`, `out` DIRECTORY, and `--INPUT PATH` each."""
+
+    module: tuple[str, ...]
+    """Its name, then what it is always told."""
+    out: str
+    """The option that takes the output's folder."""
+
+    def job(self, context: Context) -> Job:
+        """It, for this output on these resources."""
+        config = context.path / CONFIG
+        words = [*self.module, "--config", str(config), self.out, str(context.path)]
+        for name, path in context.inputs.items():
+            words += [f"--{name}", str(path)]
+        return Job(words, context.resources, context.path / LOG, context.env)
+
+
+def stage_process(context: Context, process: Process) -> None:
+    """Run a stage's body; a line of its output that holds `DONE/TOTAL` moves the progress."""
+    (context.path / CONFIG).write_text(context.config.model_dump_json(indent=2))
+    show = progress.from_output("images", context.progress)
+
+    def listen(line: str) -> None:
+        context.log(line)
+        show(line)
+
+    _backend(context.resources).run(process.job(context), Output(listen))
+
+
+def render(context: Context, process: Process) -> str:
+    """What `stage_process` would start: a command line, a batch script or a manifest."""
+    text: str = _backend(context.resources).render(process.job(context))
+    return text
+
+
+def _backend(resources: Resources) -> ModuleType:
+    return importlib.import_module(f"flows.launch.{BACKENDS[resources.backend]}")

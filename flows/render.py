@@ -1,0 +1,48 @@
+"""What a stage would start on its resources, as text. Starts nothing, makes nothing."""
+
+from __future__ import annotations
+
+from flows import evaluate, launch, train_base
+from flows.config import ConfigError, PipelineConfig, StageName
+from flows.full_pipeline import stage as stage_of
+from flows.stage import Context, MissingInputError, Stage
+from flows.store import Resolved, Store
+
+PROCESSES = {
+    StageName.TRAIN_BASE: train_base.PROCESS,
+    StageName.TRAIN_UPSAMPLER: train_base.PROCESS,
+    StageName.EVALUATE: evaluate.PROCESS,
+}
+UNKNOWN = "KEY"
+"""Instead of a key that follows from what is not there yet."""
+
+
+def rendered(name: StageName, config: PipelineConfig) -> str:
+    """A command line, a batch script or a manifest; `ConfigError` for stages without a process.
+
+    The tracking server and the run to log to are added when it starts.
+    """
+    if name not in PROCESSES:
+        raise ConfigError(
+            f"{name} works in the pipeline's own process: only "
+            f"{', '.join(PROCESSES)} start another one"
+        )
+    stage, store = stage_of(name), Store.of(config)
+    try:
+        resolved = store.resolve(stage, config)
+    except MissingInputError:
+        resolved = _assumed(stage, config, store)
+    context = Context(
+        path=store.directory(stage, resolved.key),
+        config=getattr(config, stage.section),
+        inputs=resolved.paths,
+        resources=getattr(config.resources, stage.section),
+    )
+    return launch.render(context, PROCESSES[name])
+
+
+def _assumed(stage: Stage, config: PipelineConfig, store: Store) -> Resolved:
+    """As if all inputs were there."""
+    needs = stage.needs(config).items()
+    paths = {name: store.directory(need.stage, UNKNOWN) / need.under for name, need in needs}
+    return Resolved(UNKNOWN, paths, {})

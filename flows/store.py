@@ -1,0 +1,351 @@
+"""The store: where the outputs of all stages are found by key, made, and kept.
+
+Below one folder, or one fsspec URL that a folder of this machine mirrors. It runs nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from flows import lease as leases
+from flows.config import PipelineConfig
+from flows.files import UnsafeNameError, digest, listing, sha256
+from flows.lease import Lease, LocalBoard
+from flows.place import Place, silent
+from flows.remote import Remote, RemoteBoard
+from flows.stage import (
+    MANIFEST,
+    Context,
+    DamagedError,
+    FileEntry,
+    Manifest,
+    MissingInputError,
+    Need,
+    Progress,
+    Stage,
+    StageError,
+    StageOutput,
+    content,
+)
+
+LEASES = ".leases"
+SHORT_KEY = re.compile(r"[0-9a-f]{16}")
+LEGIBLE = (".png", ".json", ".html", ".md", ".txt")
+LEGIBLE_BYTES = 16 * 2**20
+"""Larger files are not fetched just to be looked at."""
+BOARD_ATTEMPTS = 4
+"""Of one request about a lease: a beat that comes late is worth less than the next one."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input that was found."""
+
+    need: Need
+    place: Place
+    manifest: Manifest
+
+    @property
+    def files(self) -> tuple[FileEntry, ...]:
+        """What of it is read."""
+        names = (self.need.under, *self.need.beside)
+        return tuple(dict.fromkeys(entry for name in names for entry in self.manifest.below(name)))
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A stage's key, and where its inputs are and what they hold."""
+
+    key: str
+    paths: dict[str, Path]
+    contents: dict[str, str]
+    inputs: dict[str, Input] = field(default_factory=dict, compare=False)
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """The output, as STAGE/KEY, that each input comes from."""
+        return {name: found.manifest.name for name, found in self.inputs.items()}
+
+
+Upstream = Mapping[str, Place]
+"""Outputs by stage that are used instead of those that the configuration leads to."""
+
+
+class Store:
+    """Outputs of all stages, below one local or shared folder, or one URL."""
+
+    def __init__(self, root: Path, remote: Remote | None = None):
+        self.root = root
+        self.remote = remote
+
+    @classmethod
+    def of(cls, config: PipelineConfig) -> Store:
+        """The store that a configuration names."""
+        return cls(config.store_path, Remote(config.store_url) if config.store_url else None)
+
+    def __str__(self) -> str:
+        return self.remote.url if self.remote else str(self.root)
+
+    def prepare(self) -> None:
+        """Make the folder; raises `StageError` when it cannot be written."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+        except OSError as error:
+            raise StageError(
+                f"the store {self.root} cannot be written ({error.strerror}): "
+                "set `store` to a folder that can"
+            ) from error
+        if self.remote:
+            self.remote.prepare()
+
+    def directory(self, stage: Stage, key: str) -> Path:
+        """Where the output with this key is made and kept on this machine."""
+        return self.root / stage.name / key[:16]
+
+    def place(self, stage: str, key: str) -> Place:
+        """Where the output with this key is, there and here."""
+        name = f"{stage}/{key[:16]}"
+        return Place(self.root / name, self.remote.below(name) if self.remote else None)
+
+    def keys(self, stage: str) -> list[str]:
+        """Keys, as their folders show them, of all outputs of a stage, finished or not."""
+        if self.remote:
+            names = self.remote.below(stage).folders()
+        else:
+            folder = self.root / stage
+            names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        return sorted(name for name in names if SHORT_KEY.fullmatch(name))
+
+    def key(self, stage: Stage, config: PipelineConfig, contents: Mapping[str, str]) -> str:
+        """Identity of an output: all that decides what it holds."""
+        section = getattr(config, stage.section).model_dump(mode="json", exclude={*stage.unkeyed})
+        return digest([stage.name, stage.version, section, dict(contents)])
+
+    def resolve(
+        self,
+        stage: Stage,
+        config: PipelineConfig,
+        *,
+        upstream: Upstream | None = None,
+        check: bool = False,
+    ) -> Resolved:
+        """Find the inputs of `stage` in the store, and with them its key.
+
+        `check` compares the files of the inputs with their manifests, too. Raises
+        `MissingInputError` naming the command that makes the first input that is not there.
+        """
+        resolved = self._resolve(stage, config, upstream or {}, {})
+        makers = {found.need.stage.name: found for found in resolved.inputs.values()}
+        for found in makers.values() if check else ():
+            if damage := found.place.damage(found.manifest):
+                raise MissingInputError(
+                    f"{stage.name} needs the output of {found.need.stage.name}, but {damage}: "
+                    f"run {found.need.stage.remedy} to make it again"
+                )
+        return resolved
+
+    def _resolve(
+        self,
+        stage: Stage,
+        config: PipelineConfig,
+        upstream: Upstream,
+        seen: dict[str, tuple[Place, Manifest]],
+    ) -> Resolved:
+        inputs: dict[str, Input] = {}
+        contents = dict(stage.external(config))
+        for name, need in stage.needs(config).items():
+            maker = need.stage
+            if maker.name not in seen:
+                place = upstream.get(maker.name) or self.place(
+                    maker.name, self._resolve(maker, config, upstream, seen).key
+                )
+                seen[maker.name] = place, _complete(stage, maker, place)
+            place, manifest = seen[maker.name]
+            found = manifest.content_of(need.under)
+            if found is not None:
+                inputs[name], contents[name] = Input(need, place, manifest), found
+            elif not need.optional:
+                there = sorted({str(Path(entry.path).parent) for entry in manifest.files})
+                raise MissingInputError(
+                    f"{stage.name} needs {need.under!r} from {maker.name}, but {place} "
+                    f"holds only {', '.join(there[:12])}: make the settings of the two stages agree"
+                )
+        paths = {name: found.place.folder / found.need.under for name, found in inputs.items()}
+        return Resolved(self.key(stage, config, contents), paths, contents, inputs)
+
+    def fetch(self, resolved: Resolved, progress: Progress = silent) -> None:
+        """Bring what a stage reads to this machine."""
+        for found in resolved.inputs.values():
+            found.place.pull(found.manifest, found.files, progress)
+
+    def fetch_legible(self, stage: Stage, key: str) -> None:
+        """Bring what a person would look at of an output: its reports and pictures."""
+        place = self.place(stage.name, key)
+        if place.remote and (manifest := place.manifest()):
+            legible = [e for e in manifest.files if e.path.endswith(LEGIBLE)]
+            shallow = [e for e in legible if e.path.count("/") <= 1 and e.size < LEGIBLE_BYTES]
+            wanted = [e for e in shallow if "/" not in e.path or e.path.startswith("sheets/")]
+            place.pull(manifest, wanted)
+
+    def manifest(self, stage: Stage, key: str) -> Manifest | None:
+        """The manifest with this key, or None when the output was never completed."""
+        place = self.place(stage.name, key)
+        manifest = place.manifest()
+        if manifest and manifest.name != f"{stage.name}/{key[:16]}":
+            raise DamagedError(
+                f"{place}/{MANIFEST} is that of {manifest.name}: "
+                "delete it, and its stage runs again"
+            )
+        return manifest
+
+    def damage(
+        self, stage: Stage, key: str, *, verify: bool = False, progress: Progress = silent
+    ) -> str | None:
+        """What is wrong with a completed output: see `Place.damage`."""
+        manifest = self.manifest(stage, key)
+        assert manifest is not None, "only a completed output can be damaged"
+        return self.place(stage.name, key).damage(manifest, verify=verify, progress=progress)
+
+    def lookup(self, stage: Stage, key: str, *, verify: bool = False) -> StageOutput | None:
+        """The output with this key if it is complete and undamaged."""
+        manifest = self.manifest(stage, key)
+        if manifest is None or self.place(stage.name, key).damage(manifest, verify=verify):
+            return None
+        return self._output(manifest)
+
+    def discard(self, stage: Stage, key: str, *, keep: tuple[str, ...] = ()) -> None:
+        """Delete an output, manifest first, but the top-level names in `keep`."""
+        self.place(stage.name, key).discard(keep)
+
+    def begin(self, stage: Stage, key: str, progress: Progress = silent) -> None:
+        """Make the folder to work in, with the unfinished work of an earlier attempt."""
+        self.place(stage.name, key).resume(progress)
+
+    def saving(
+        self, stage: Stage, key: str, lease: Lease, every_s: float, log: Callable[[str], None]
+    ) -> AbstractContextManager[None]:
+        """Send unfinished work to the URL during the block; nothing to do for a folder."""
+        place = self.place(stage.name, key)
+        return place.pushing(every_s, may=lambda: not lease.is_lost, log=log)
+
+    def commit(
+        self,
+        stage: Stage,
+        key: str,
+        context: Context,
+        *,
+        inputs: Mapping[str, str],
+        origins: Mapping[str, str] | None = None,
+        mlflow_run_id: str | None = None,
+        seconds: float = 0.0,
+        check: Callable[[], None] = lambda: None,
+    ) -> StageOutput:
+        """List the files and write the manifest: from now on the stage is up to date.
+
+        `check` is called last before that: it raises where the lease is lost.
+        """
+        files = _listed(stage, context)
+        manifest = Manifest(
+            stage=stage.name,
+            version=stage.version,
+            key=key,
+            content=content(files) or digest([]),
+            created=datetime.now(UTC),
+            seconds=seconds,
+            config=context.config.model_dump(mode="json"),
+            inputs=dict(inputs),
+            origins=dict(origins or {}),
+            metrics=context.metrics,
+            mlflow_run_id=mlflow_run_id,
+            files=files,
+        )
+        place = self.place(stage.name, key)
+        place.publish(manifest, context.progress)
+        check()
+        place.seal(manifest)
+        return self._output(manifest)
+
+    def _output(self, manifest: Manifest) -> StageOutput:
+        place = self.place(manifest.stage, manifest.key)
+        return StageOutput(
+            stage=manifest.stage,
+            key=manifest.key,
+            path=place.folder,
+            content=manifest.content,
+            metrics=manifest.metrics,
+            mlflow_run_id=manifest.mlflow_run_id,
+            seconds=manifest.seconds,
+            url=place.remote.url if place.remote else None,
+        )
+
+    def board(self, stage: str, key: str) -> leases.Board:
+        """The files of the lease on an output."""
+        name = f"{LEASES}/{stage}/{key[:16]}"
+        if self.remote:
+            return RemoteBoard(self.remote.below(name, attempts=BOARD_ATTEMPTS))
+        return LocalBoard(self.root / name)
+
+    @contextmanager
+    def lease(
+        self,
+        stage: str | Stage,
+        key: str,
+        *,
+        stale_s: float = leases.STALE_S,
+        wait: bool = True,
+        on_wait: Callable[[str], None] = lambda message: None,
+    ) -> Iterator[Lease]:
+        """Be the only writer of an output.
+
+        Waits for who is writing it, telling `on_wait` for whom; a holder whose process has died
+        on this host is replaced at once, any other that stands still after `stale_s` seconds.
+        """
+        name = stage if isinstance(stage, str) else stage.name
+        what = str(self.place(name, key))
+        lease = Lease(self.board(name, key), what, stale_s=stale_s, on_wait=on_wait)
+        try:
+            lease.acquire(wait=wait)
+            yield lease
+        finally:
+            lease.release()
+
+
+def _complete(stage: Stage, maker: Stage, place: Place) -> Manifest:
+    manifest = place.manifest()
+    if manifest is None:
+        raise MissingInputError(
+            f"{stage.name} needs the output of {maker.name} for this configuration, "
+            f"and {place} is not complete: run {maker.remedy} first, "
+            "with the same preset and settings"
+        )
+    if manifest.stage != maker.name:
+        raise DamagedError(
+            f"{stage.name} needs the output of {maker.name}, and {place} is one of {manifest.stage}"
+        )
+    return manifest
+
+
+def _listed(stage: Stage, context: Context) -> tuple[FileEntry, ...]:
+    """The files of an output, with digests as far as nothing else vouches for them."""
+    try:
+        found = list(listing(context.path, (MANIFEST, *stage.scratch)))
+    except UnsafeNameError as error:
+        raise StageError(f"the output of {stage.name} cannot be committed: {error}") from error
+    return tuple(
+        FileEntry(
+            path=name,
+            size=path.stat().st_size,
+            sha256=None
+            if name.partition("/")[0] in stage.vouched
+            else context.digests.get(name) or sha256(path),
+        )
+        for name, path in found
+    )

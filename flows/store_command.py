@@ -1,0 +1,200 @@
+"""`python -m flows store ls | show | verify | gc`: what housekeeping finds, on a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from flows import progress
+from flows.config import PipelineConfig
+
+if TYPE_CHECKING:
+    from flows.housekeeping import Item
+    from flows.store import Store
+
+COLOURS = {"complete": "green", "unfinished": "yellow", "in use": "cyan", "damaged": "red"}
+
+
+def add_parser(commands: Any, common: Sequence[argparse.ArgumentParser]) -> None:
+    """The command's options."""
+    top = commands.add_parser("store", help="list, show, verify or clean up the store")
+    actions = top.add_subparsers(required=True, metavar="ACTION")
+    chosen = argparse.ArgumentParser(add_help=False)
+    chosen.add_argument("--store", help="folder or URL of all outputs (default: runs/store)")
+
+    def action(name: str, command: Any, help: str) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = actions.add_parser(
+            name, parents=[*common, chosen], help=help
+        )
+        parser.set_defaults(command=command)
+        return parser
+
+    ls = action("ls", ls_command, "all outputs with their state, size, age and users")
+    ls.add_argument("--json", action="store_true", help="as JSON")
+    show = action("show", show_command, "manifest, settings, inputs and files of one output")
+    show.add_argument("key", help="beginning of a key, or STAGE/KEY")
+    verify = action("verify", verify_command, "read every file again; status 1 on damage")
+    verify.add_argument("keys", nargs="*", metavar="KEY", help="only these (default: all)")
+    gc = action("gc", gc_command, "delete what nothing refers to; without --yes only say what")
+    gc.add_argument("--yes", action="store_true", help="delete")
+    gc.add_argument(
+        "--older-than", default="0d", metavar="AGE", help="keep what is younger, as in 12h, 7d, 2w"
+    )
+    gc.add_argument(
+        "--unfinished", action="store_true", help="delete unfinished outputs, too: none resumes"
+    )
+
+
+def ls_command(arguments: argparse.Namespace) -> None:
+    """List the outputs."""
+    from flows import housekeeping
+
+    found = housekeeping.items(_store(arguments))
+    users = housekeeping.used_by(found)
+    if arguments.json:
+        print(json.dumps([_as_json(item, users[item.name]) for item in found], indent=1))
+        return
+    table = Table(box=None)
+    for column in ("stage", "key", "state", "size", "age", "MLflow run", "used by"):
+        table.add_column(column, justify="right" if column in ("size", "age") else "left")
+    for item in found:
+        run = (item.manifest and item.manifest.mlflow_run_id) or ""
+        by = ", ".join(name.replace("/", " ")[:-8] for name in users[item.name])
+        state = f"[{COLOURS[item.state]}]{item.state}[/]"
+        age = _age(item.age)
+        table.add_row(item.stage, item.key, state, _size(item.bytes), age, run[:8], by)
+    console = Console()
+    console.print(table)
+    for item in found:
+        if item.note:
+            console.print(f"{item.name}: {escape(item.note)}", soft_wrap=True, highlight=False)
+    total = _size(sum(item.bytes for item in found))
+    console.print(f"{housekeeping.states(found)}: {total} in {_store(arguments)}")
+
+
+def show_command(arguments: argparse.Namespace) -> None:
+    """Show one output."""
+    from flows import housekeeping
+
+    store = _store(arguments)
+    found = housekeeping.items(store)
+    item = housekeeping.pick(found, arguments.key)
+    console = Console()
+    where = store.place(item.stage, item.key)
+    console.print(f"[bold]{item.name}[/] {item.state} {escape(item.note)}", soft_wrap=True)
+    console.print(f"in {where}, {_size(item.bytes)}", soft_wrap=True, highlight=False)
+    console.print(f"used by: {', '.join(housekeeping.used_by(found)[item.name]) or 'nothing'}")
+    if item.manifest is None:
+        return
+    console.print_json(item.manifest.model_dump_json(exclude={"files"}))
+    table = Table(box=None)
+    for column in ("file", "bytes", "sha256"):
+        table.add_column(column, justify="right" if column == "bytes" else "left")
+    for entry in item.manifest.files:
+        table.add_row(entry.path, f"{entry.size:,}", (entry.sha256 or "by other files")[:16])
+    console.print(table)
+
+
+def verify_command(arguments: argparse.Namespace) -> int:
+    """Read every file; 1 when one is damaged."""
+    from flows import housekeeping
+
+    store, console = _store(arguments), Console()
+    found = housekeeping.items(store)
+    chosen = [housekeeping.pick(found, key) for key in arguments.keys] or found
+    harmed = 0
+    with progress.reporting(console) as reporter:
+        for item in chosen:
+
+            def show(what: str, done: int, total: int | None, name: str = item.name) -> None:
+                reporter.progress(name, what, done, total)
+
+            damage = housekeeping.verify(store, item, show)
+            harmed += damage is not None
+            unread = sum(e.sha256 is None for e in item.manifest.files) if item.manifest else 0
+            text = escape(damage) if damage else "not finished" if not item.manifest else "good"
+            if unread and not damage:
+                text += f" ({unread} files by their size alone: others hold their digests)"
+            mark = "[red]damaged[/]: " if damage else ""
+            console.print(f"{item.name}: {mark}{text}", soft_wrap=True, highlight=False)
+    return 1 if harmed else 0
+
+
+def gc_command(arguments: argparse.Namespace) -> int:
+    """Delete what nothing refers to, or say what would be."""
+    from flows import housekeeping
+    from flows.stage import BusyError
+    from flows.tracking import Tracker
+
+    store, console = _store(arguments), Console()
+    age = housekeeping.parse_age(arguments.older_than)
+    referred = housekeeping.references(Tracker("gigagan", store.root).client)
+    freed, refused = 0, 0
+    options = {"older_than": age, "unfinished": arguments.unfinished}
+    for verdict in housekeeping.sweep(store, referred, **options):
+        item = verdict.item
+        text = f"{item.name} {_size(item.bytes)}"
+        if verdict.kept:
+            console.print(f"kept    {text}: {escape(verdict.kept)}", soft_wrap=True)
+            continue
+        try:
+            if arguments.yes:
+                housekeeping.delete(store, item)
+            freed += item.bytes
+            console.print(f"{'deleted' if arguments.yes else 'would go'} {text}", soft_wrap=True)
+        except BusyError as error:
+            refused += 1
+            console.print(f"kept    {text}: {escape(str(error))}", soft_wrap=True)
+    done = f"{_size(freed)} freed" if arguments.yes else f"{_size(freed)} to free: add --yes"
+    console.print(f"[bold]{done}[/]")
+    return 1 if refused else 0
+
+
+def _store(arguments: argparse.Namespace) -> Store:
+    from flows.store import Store
+
+    given = {"store": located(arguments.store)} if arguments.store else {}
+    return Store.of(PipelineConfig().override(given))
+
+
+def located(store: str) -> str:
+    """A store as typed: a URL, or a folder relative to where it was typed."""
+    from pathlib import Path
+
+    return store if "://" in store else str(Path(store).absolute())
+
+
+def _as_json(item: Item, users: list[str]) -> dict[str, Any]:
+    run = item.manifest.mlflow_run_id if item.manifest else None
+    return {
+        "stage": item.stage,
+        "key": item.manifest.key if item.manifest else item.key,
+        "state": item.state,
+        "note": item.note,
+        "bytes": item.bytes,
+        "changed": item.changed.isoformat(),
+        "mlflow_run_id": run,
+        "used_by": users,
+    }
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _age(age: timedelta) -> str:
+    for unit, seconds in (("d", 86400), ("h", 3600), ("min", 60)):
+        if age.total_seconds() >= seconds:
+            return f"{age.total_seconds() / seconds:.0f} {unit}"
+    return f"{age.total_seconds():.0f} s"

@@ -1,0 +1,318 @@
+"""`store ls | show | verify | gc`, and outputs that are named by hand."""
+
+import json
+from datetime import timedelta
+from types import SimpleNamespace
+
+import pytest
+
+from flows.__main__ import main
+from flows.config import PipelineConfig
+from flows.housekeeping import HousekeepingError, delete, items, parse_age, pick, sweep, used_by
+from flows.stage import BusyError, Context, Need, Stage, StageError
+from flows.store import Store
+from flows.tracking import Tracker
+from flows.upstream import UpstreamError, locate
+
+from .conftest import write
+from .test_lease import bucket
+
+
+def _download(context: Context) -> None:
+    write(context.path / "images/0.tar", "pictures")
+    write(context.path / "fates/0.parquet", f"{context.config.seed}")
+
+
+def _filter(context: Context) -> None:
+    write(context.path / "shards/064/0.tar", "shard")
+
+
+DOWNLOAD = Stage("download", 1, _download, vouched=("images",))
+FILTER = Stage("filter", 1, _filter, lambda config: {"fates": Need(DOWNLOAD, "fates")})
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store(request, tmp_path, monkeypatch):
+    """A store of each kind."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("GIGAGAN_STORE_CACHE", str(tmp_path / "cache"))
+    is_folder = request.param == "folder"
+    where = str(tmp_path / "store") if is_folder else bucket(request.getfixturevalue("s3"))
+    return Store.of(PipelineConfig(store=where))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A store in a folder."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return Store(tmp_path / "store")
+
+
+def make(store: Store, stage: Stage, seed: int = 0, run_id: str | None = None, upstream=None):
+    config = PipelineConfig().override({"download.seed": seed})
+    found = store.resolve(stage, config, upstream=upstream)
+    with store.lease(stage, found.key) as lease:
+        store.begin(stage, found.key)
+        section = getattr(config, stage.section)
+        context = Context(store.directory(stage, found.key), section, found.paths)
+        stage.run(context)
+        facts = {"inputs": found.contents, "origins": found.origins, "mlflow_run_id": run_id}
+        return store.commit(stage, found.key, context, check=lease.check, **facts)
+
+
+def named(found, name: str):
+    (item,) = [item for item in found if item.name.startswith(name)]
+    return item
+
+
+def command(store: Store, *arguments: str) -> int:
+    return main(["store", *arguments, "--store", str(store)])
+
+
+def test_every_output_is_listed_with_its_state_and_its_users(store):
+    download = make(store, DOWNLOAD)
+    kept = make(store, FILTER)
+    half = store.place("train-base", "a" * 64)
+    half.resume()
+    write(half.folder / "checkpoints/1.pt", "half")
+    half.push()
+    busy = store.place("evaluate", "b" * 64)
+    busy.resume()
+    write(busy.folder / "log", "x")
+    busy.push()
+    with store.lease("evaluate", "b" * 64):
+        found = items(store)
+    states = {item.stage: item.state for item in found}
+    assert states == {
+        "download": "complete",
+        "filter": "complete",
+        "train-base": "unfinished",
+        "evaluate": "in use",
+    }
+    users = used_by(found)
+    assert users[f"download/{download.key[:16]}"] == [f"filter/{kept.key[:16]}"]
+    assert named(found, "filter").bytes > len("shard")
+
+
+def test_a_cut_file_and_a_foreign_manifest_are_damaged(folder):
+    output = make(folder, DOWNLOAD)
+    other = folder.place("download", "c" * 64)
+    other.folder.mkdir(parents=True)
+    (other.folder / "manifest.json").write_text((output.path / "manifest.json").read_text())
+    (output.path / "images/0.tar").write_text("cut")
+    assert {item.state for item in items(folder)} == {"damaged"}
+
+
+def test_a_manifest_of_before_origins_still_tells_what_was_read(folder):
+    make(folder, DOWNLOAD)
+    output = make(folder, FILTER)
+    path = output.path / "manifest.json"
+    tree = json.loads(path.read_text())
+    del tree["origins"]
+    path.write_text(json.dumps(tree))
+    found = items(folder)
+    assert used_by(found)[named(found, "download").name] == [named(found, "filter").name]
+
+
+def test_verification_finds_a_flipped_byte_and_names_the_file(store, capsys):
+    output = make(store, DOWNLOAD, seed=5)
+    assert command(store, "verify") == 0
+    assert "1 files by their size alone" in capsys.readouterr().out
+    if store.remote:
+        store.remote.write(f"download/{output.key[:16]}/fates/0.parquet", b"6")
+    else:
+        (output.path / "fates/0.parquet").write_text("6")
+    assert command(store, "verify", output.key[:6]) == 1
+    assert "fates/0.parquet has another sha256" in capsys.readouterr().out
+
+
+def test_a_digest_given_wrong_by_the_writer_is_found_by_verification(folder, capsys):
+    def run(context: Context) -> None:
+        write(context.path / "big.tar", "terabytes")
+        context.digests["big.tar"] = "f" * 64
+
+    make(folder, Stage("download", 1, run))
+    assert command(folder, "verify") == 1
+    assert "big.tar" in capsys.readouterr().out
+
+
+def test_a_key_may_be_shortened_until_it_is_ambiguous(folder):
+    found = [
+        SimpleNamespace(name=f"{stage}/{key}", stage=stage, key=key)
+        for stage, key in [("filter", "ab12" + "0" * 12), ("score", "ab13" + "0" * 12)]
+    ]
+    assert pick(found, "ab12").stage == "filter"
+    assert pick(found, "score/ab").stage == "score"
+    assert pick(found, "ab12" + "0" * 60).stage == "filter"
+    with pytest.raises(UpstreamError, match=r"ab.*filter/ab12.*score/ab13"):
+        pick(found, "ab")
+    with pytest.raises(UpstreamError, match="no output"):
+        pick(found, "ff")
+
+
+@pytest.mark.parametrize("name", ["../../etc", "/etc", "", "XYZ", "filter/../ab", "ab\n", "%2e"])
+def test_what_is_no_key_is_refused(name):
+    with pytest.raises(HousekeepingError, match="not the beginning of a key"):
+        pick([], name)
+
+
+@pytest.mark.parametrize(
+    ("text", "age"), [("7d", timedelta(days=7)), ("1.5h", timedelta(minutes=90))]
+)
+def test_an_age_is_read(text, age):
+    assert parse_age(text) == age
+
+
+def test_an_age_without_a_unit_is_refused():
+    with pytest.raises(HousekeepingError, match="7d"):
+        parse_age("7")
+
+
+def test_show_tells_settings_inputs_and_files(store, capsys):
+    make(store, DOWNLOAD)
+    output = make(store, FILTER)
+    assert command(store, "show", output.key[:7]) == 0
+    printed = capsys.readouterr().out
+    assert "shards/064/0.tar" in printed
+    assert '"min_side"' in printed
+    assert "download/" in printed
+
+
+def test_a_list_as_json_is_what_scripts_read(store, capsys):
+    output = make(store, DOWNLOAD)
+    assert command(store, "ls", "--json") == 0
+    (item,) = json.loads(capsys.readouterr().out)
+    assert (item["key"], item["state"]) == (output.key, "complete")
+
+
+def test_what_mlflow_an_input_a_lease_or_its_age_keeps_is_kept(store):
+    old = make(store, DOWNLOAD, seed=0)
+    loose = make(store, DOWNLOAD, seed=1)
+    kept = make(store, FILTER, seed=0)
+    referred = {kept.key[:16]: ["MLflow run r"]}
+    reasons = {verdict.item.key: verdict.kept for verdict in sweep(store, referred)}
+    assert reasons == {
+        kept.key[:16]: "MLflow run r",
+        old.key[:16]: f"input of filter/{kept.key[:16]}",
+        loose.key[:16]: None,
+    }
+    young = sweep(store, {}, older_than=timedelta(days=1))
+    assert {verdict.kept for verdict in young} == {"not old enough"}
+    with store.lease("download", loose.key):
+        (verdict,) = [v for v in sweep(store, referred) if v.item.key == loose.key[:16]]
+        assert verdict.kept.startswith("in use by process")
+        with pytest.raises(BusyError):
+            delete(store, verdict.item)
+
+
+def test_unfinished_work_goes_only_when_asked_for(store):
+    place = store.place("train-base", "a" * 64)
+    place.resume()
+    write(place.folder / "checkpoints/1.pt", "half")
+    place.push()
+    (verdict,) = sweep(store, {})
+    assert "--unfinished" in verdict.kept
+    (verdict,) = sweep(store, {}, unfinished=True)
+    assert verdict.kept is None
+
+
+def test_an_output_that_changed_since_it_was_looked_at_is_not_deleted(folder):
+    output = make(folder, DOWNLOAD)
+    (item,) = items(folder)
+    folder.discard(DOWNLOAD, output.key)
+    make(folder, DOWNLOAD)
+    with pytest.raises(BusyError, match="changed"):
+        delete(folder, item)
+
+
+@pytest.mark.slow
+def test_gc_is_a_dry_run_until_yes_and_asks_mlflow(store, capsys):
+    tracker = Tracker("gc", store.root)
+    loose = make(store, DOWNLOAD, seed=1)
+    referred = make(store, DOWNLOAD, seed=2)
+    registered = make(store, DOWNLOAD, seed=3)
+    facts = {"parent": None, "fresh": True, "tags": {}}
+    run_id = tracker.start_stage(DOWNLOAD, referred.key, {}, **facts)
+    tracker.client.create_registered_model("gc")
+    tracker.client.create_model_version("gc", "file:///x", tags={"base.key": registered.key})
+
+    assert command(store, "gc") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"would go download/{loose.key[:16]}" in printed
+    assert f"kept download/{referred.key[:16]}" in printed
+    assert f"MLflow run {run_id}" in printed
+    assert "registered model gc version 1" in printed
+    assert len(items(store)) == 3
+
+    assert command(store, "gc", "--yes") == 0
+    assert {item.key for item in items(store)} == {referred.key[:16], registered.key[:16]}
+    assert not loose.path.exists()
+    tracker.client.delete_run(run_id)
+    assert command(store, "gc", "--yes") == 0
+    assert {item.key for item in items(store)} == {registered.key[:16]}
+
+
+def test_gc_refuses_when_mlflow_cannot_be_asked(folder, monkeypatch, capsys):
+    make(folder, DOWNLOAD)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert command(folder, "gc", "--yes") == 1
+    assert "MLflow" in capsys.readouterr().err
+    assert len(items(folder)) == 1
+
+
+def test_a_stage_reads_the_output_that_was_named_by_key_run_or_folder(folder, tmp_path):
+    tracker = Tracker("upstream", folder.root)
+    own, other = make(folder, DOWNLOAD, seed=0), make(folder, DOWNLOAD, seed=1)
+    facts = {"parent": None, "fresh": True, "tags": {}}
+    run_id = tracker.start_stage(DOWNLOAD, other.key, {}, **facts)
+    other.path.joinpath("log").touch()
+    copy = tmp_path / "copy"
+    other.path.rename(copy)
+    by_folder = locate(folder, {"download": str(copy)}, tracker.output_of)
+    copy.rename(other.path)
+    assert by_folder["download"].folder == copy
+    for where in (other.key[:10], other.key, run_id, str(other.path)):
+        found = locate(folder, {"download": where}, tracker.output_of)
+        resolved = folder.resolve(FILTER, PipelineConfig(), upstream=found)
+        assert resolved.paths["fates"] == other.path / "fates"
+        assert resolved.origins == {"fates": f"download/{other.key[:16]}"}
+    output = make(folder, FILTER, upstream=found)
+    assert output.key != folder.resolve(FILTER, PipelineConfig()).key
+    assert folder.manifest(FILTER, output.key).origins == resolved.origins
+    assert folder.resolve(FILTER, PipelineConfig()).paths["fates"] == own.path / "fates"
+
+
+def test_an_output_of_another_store_is_fetched_from_its_url(s3, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("GIGAGAN_STORE_CACHE", str(tmp_path / "cache"))
+    far = Store.of(PipelineConfig(store=bucket(s3)))
+    output = make(far, DOWNLOAD, seed=4)
+    found = locate(folder, {"download": output.url}, lambda run: ("", ""))
+    resolved = folder.resolve(FILTER, PipelineConfig(), upstream=found, check=True)
+    folder.fetch(resolved)
+    assert (resolved.paths["fates"] / "0.parquet").read_text() == "4"
+    assert resolved.paths["fates"].is_relative_to(folder.root)
+
+
+def test_an_upstream_that_is_unknown_unfinished_or_of_another_stage_is_refused(folder, tmp_path):
+    output = make(folder, DOWNLOAD)
+    unfinished = folder.place("download", "e" * 64)
+    unfinished.resume()
+
+    def refused(stage: str, where: str, message: str) -> None:
+        with pytest.raises(StageError, match=message):
+            locate(folder, {stage: where}, Tracker("upstream", folder.root).output_of)
+
+    refused("download", "e" * 8, "not complete")
+    refused("filter", str(output.path), "is one of download")
+    refused("filter", output.key[:8], "no output of filter")
+    refused("dwnload", output.key, "the stages are download, score")
+    refused("download", str(tmp_path / "nowhere"), "no manifest")
+    refused("download", "not-a-key", "beginning of a key")
+    (output.path / "images/0.tar").unlink()
+    refused("download", output.key[:8], "0.tar is missing")
+
+
+@pytest.mark.parametrize("item", ["filter", "filter=", "=abc"])
+def test_an_upstream_of_the_command_line_needs_both_sides(item, capsys):
+    assert main(["run", "--preset", "smoke", "--dry-run", "--upstream", item]) == 1
+    assert "upstream" in capsys.readouterr().err
