@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from uuid import UUID
 
 from prefect import get_run_logger
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -18,10 +19,14 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.logging.handlers import PrefectConsoleHandler
-from prefect.states import Crashed
+from prefect.runtime import flow_run
+from prefect.states import Crashed, Running
 
 OUTAGE_S = 600.0
 """How long a stage that is over waits for a server that is away, to report to it."""
+
+SILENT = "no heartbeat"
+"""How the message begins that a run gets whose process is taken for dead."""
 
 RUNNING_BELOW_ANOTHER = FlowRunFilter(
     state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])),
@@ -50,6 +55,20 @@ def spare(what: str) -> Iterator[None]:
     except Exception as error:  # Prefect, httpx and pydantic have none in common
         cause = f"{type(error).__name__}: {error}"
         get_run_logger().warning("%s not shown in Prefect (%s); the work goes on", what, cause)
+
+
+def reclaim() -> None:
+    """Set this run, and its pipeline's, Running again that were taken for dead while they live.
+
+    A server that was away has seen no heartbeats, and may say so when it is back.
+    """
+    mine = {flow_run.id, flow_run.root_flow_run_id} - {None}
+    with get_client(sync_client=True) as client:
+        for run_id in mine:
+            state = client.read_flow_run(UUID(str(run_id))).state
+            if state and state.is_crashed() and (state.message or "").startswith(SILENT):
+                lives = Running(message="its process lives: the server had been away")
+                client.set_flow_run_state(UUID(str(run_id)), lives, force=True)
 
 
 def outlive_worker() -> None:

@@ -24,6 +24,7 @@ from prefect.utilities.importtools import from_qualified_name
 from prefect.utilities.templating import apply_values
 
 from flows import settings
+from flows.aftermath import SILENT
 from flows.conductor import GPU_LIMIT
 from flows.config import ROOT, PipelineConfig
 
@@ -111,7 +112,7 @@ def make_zombie_automation(client: SyncPrefectClient, after_s: float) -> None:
         actions=[
             ChangeFlowRunState(
                 state=StateType.CRASHED,
-                message=f"no heartbeat for {after_s:g} s: its process is gone",
+                message=f"{SILENT} for {after_s:g} s: its process is gone",
             )
         ],
     )
@@ -143,7 +144,7 @@ def deploy(
         if entrypoint not in flows:
             flow: Flow[..., Any] = load_flow_from_entrypoint(entrypoint)
             form = parameter_schema(flow).model_dump_for_openapi()
-            flows[entrypoint] = client.create_flow(flow), form, flow.description
+            flows[entrypoint] = client.create_flow(flow), form, about(flow)
         flow_id, form, description = flows[entrypoint]
         client.create_deployment(
             flow_id,
@@ -158,6 +159,11 @@ def deploy(
             job_variables=dict(job_variables or deployment["work_pool"]["job_variables"]),
             pull_steps=[],
         )
+
+
+def about(flow: Flow[..., Any]) -> str:
+    """What a flow does; Prefect's form shows what its docstring says of each parameter."""
+    return (flow.description or "").partition("\nArgs:")[0].strip()
 
 
 def deployments() -> list[dict[str, Any]]:

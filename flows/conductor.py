@@ -21,7 +21,7 @@ from prefect.states import Completed, State
 from prefect.utilities.urls import url_for
 
 from flows import guardian, progress, registry
-from flows.aftermath import await_server, close_left_behind, outlive_worker, spare
+from flows.aftermath import await_server, close_left_behind, outlive_worker, reclaim, spare
 from flows.config import PipelineConfig
 from flows.metering import metered
 from flows.slots import GPU_LIMIT, gpu_slot
@@ -223,6 +223,7 @@ def _progress(stage: Stage) -> Progress:
             else:
                 description = f"{stage.name}: {what}"
                 artifacts[what] = create_progress_artifact(percent, description=description)
+            reclaim()
             due = time.monotonic() + ARTIFACT_EVERY_S
 
     return report

@@ -55,8 +55,10 @@ def download(
 ) -> Outcome:
     """Bring the download up to date.
 
-    * **overrides**: dotted keys, as in `{"download.embedded.max_concepts": 50}`
-    * **force**: discard its output and run it again
-    * **upstream**: outputs to read instead: `{"filter": WHERE}` with a key, an MLflow run or a URL
+    Args:
+        overrides: settings by dotted key, as in `{"download.embedded.max_concepts": 50}`
+        force: discard its output and run it again
+        upstream: outputs to read instead; this stage reads none
+        config: all settings; the deployment comes with those of its preset
     """
     return conduct(STAGE, overrides, force, config, upstream)

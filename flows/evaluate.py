@@ -63,8 +63,11 @@ def evaluate(
 ) -> Outcome:
     """Bring the evaluation up to date.
 
-    * **overrides**: dotted keys, as in `{"evaluate.seed": 1}`
-    * **force**: discard its output and evaluate again
-    * **upstream**: outputs to read instead: `{"filter": WHERE}` with a key, an MLflow run or a URL
+    Args:
+        overrides: settings by dotted key, as in `{"evaluate.seed": 1}`
+        force: discard its output and evaluate again
+        upstream: outputs to read instead: `{"train-base": WHERE}` with a key, an MLflow run, a
+            folder or a URL
+        config: all settings; the deployment comes with those of its preset
     """
     return conduct(STAGE, overrides, force, config, upstream)

@@ -92,8 +92,11 @@ def filter_(
 ) -> Outcome:
     """Bring the filter up to date.
 
-    * **overrides**: dotted keys, as in `{"filter.min_similarity": 0.2}`
-    * **force**: discard its output and run it again
-    * **upstream**: outputs to read instead: `{"filter": WHERE}` with a key, an MLflow run or a URL
+    Args:
+        overrides: settings by dotted key, as in `{"filter.min_similarity": 0.2}`
+        force: discard its output and run it again
+        upstream: outputs to read instead: `{"score": WHERE}` with a key, an MLflow run, a
+            folder or a URL
+        config: all settings; the deployment comes with those of its preset
     """
     return conduct(STAGE, overrides, force, config, upstream)

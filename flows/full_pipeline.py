@@ -54,11 +54,13 @@ def full_pipeline(
 ) -> dict[str, StageOutput]:
     """Bring all stages up to date, in order.
 
-    * **overrides**: dotted keys, as in `{"train_base.total_images": 20000}`
-    * **stages**: run only these; what they need must be in the store
-    * **force**: discard the output of these and run them again
-    * **upstream**: outputs that stand for stages, which then do not run: `{"filter": WHERE}` with a
-      key, an MLflow run or a URL
+    Args:
+        overrides: settings by dotted key, as in `{"train_base.total_images": 20000}`
+        stages: run only these; what they need must be in the store
+        force: discard the output of these and run them again
+        upstream: outputs that stand for stages, which then do not run: `{"filter": WHERE}` with
+            a key, an MLflow run, a folder or a URL
+        config: all settings; the deployment comes with those of its preset
     """
     config = config.override(overrides)
     Store.of(config).prepare()

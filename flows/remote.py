@@ -28,7 +28,7 @@ from flows.stage import DamagedError, Progress, StageError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-ATTEMPTS = 9
+ATTEMPTS = 12
 PAUSE_S = 0.5
 """Before the second attempt; each further pause is twice as long, up to `LONGEST_PAUSE_S`."""
 LONGEST_PAUSE_S = 20.0

@@ -143,7 +143,7 @@ def needs(config: PipelineConfig) -> Mapping[str, Need]:
     return {"fates": Need(download.STAGE, "fates", beside=("images", "lists"))}
 
 
-STAGE = Stage("score", version=1, run=run, needs=needs, unkeyed=("devices", "batch_size"))
+STAGE = Stage("score", version=1, run=run, needs=needs, unkeyed=("devices", "batch_size"), gpu=True)
 
 
 @flow(name=STAGE.name, persist_result=True)
@@ -155,9 +155,12 @@ def score(
 ) -> Outcome:
     """Bring the scores up to date.
 
-    * **overrides**: dotted keys, as in `{"score.nsfw": null}`
-    * **force**: discard its output and run it again
-    * **upstream**: outputs to read instead: `{"filter": WHERE}` with a key, an MLflow run or a URL
+    Args:
+        overrides: settings by dotted key, as in `{"score.nsfw": null}`
+        force: discard its output and run it again
+        upstream: outputs to read instead: `{"download": WHERE}` with a key, an MLflow run, a
+            folder or a URL
+        config: all settings; the deployment comes with those of its preset
     """
     return conduct(STAGE, overrides, force, config, upstream)
 

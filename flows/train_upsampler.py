@@ -45,8 +45,11 @@ def train_upsampler(
 ) -> Outcome:
     """Bring the upsampler up to date.
 
-    * **overrides**: dotted keys, as in `{"train_upsampler.total_images": 20000}`
-    * **force**: discard its output and train again
-    * **upstream**: outputs to read instead: `{"filter": WHERE}` with a key, an MLflow run or a URL
+    Args:
+        overrides: settings by dotted key, as in `{"train_upsampler.total_images": 20000}`
+        force: discard its output and train again
+        upstream: outputs to read instead: `{"filter": WHERE}` with a key, an MLflow run, a
+            folder or a URL
+        config: all settings; the deployment comes with those of its preset
     """
     return conduct(STAGE, overrides, force, config, upstream)

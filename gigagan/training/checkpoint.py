@@ -7,15 +7,20 @@ reader sees a whole checkpoint or none, whenever the writer dies.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+
+FULL_BYTES = 2**20
+"""A disk with less room counts as full: what failed there took all of it but scraps."""
 
 _NAME = re.compile(r"images-(\d{10})\.pt")
 
@@ -93,9 +98,11 @@ def save(
         partial.replace(path)
         _flush(directory)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into RuntimeError
+        is_full = shutil.disk_usage(directory).free < FULL_BYTES if directory.is_dir() else False
         for unfinished in (partial, path.with_name(path.stem + ".json.partial")):
             unfinished.unlink(missing_ok=True)
-        raise WriteError(f"{path} could not be written ({error})") from error
+        reason = f"{os.strerror(errno.ENOSPC)}; {error}" if is_full else str(error)
+        raise WriteError(f"{path} could not be written ({reason})") from error
     for old in [p for p in _all(directory) if not _described(p).get("is_milestone")][:-keep]:
         old.unlink()
         old.with_suffix(".json").unlink(missing_ok=True)

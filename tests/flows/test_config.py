@@ -118,7 +118,7 @@ def test_assignments_are_read_as_yaml():
 
 
 def test_an_assignment_without_a_value_says_how_to_write_it():
-    with pytest.raises(ConfigError, match="key=value"):
+    with pytest.raises(ConfigError, match="KEY=VALUE"):
         parse_assignments(["filter.min_side"])
 
 

@@ -3,20 +3,30 @@
 import pytest
 import yaml
 from prefect.flows import Flow, load_flow_from_entrypoint
+from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import from_qualified_name
 from prefect.utilities.templating import apply_values
 
-from flows.bootstrap import DEPLOYMENTS
+from flows.bootstrap import DEPLOYMENTS, about
 from flows.config import PipelineConfig, StageName, presets
 from flows.settings import POOL
 
 DOCUMENT = yaml.safe_load(DEPLOYMENTS.read_text())
-NAMES = [deployment["name"] for deployment in DOCUMENT["deployments"]]
+FLOWS = ["full-pipeline", *StageName]
 
 
-def test_there_is_one_deployment_a_preset_and_one_a_stage():
-    of_presets = {"full-pipeline" if name == "demo" else name for name in presets()}
-    assert sorted(NAMES) == sorted({*StageName, *of_presets})
+def _name(deployment: dict) -> str:
+    """FLOW/PRESET, as `prefect deployment run` takes it."""
+    flow = load_flow_from_entrypoint(deployment["entrypoint"])
+    return f"{flow.name}/{deployment['name']}"
+
+
+NAMES = [_name(deployment) for deployment in DOCUMENT["deployments"]]
+
+
+def test_every_flow_has_a_deployment_with_every_preset():
+    presets_of = {flow: [flow if name == "demo" else name for name in presets()] for flow in FLOWS}
+    assert sorted(NAMES) == sorted(f"{flow}/{name}" for flow in FLOWS for name in presets_of[flow])
 
 
 @pytest.mark.parametrize("deployment", DOCUMENT["deployments"], ids=NAMES)
@@ -24,9 +34,12 @@ def test_every_entrypoint_is_a_module_and_loads(deployment):
     assert ":" not in deployment["entrypoint"]
     flow = load_flow_from_entrypoint(deployment["entrypoint"])
     assert isinstance(flow, Flow)
-    expected = deployment["name"] if deployment["name"] in list(StageName) else "full-pipeline"
-    assert flow.name == expected
     assert flow.persist_result
+    schema = parameter_schema(flow).model_dump_for_openapi()["properties"]
+    names = ["overrides", "stages", "force", "upstream", "config"]
+    assert list(schema) == [name for name in names if name in schema]
+    assert all(parameter.get("description") for parameter in schema.values())
+    assert "Args" not in about(flow)
 
 
 @pytest.mark.parametrize("deployment", DOCUMENT["deployments"], ids=NAMES)

@@ -16,7 +16,7 @@ from flows.config import ROOT
     [
         (["run", "--preset", "dmo"], "did you mean 'demo'"),
         (["run", "--set", "filter.min_sid=3"], "did you mean 'filter.min_side'"),
-        (["run", "--set", "filter.min_side"], "section.key=value"),
+        (["run", "--set", "filter.min_side"], "KEY=VALUE"),
         (["run", "--set", "filter.min_side=x"], "filter.min_side = 'x'"),
         (["run", "--stages", "train"], "unknown stage 'train': the stages are download"),
         (["run", "--force", "trian-base"], "unknown stage 'trian-base'"),

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import threading
 import uuid
 from pathlib import Path
 
 import pytest
 import s3fs
 
-from flows import download, filter
+from flows import download, filter, services
 from flows.config import PipelineConfig, StageName
 from flows.full_pipeline import full_pipeline, plan
 from flows.place import RECORD, WORK, Place
@@ -362,11 +363,8 @@ def test_an_object_store_that_answers_503_for_a_while_is_asked_again(bucket, mon
 
 
 @pytest.mark.slow
-def test_a_server_that_is_gone_for_a_while_costs_nothing(tmp_path, monkeypatch):
-    import threading
-
-    from flows import services
-
+def test_a_server_that_is_gone_for_a_while_costs_nothing(monkeypatch, request):
+    request.addfinalizer(s3fs.S3FileSystem.clear_instance_cache)
     port = services.free_port()
     with start_s3(port) as server:
         for name, value in server.environment.items():
@@ -374,9 +372,9 @@ def test_a_server_that_is_gone_for_a_while_costs_nothing(tmp_path, monkeypatch):
         s3fs.S3FileSystem.clear_instance_cache()
         server.process.kill()
         server.process.wait()
-        monkeypatch.setattr("flows.remote.PAUSE_S", 0.2)
+        monkeypatch.setattr("flows.remote.LONGEST_PAUSE_S", 1.0)
         outcome = []
-        remote = Remote("s3://bucket/x")
+        remote = Remote("s3://bucket/x", attempts=100)  # a server takes long to start
 
         def write_it() -> None:
             remote.write("a", b"kept")
@@ -389,7 +387,6 @@ def test_a_server_that_is_gone_for_a_while_costs_nothing(tmp_path, monkeypatch):
             fs.mkdir("bucket")
             thread.join(120)
             assert outcome == [b"kept"]
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_a_missing_input_names_the_url(bucket, on_machine):
