@@ -20,7 +20,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.logging.handlers import PrefectConsoleHandler
 from prefect.runtime import flow_run
-from prefect.states import Crashed, Running
+from prefect.states import Crashed, Running, State
 
 OUTAGE_S = 600.0
 """How long a stage that is over waits for a server that is away, to report to it."""
@@ -57,6 +57,23 @@ def spare(what: str) -> Iterator[None]:
         get_run_logger().warning("%s not shown in Prefect (%s); the work goes on", what, cause)
 
 
+@contextmanager
+def heard() -> Iterator[None]:
+    """Put what our own modules log, in whatever thread, into the log of this flow run."""
+    run, ours = get_run_logger(), logging.getLogger("flows")
+
+    class ToRun(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            run.log(record.levelno, "%s", record.getMessage())
+
+    handler = ToRun(logging.INFO)
+    ours.addHandler(handler)
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+
+
 def reclaim() -> None:
     """Set this run, and its pipeline's, Running again that were taken for dead while they live.
 
@@ -67,7 +84,7 @@ def reclaim() -> None:
         for run_id in mine:
             state = client.read_flow_run(UUID(str(run_id))).state
             if state and state.is_crashed() and (state.message or "").startswith(SILENT):
-                lives = Running(message="its process lives: the server had been away")
+                lives: State = Running(message="its process lives: the server had been away")
                 client.set_flow_run_state(UUID(str(run_id)), lives, force=True)
 
 

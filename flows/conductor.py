@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from prefect import get_run_logger
@@ -21,12 +21,20 @@ from prefect.states import Completed, State
 from prefect.utilities.urls import url_for
 
 from flows import guardian, progress, registry
-from flows.aftermath import await_server, close_left_behind, outlive_worker, reclaim, spare
+from flows.aftermath import (
+    await_server,
+    close_left_behind,
+    heard,
+    outlive_worker,
+    reclaim,
+    spare,
+)
 from flows.config import PipelineConfig
+from flows.lease import Lease
 from flows.metering import metered
 from flows.slots import GPU_LIMIT, gpu_slot
 from flows.stage import Context, Progress, Stage, StageOutput
-from flows.store import Resolved, Store
+from flows.store import Store
 from flows.tracking import Tracker
 from flows.upstream import locate
 
@@ -53,82 +61,153 @@ def conduct(
 
     Returns its output, as data of a state named Skipped when there was nothing to do.
     """
-    config = config.override(overrides)
     outlive_worker()
-    with spare("runs that an accident left as Running"):
-        close_left_behind()
-    store = Store.of(config)
-    store.prepare()
-    tracker = Tracker(config.name, store.root)
-    named = locate(store, upstream or {}, tracker.output_of)
-    resolved = store.resolve(stage, config, upstream=named, check=True)
-    parent = _pipeline_run(tracker)
-    # A retry of a forced run goes on where it broke off.
-    force = force and (flow_run.run_count or 1) <= 1
+    with heard():
+        with spare("runs that an accident left as Running"):
+            close_left_behind()
+        # A retry of a forced run goes on where it broke off.
+        force = force and (flow_run.run_count or 1) <= 1
+        return _Attempt(stage, config.override(overrides), upstream or {}).outcome(force)
 
-    if not force and (output := store.lookup(stage, resolved.key)):
-        return _skip(stage, store, tracker, resolved, output, parent)
-    with store.lease(stage, resolved.key, on_wait=_waiting(stage)) as lease:
-        # The run that held the lease before may have made it.
-        if not force and (output := store.lookup(stage, resolved.key)):
-            return _skip(stage, store, tracker, resolved, output, parent)
-        mark = str(store.directory(stage, resolved.key))
-        if left := guardian.end_left_behind(mark):
+
+class _Attempt:
+    """At one output, whose key its configuration and inputs decide."""
+
+    def __init__(self, stage: Stage, config: PipelineConfig, upstream: Mapping[str, str]):
+        self.stage, self.config = stage, config
+        self.store = Store.of(config)
+        self.store.prepare()
+        self.tracker = Tracker(config.name, self.store.root)
+        named = locate(self.store, upstream, self.tracker.output_of)
+        self.resolved = self.store.resolve(stage, config, upstream=named, check=True)
+        self.key = self.resolved.key
+        self.parent = _pipeline_run(self.tracker)
+
+    def outcome(self, force: bool) -> Outcome:
+        """Skip the stage, or be the only one to run it."""
+        if not force and (output := self.store.lookup(self.stage, self.key)):
+            return self._skip(output)
+        with self.store.lease(self.stage, self.key, on_wait=_waiting(self.stage)) as lease:
+            # The run that held the lease before may have made it.
+            if not force and (output := self.store.lookup(self.stage, self.key)):
+                return self._skip(output)
+            self._clear(force)
+            with _reported(self.stage, str(self.store.directory(self.stage, self.key))):
+                return self._run(lease, fresh=force)
+
+    def _skip(self, output: StageOutput) -> State[StageOutput]:
+        manifest = self.store.manifest(self.stage, output.key)
+        assert manifest is not None, "looked up a moment ago"
+        self.store.fetch_legible(self.stage, output.key)
+        run_id = self.tracker.recall(self.stage, manifest, output, self.resolved)
+        self._register(output, run_id)
+        if self.parent:
+            self.tracker.adopt(self.parent, self.stage, output, run_id, "skipped")
+        self._link(run_id)
+        note = f"up to date in {output.path}"
+        progress.reporter().ended(self.stage.name, "skipped", 0.0, note)
+        return Completed(name="Skipped", message=f"up to date: {output.path}", data=output)
+
+    def _clear(self, force: bool) -> None:
+        """End and remove what must not be resumed; of a damaged output its checkpoints stay."""
+        if left := guardian.end_left_behind(self._mark):
             get_run_logger().warning("ended processes of a run that died: %s", left)
-        _clear(stage, store, resolved.key, force)
+        if force:
+            self.store.discard(self.stage, self.key)
+        elif self.store.manifest(self.stage, self.key):
+            get_run_logger().warning("made again: %s", self.store.damage(self.stage, self.key))
+            self.store.discard(self.stage, self.key, keep=self.stage.scratch)
 
-        section = getattr(config, stage.section)
-        run_id = tracker.start_stage(
-            stage,
-            resolved.key,
-            section.model_dump(mode="json"),
-            parent=parent,
-            fresh=force,
-            tags=prefect_tags(),
+    def _run(self, lease: Lease, fresh: bool) -> StageOutput:
+        settings = getattr(self.config, self.stage.section).model_dump(mode="json")
+        run_id = self.tracker.start_stage(
+            self.stage, self.key, settings, parent=self.parent, fresh=fresh, tags=prefect_tags()
         )
         started = time.monotonic()
-        progress.reporter().started(stage.name, str(store.directory(stage, resolved.key)))
-        try:
-            with tracker.status_of(run_id):
-                tracker.inputs(run_id, resolved, section.model_dump(mode="json"))
-                _link(stage, tracker, run_id)
-                context = _context(stage, config, store, resolved)
-                context.env = tracker.child_environment(run_id)
-                context.progress = lease.watched(context.progress)
-                store.begin(stage, resolved.key, context.progress)
-                store.fetch(resolved, context.progress)
-                with (
-                    gpu_slot() if stage.gpu else nullcontext(),
-                    guardian.guarding(mark),
-                    metered(tracker.client, run_id),
-                    store.saving(stage, resolved.key, lease, config.save_every_s, context.log),
-                ):
-                    stage.run(context)
-                output = store.commit(
-                    stage,
-                    resolved.key,
-                    context,
-                    inputs=resolved.contents,
-                    origins=resolved.origins,
-                    check=lease.check,
-                    mlflow_run_id=run_id,
-                    seconds=time.monotonic() - started,
-                )
-                tracker.outputs(run_id, output)
-                _register(stage, store, tracker, resolved, output, run_id)
-        except BaseException as error:
-            note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            progress.reporter().ended(stage.name, "failed", time.monotonic() - started, note)
-            if isinstance(error, Exception):  # not when asked to stop
-                await_server()
-            raise
-    if parent:
-        tracker.adopt(parent, stage, output, run_id, "ran")
-    _summarise(stage, output, tracker, run_id)
-    note = progress.figures(output.metrics)
-    progress.reporter().ended(stage.name, "done", output.seconds, note)
-    await_server()
-    return output
+        with self.tracker.status_of(run_id):
+            self.tracker.inputs(run_id, self.resolved, settings)
+            self._link(run_id)
+            context = self._context(run_id, lease)
+            self._work(context, run_id, lease)
+            output = self.store.commit(
+                self.stage,
+                self.key,
+                context,
+                inputs=self.resolved.contents,
+                origins=self.resolved.origins,
+                check=lease.check,
+                mlflow_run_id=run_id,
+                seconds=time.monotonic() - started,
+            )
+            self.tracker.outputs(run_id, output)
+            self._register(output, run_id)
+        return self._told(output, run_id)
+
+    def _context(self, run_id: str, lease: Lease) -> Context:
+        return Context(
+            path=self.store.directory(self.stage, self.key),
+            config=getattr(self.config, self.stage.section),
+            inputs=self.resolved.paths,
+            resources=getattr(self.config.resources, self.stage.section),
+            env=self.tracker.child_environment(run_id),
+            progress=lease.watched(_progress(self.stage)),
+            log=get_run_logger().info,
+        )
+
+    def _work(self, context: Context, run_id: str, lease: Lease) -> None:
+        """Run the stage's body with what it reads at hand and all that watches over it."""
+        self.store.begin(self.stage, self.key, context.progress)
+        self.store.fetch(self.resolved, context.progress)
+        every_s = self.config.save_every_s
+        with (
+            gpu_slot() if self.stage.gpu else nullcontext(),
+            guardian.guarding(self._mark),
+            metered(self.tracker.client, run_id),
+            self.store.saving(self.stage, self.key, lease, every_s, context.log),
+        ):
+            self.stage.run(context)
+
+    def _told(self, output: StageOutput, run_id: str) -> StageOutput:
+        """Put the end of the stage where people look for it."""
+        if self.parent:
+            self.tracker.adopt(self.parent, self.stage, output, run_id, "ran")
+        _summarise(self.stage, output, self.tracker, run_id)
+        note = progress.figures(output.metrics)
+        progress.reporter().ended(self.stage.name, "done", output.seconds, note)
+        await_server()
+        return output
+
+    @property
+    def _mark(self) -> str:
+        """What the processes of this output carry."""
+        return str(self.store.directory(self.stage, self.key))
+
+    def _register(self, output: StageOutput, run_id: str) -> None:
+        said = registry.consider(
+            self.tracker, self.store, self.stage, self.resolved, output, run_id
+        )
+        if said:
+            get_run_logger().info(said)
+
+    def _link(self, run_id: str) -> None:
+        url, key = self.tracker.run_url(run_id), f"mlflow-{self.stage.name}"
+        with spare("the link to MLflow"):
+            create_link_artifact(url, key=key, description="The run in MLflow.")
+
+
+@contextmanager
+def _reported(stage: Stage, where: str) -> Iterator[None]:
+    """Tell who watches of a start and of a failure, and wait to tell the server of it."""
+    started = time.monotonic()
+    progress.reporter().started(stage.name, where)
+    try:
+        yield
+    except BaseException as error:
+        note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        progress.reporter().ended(stage.name, "failed", time.monotonic() - started, note)
+        if isinstance(error, Exception):  # not when asked to stop
+            await_server()
+        raise
 
 
 def prefect_tags() -> dict[str, str]:
@@ -142,38 +221,6 @@ def prefect_tags() -> dict[str, str]:
     }
 
 
-def _skip(
-    stage: Stage,
-    store: Store,
-    tracker: Tracker,
-    resolved: Resolved,
-    output: StageOutput,
-    parent: str | None,
-) -> State[StageOutput]:
-    manifest = store.manifest(stage, output.key)
-    assert manifest is not None, "looked up a moment ago"
-    store.fetch_legible(stage, output.key)
-    run_id = tracker.recall(stage, manifest, output, resolved)
-    _register(stage, store, tracker, resolved, output, run_id)
-    if parent:
-        tracker.adopt(parent, stage, output, run_id, "skipped")
-    _link(stage, tracker, run_id)
-    progress.reporter().ended(stage.name, "skipped", 0.0, f"up to date in {output.path}")
-    return Completed(name="Skipped", message=f"up to date: {output.path}", data=output)
-
-
-def _register(
-    stage: Stage,
-    store: Store,
-    tracker: Tracker,
-    resolved: Resolved,
-    output: StageOutput,
-    run_id: str,
-) -> None:
-    if said := registry.consider(tracker, store, stage, resolved, output, run_id):
-        get_run_logger().info(said)
-
-
 def _waiting(stage: Stage) -> Callable[[str], None]:
     """Say whom a stage waits for, in Prefect's log and to who watches."""
 
@@ -182,26 +229,6 @@ def _waiting(stage: Stage) -> Callable[[str], None]:
         progress.reporter().started(stage.name, message)
 
     return tell
-
-
-def _clear(stage: Stage, store: Store, key: str, force: bool) -> None:
-    """Remove what must not be resumed: all when forced, a damaged output but its checkpoints."""
-    if force:
-        store.discard(stage, key)
-    elif store.manifest(stage, key):
-        get_run_logger().warning("made again: %s", store.damage(stage, key))
-        store.discard(stage, key, keep=stage.scratch)
-
-
-def _context(stage: Stage, config: PipelineConfig, store: Store, resolved: Resolved) -> Context:
-    return Context(
-        path=store.directory(stage, resolved.key),
-        config=getattr(config, stage.section),
-        inputs=resolved.paths,
-        resources=getattr(config.resources, stage.section),
-        progress=_progress(stage),
-        log=get_run_logger().info,
-    )
 
 
 def _progress(stage: Stage) -> Progress:
@@ -233,12 +260,6 @@ def _pipeline_run(tracker: Tracker) -> str | None:
     """The MLflow run of the pipeline that this stage is part of."""
     root = flow_run.root_flow_run_id
     return tracker.pipeline_of(str(root)) if root and str(root) != str(flow_run.id) else None
-
-
-def _link(stage: Stage, tracker: Tracker, run_id: str) -> None:
-    url = tracker.run_url(run_id)
-    with spare("the link to MLflow"):
-        create_link_artifact(url, key=f"mlflow-{stage.name}", description="The run in MLflow.")
 
 
 def _summarise(stage: Stage, output: StageOutput, tracker: Tracker, run_id: str) -> None:

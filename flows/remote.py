@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import random
 import re
 import threading
@@ -25,6 +26,7 @@ import fsspec
 from flows.files import UnsafeNameError, safe, sha256
 from flows.stage import DamagedError, Progress, StageError
 
+log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -37,6 +39,9 @@ TRANSFERS = 8
 FOR_GOOD = (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.ENAMETOOLONG, errno.ENOSPC)
 CREDENTIALS = ("NoCredentials", "PartialCredentials", "ProfileNotFound", "TokenRetrieval")
 """Beginnings of the names of errors that a client raises before it asks anybody."""
+COMPLAIN_EVERY_S = 30.0
+_complained: dict[str, float] = {}
+"""When each URL was last said to be out of reach."""
 CHANGED = ("LastModified", "last_modified", "updated", "mtime", "created")
 """How protocols call the time of an object's last change."""
 NETWORK = ("botocore", "aiobotocore", "aiohttp", "urllib3", "google", "gcsfs", "azure")
@@ -212,6 +217,7 @@ class Remote:
                     raise
                 if _is_for_good(error) or attempt == self.attempts:
                     raise RemoteError(_message(verb, where, error, attempt)) from error
+                _complain(self.url, error)
                 pause = min(LONGEST_PAUSE_S, PAUSE_S * 2 ** (attempt - 1))
                 time.sleep(pause * random.uniform(0.5, 1.0))  # machines do not return in step
         raise AssertionError("the last attempt returns or raises")
@@ -281,6 +287,15 @@ def _is_for_good(error: Exception) -> bool:
     if isinstance(error, PermissionError) or type(error).__name__.startswith(CREDENTIALS):
         return True
     return isinstance(error, OSError) and error.errno in FOR_GOOD
+
+
+def _complain(url: str, error: Exception) -> None:
+    """A warning, but not one for every object that waits."""
+    now = time.monotonic()
+    if now - _complained.get(url, -COMPLAIN_EVERY_S) >= COMPLAIN_EVERY_S:
+        _complained[url] = now
+        said = f"{type(error).__name__}: {error}"
+        log.warning("the store at %s does not answer (%s): trying again", url, redacted(said))
 
 
 def _message(verb: str, where: str, error: Exception, attempts: int) -> str:

@@ -48,15 +48,20 @@ class S3:
     """What a client's process needs: endpoint and (made up) keys."""
 
     @property
+    def port(self) -> int:
+        """The endpoint's."""
+        return int(self.endpoint.rpartition(":")[2])
+
+    @property
     def options(self) -> dict:
         """Keyword arguments of s3fs."""
         return {"endpoint_url": self.endpoint, "key": "testing", "secret": "testing"}
 
 
 @contextlib.contextmanager
-def start_s3(port: int = 0):
+def start_s3():
     """Run moto's S3; every bucket is gone with it."""
-    port = port or services.free_port()
+    port = services.free_port()
     endpoint = f"http://127.0.0.1:{port}"
     process = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import s3fs
 
-from flows import download, filter, services
+from flows import download, filter
 from flows.config import PipelineConfig, StageName
 from flows.full_pipeline import full_pipeline, plan
 from flows.place import RECORD, WORK, Place
@@ -17,7 +17,8 @@ from flows.remote import Remote, RemoteError
 from flows.stage import DamagedError, Manifest, MissingInputError
 from flows.store import Store
 
-from .conftest import start_s3, write
+from .conftest import write
+from .gate import gate_to
 
 
 @pytest.fixture
@@ -362,31 +363,19 @@ def test_an_object_store_that_answers_503_for_a_while_is_asked_again(bucket, mon
     assert remote.read("a") == b"kept"
 
 
-@pytest.mark.slow
-def test_a_server_that_is_gone_for_a_while_costs_nothing(monkeypatch, request):
-    request.addfinalizer(s3fs.S3FileSystem.clear_instance_cache)
-    port = services.free_port()
-    with start_s3(port) as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
+def test_a_server_that_is_gone_for_a_while_costs_nothing(bucket, s3, monkeypatch, request):
+    _, url = bucket
+    with gate_to(s3.port) as gate:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{gate.port}")
+        monkeypatch.setattr("flows.remote.LONGEST_PAUSE_S", 0.5)
         s3fs.S3FileSystem.clear_instance_cache()
-        server.process.kill()
-        server.process.wait()
-        monkeypatch.setattr("flows.remote.LONGEST_PAUSE_S", 1.0)
-        outcome = []
-        remote = Remote("s3://bucket/x", attempts=100)  # a server takes long to start
-
-        def write_it() -> None:
-            remote.write("a", b"kept")
-            outcome.append(remote.read("a"))
-
-        thread = threading.Thread(target=write_it)
-        thread.start()
-        with start_s3(port) as again:
-            fs = s3fs.S3FileSystem(**again.options, skip_instance_cache=True)
-            fs.mkdir("bucket")
-            thread.join(120)
-            assert outcome == [b"kept"]
+        request.addfinalizer(s3fs.S3FileSystem.clear_instance_cache)
+        remote = Remote(url)
+        remote.write("a", b"first")
+        gate.shut()
+        threading.Timer(2.0, gate.open).start()
+        remote.write("a", b"kept")
+        assert remote.read("a") == b"kept"
 
 
 def test_a_missing_input_names_the_url(bucket, on_machine):
