@@ -24,9 +24,9 @@ from prefect.utilities.importtools import from_qualified_name
 from prefect.utilities.templating import apply_values
 
 from flows import settings
-from flows.aftermath import SILENT
 from flows.conductor import GPU_LIMIT
 from flows.config import ROOT, PipelineConfig
+from flows.safety.aftermath import SILENT
 
 DEPLOYMENTS = ROOT / "infra" / "prefect.yaml"
 ZOMBIES = "crash-zombie-runs"

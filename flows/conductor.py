@@ -20,8 +20,13 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, State
 from prefect.utilities.urls import url_for
 
-from flows import guardian, progress, registry
-from flows.aftermath import (
+from flows import progress
+from flows.config import PipelineConfig
+from flows.record import registry
+from flows.record.metering import metered
+from flows.record.tracking import Tracker
+from flows.safety import guardian
+from flows.safety.aftermath import (
     await_server,
     close_left_behind,
     heard,
@@ -29,14 +34,11 @@ from flows.aftermath import (
     reclaim,
     spare,
 )
-from flows.config import PipelineConfig
-from flows.lease import Lease
-from flows.metering import metered
-from flows.slots import GPU_LIMIT, gpu_slot
+from flows.safety.slots import GPU_LIMIT, gpu_slot
 from flows.stage import Context, Progress, Stage, StageOutput
-from flows.store import Store
-from flows.tracking import Tracker
-from flows.upstream import locate
+from flows.storage.lease import Lease
+from flows.storage.store import Store
+from flows.storage.upstream import locate
 
 __all__ = ["GPU_LIMIT", "Outcome", "conduct", "prefect_tags"]
 

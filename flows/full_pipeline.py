@@ -11,13 +11,13 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.runtime import flow_run
 
 from flows import download, evaluate, filter, progress, score, train_base, train_upsampler
-from flows.aftermath import spare
 from flows.conductor import prefect_tags
 from flows.config import PipelineConfig, StageName
+from flows.record.tracking import PIPELINE, Tracker
+from flows.safety.aftermath import spare
 from flows.stage import MissingInputError, Stage, StageOutput
-from flows.store import Store, Upstream
-from flows.tracking import PIPELINE, Tracker
-from flows.upstream import locate
+from flows.storage.store import Store, Upstream
+from flows.storage.upstream import locate
 
 ALL = list(StageName)
 

@@ -6,7 +6,7 @@ from flows import evaluate, launch, train_base
 from flows.config import ConfigError, PipelineConfig, StageName
 from flows.full_pipeline import stage as stage_of
 from flows.stage import Context, MissingInputError, Stage
-from flows.store import Resolved, Store
+from flows.storage.store import Resolved, Store
 
 PROCESSES = {
     StageName.TRAIN_BASE: train_base.PROCESS,

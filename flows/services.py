@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flows import settings
-from flows.processes import is_alive
+from flows.safety.processes import is_alive
 
 HOST = "127.0.0.1"
 WORKER = ["prefect", "worker", "start", "--pool", settings.POOL, "--type", "process"]

@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from flows.config import PipelineConfig, Resources
-from flows.files import digest, safe
+from flows.storage.files import digest, safe
 
 MANIFEST = "manifest.json"
 
@@ -80,7 +80,8 @@ class StageOutput(BaseModel):
 class Manifest(BaseModel):
     """The commit mark of an output; its presence means that every file is there."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A figure may be NaN, of which JSON's own word is not a number when it is read again.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
     stage: str = Field(pattern=r"^[a-z-]+$")
     version: int

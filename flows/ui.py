@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from flows import services
-from flows.tracking import tracking_uri
+from flows.record.tracking import tracking_uri
 
 
 @contextmanager

@@ -5,9 +5,9 @@ import json
 import math
 
 from flows import download, evaluate, filter, train_base, train_upsampler
-from flows.lineage import SNAPSHOT
+from flows.record.lineage import SNAPSHOT
 from flows.stage import Context, Need, Stage
-from flows.store import Input, Resolved, Store
+from flows.storage.store import Input, Resolved, Store
 
 BASE, UPSAMPLER = train_base.STAGE, train_upsampler.STAGE
 RULES = {"name": "rules-64", "num_generated": 24, "num_real": 24, "seed": 0, "batch_size": 16}

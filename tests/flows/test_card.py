@@ -2,8 +2,8 @@
 
 import pytest
 
-from flows import card
-from flows.store import Store
+from flows.record import card
+from flows.storage.store import Store
 from tests.flows.outputs import BASE, RULES, UPSAMPLER, evaluated, key
 
 RESULTS = {

@@ -7,8 +7,9 @@ import threading
 import pytest
 from rich.console import Console
 
-from flows import compare, ui
-from flows.tracking import LOCAL_UI, Tracker
+from flows import ui
+from flows.record import compare
+from flows.record.tracking import LOCAL_UI, Tracker
 
 
 @pytest.fixture

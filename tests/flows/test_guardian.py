@@ -9,9 +9,10 @@ import textwrap
 import psutil
 import pytest
 
-from flows import guardian, settings
+from flows import settings
 from flows.config import Resources
 from flows.launch import launch
+from flows.safety import guardian
 from tests.flows.conftest import wait_for
 
 SLEEPER = "import time; time.sleep(100)"
@@ -26,7 +27,7 @@ def parent(tmp_path):
     def start(code: str) -> tuple[subprocess.Popen, list[psutil.Process]]:
         script = textwrap.dedent(f"""
             import subprocess, sys
-            from flows import guardian
+            from flows.safety import guardian
             with guardian.guarding({str(tmp_path)!r}):
                 inner = "import subprocess, sys; run = [sys.executable, '-c', sys.argv[1]];"
                 inner += "subprocess.Popen(run, start_new_session=True); exec(sys.argv[1])"

@@ -8,11 +8,19 @@ import pytest
 
 from flows.__main__ import main
 from flows.config import PipelineConfig
-from flows.housekeeping import HousekeepingError, delete, items, parse_age, pick, sweep, used_by
+from flows.record.tracking import Tracker
 from flows.stage import BusyError, Context, Need, Stage, StageError
-from flows.store import Store
-from flows.tracking import Tracker
-from flows.upstream import UpstreamError, locate
+from flows.storage.housekeeping import (
+    HousekeepingError,
+    delete,
+    items,
+    parse_age,
+    pick,
+    sweep,
+    used_by,
+)
+from flows.storage.store import Store
+from flows.storage.upstream import UpstreamError, locate
 
 from .conftest import write
 from .test_lease import bucket

@@ -13,7 +13,7 @@ import pytest
 from flows.config import Resources
 from flows.launch import LaunchError, launch
 from flows.launch.command import Job, Output, argv, environment
-from flows.processes import is_alive
+from flows.safety.processes import is_alive
 
 INLINE = Resources()
 

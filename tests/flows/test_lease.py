@@ -13,11 +13,11 @@ import uuid
 
 import pytest
 
-from flows import processes
 from flows.config import ROOT
-from flows.lease import Holder, Lease, LocalBoard, holder
-from flows.remote import Remote, RemoteBoard
+from flows.safety import processes
 from flows.stage import BusyError
+from flows.storage.lease import Holder, Lease, LocalBoard, holder
+from flows.storage.remote import Remote, RemoteBoard
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -79,7 +79,7 @@ def test_who_comes_second_says_whom_it_waits_for_and_gets_it_after_release(board
 
 
 def test_waiting_is_said_again_now_and_then(board, monkeypatch):
-    monkeypatch.setattr("flows.lease.TELL_EVERY_S", 0.1)
+    monkeypatch.setattr("flows.storage.lease.TELL_EVERY_S", 0.1)
     leave(board, other())
     said = []
     lease = Lease(board, "x", stale_s=1.5, on_wait=said.append)
@@ -202,9 +202,10 @@ CONTENDER = textwrap.dedent(
     """
     import fcntl, random, sys, time
     from pathlib import Path
-    from flows import lease, processes
-    from flows.lease import Lease, LocalBoard
-    from flows.remote import Remote, RemoteBoard
+    from flows.storage import lease
+    from flows.safety import processes
+    from flows.storage.lease import Lease, LocalBoard
+    from flows.storage.remote import Remote, RemoteBoard
 
     where, witness, rounds, stranger, seed = sys.argv[1:]
     random.seed(int(seed))

@@ -8,8 +8,8 @@ from prefect.client.orchestration import get_client
 from flows import download, filter, score
 from flows.config import StageName
 from flows.full_pipeline import full_pipeline, plan
+from flows.record.tracking import Tracker
 from flows.stage import MissingInputError
-from flows.tracking import Tracker
 
 pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("prefect_server")]
 

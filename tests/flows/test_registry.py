@@ -7,14 +7,15 @@ import threading
 import pytest
 from mlflow.exceptions import MlflowException
 
-from flows import evaluate, registry
+from flows import evaluate
 from flows.__main__ import main
 from flows.config import PipelineConfig
-from flows.lineage import SNAPSHOT
-from flows.protocol import Score, score_of
-from flows.registry import Registry, RegistryError, consider
-from flows.store import Store
-from flows.tracking import Tracker
+from flows.record import registry
+from flows.record.lineage import SNAPSHOT
+from flows.record.protocol import Score, score_of
+from flows.record.registry import Registry, RegistryError, consider
+from flows.record.tracking import Tracker
+from flows.storage.store import Store
 from tests.flows.outputs import RULES, evaluated
 
 OTHER_RULES = RULES | {"seed": 1}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flows import scrub
+from flows.record import scrub
 
 
 @pytest.mark.parametrize(

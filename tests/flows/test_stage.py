@@ -8,7 +8,7 @@ import pytest
 from flows import stage as contract
 from flows.config import PipelineConfig
 from flows.stage import Context, MissingInputError, Need, Stage
-from flows.store import Store
+from flows.storage.store import Store
 
 
 class Bench:

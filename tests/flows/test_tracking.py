@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from mlflow.exceptions import MlflowException
 
-from flows.lineage import DIGEST_LENGTH
-from flows.metering import metered
+from flows.record.lineage import DIGEST_LENGTH
+from flows.record.metering import metered
+from flows.record.tracking import Tracker, TrackingError, flatten, tracking_uri
 from flows.stage import Context, Stage
-from flows.store import Resolved, Store
-from flows.tracking import Tracker, TrackingError, flatten, tracking_uri
+from flows.storage.store import Resolved, Store
 from tests.flows.conftest import wait_for
 from tests.flows.outputs import evaluated, reading
 

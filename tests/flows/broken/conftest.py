@@ -26,7 +26,7 @@ from prefect.client.schemas.filters import (
 from prefect.states import Cancelling
 
 from flows import services, settings
-from flows.slots import GPU_LIMIT
+from flows.safety.slots import GPU_LIMIT
 from tests.flows.conftest import wait_for
 
 MARKER = "OPERATIONS_TEST"

@@ -14,10 +14,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from flows import lineage, progress, scrub
-from flows.place import Place
+from flows import progress
+from flows.record import lineage, scrub
 from flows.stage import Manifest
-from flows.store import Store
+from flows.storage.place import Place
+from flows.storage.store import Store
 
 UNKNOWN = "not recorded"
 SMALLER_IS_BETTER = {"fid", "kid", "pixel_probe_median_rank", "shape_rank", "seconds_per_image"}

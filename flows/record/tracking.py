@@ -21,12 +21,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunStatus
 from mlflow.exceptions import MlflowException
 
-from flows import exhibits, lineage, outages, owners, scrub
-from flows.outages import T, TrackingError
-from flows.place import Place
-from flows.remote import Remote
+from flows.record import exhibits, lineage, outages, owners, scrub
+from flows.record.outages import T, TrackingError
 from flows.stage import Manifest, Stage, StageOutput
-from flows.store import Resolved
+from flows.storage.place import Place
+from flows.storage.remote import Remote
+from flows.storage.store import Resolved
 
 __all__ = ["PIPELINE", "Tracker", "TrackingError", "flatten", "tracking_uri"]
 
@@ -34,7 +34,7 @@ PIPELINE = "full-pipeline"
 LOCAL_UI = "http://127.0.0.1:5000"
 """Where `python -m flows ui` shows a tracking database that is a file."""
 
-log = logging.getLogger("flows.tracking")
+log = logging.getLogger("flows.record.tracking")
 
 
 def tracking_uri(store: Path) -> str:

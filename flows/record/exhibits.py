@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from flows import scrub
+from flows.record import scrub
 from flows.stage import MANIFEST
 
 TEXTS = (".json", ".html", ".md", ".txt")
@@ -16,7 +16,7 @@ SHOWN = (".png", *TEXTS)
 SHEETS = "sheets"
 """Folder of an output whose pictures are shown in a folder of their own."""
 
-log = logging.getLogger("flows.tracking")
+log = logging.getLogger("flows.record.tracking")
 
 
 def publish(client: MlflowClient, run_id: str, folder: Path) -> None:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from flows.config import ROOT, StageName
-from flows.place import Place
-from flows.remote import Remote
 from flows.stage import StageError
-from flows.store import Store, Upstream
+from flows.storage.place import Place
+from flows.storage.remote import Remote
+from flows.storage.store import Store, Upstream
 
 KEY = re.compile(r"[0-9a-f]{1,64}")
 SHOWN = 16

@@ -1,9 +1,9 @@
 """Sees to it that a stage's processes do not outlive the flow that started them.
 
-`python -m flows.guardian MARK` waits until its standard input ends, which the kernel sees to when
-the flow's process is gone, however it went; then it ends every process whose environment carries
-the mark. Knows nothing of Prefect. A job that is meant to live on its own (in a cluster's queue)
-starts without `MARK` in its environment.
+`python -m flows.safety.guardian MARK` waits until its standard input ends, which the kernel sees
+to when the flow's process is gone, however it went; then it ends every process whose environment
+carries the mark. Knows nothing of Prefect. A job that is meant to live on its own (in a cluster's
+queue) starts without `MARK` in its environment.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MARK = "PIPELINE_STAGE_PROCESS"
 """Variable that all processes of a stage inherit: its output's folder."""
 GRACE_S = 20.0
@@ -27,7 +27,7 @@ GRACE_S = 20.0
 @contextmanager
 def guarding(mark: str) -> Iterator[None]:
     """Mark what is started in this block, and end it should this process die."""
-    command = [sys.executable, "-m", "flows.guardian", mark]
+    command = [sys.executable, "-m", "flows.safety.guardian", mark]
     # A session of its own, for a signal to our group must not end it before us.
     guardian = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT, start_new_session=True)
     before = os.environ.get(MARK)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from mlflow.entities import Run
 
-from flows import processes
+from flows.safety import processes
 
 
 def me() -> dict[str, str]:

@@ -5,26 +5,20 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from mlflow import MlflowClient
-from mlflow.entities import Run
-from mlflow.exceptions import MlflowException
-
 from flows.config import StageName
-from flows.lease import holder
-from flows.place import Place, silent
 from flows.stage import BusyError, DamagedError, Manifest, Progress, StageError
-from flows.store import Store
-from flows.upstream import only
+from flows.storage.lease import holder
+from flows.storage.place import Place, silent
+from flows.storage.store import Store
+from flows.storage.upstream import only
 
 KEY = re.compile(r"(?:(?P<stage>[a-z-]+)/)?(?P<key>[0-9a-f]{1,64})")
 AGE = re.compile(r"(?P<count>\d+(?:\.\d+)?)(?P<unit>[mhdw])")
-KEYS = re.compile(r"\b([0-9a-f]{16})(?:[0-9a-f]{48})?\b")
-"""Keys, whole or as folders show them, in a text."""
 UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
@@ -97,28 +91,6 @@ def used_by(found: Iterable[Item]) -> dict[str, list[str]]:
         for name in read & users.keys() - {item.name}:
             users[name].append(item.name)
     return users
-
-
-def references(client: MlflowClient) -> dict[str, list[str]]:
-    """What in MLflow refers to each key (16 digits): runs that are not deleted, model versions.
-
-    Raises:
-        HousekeepingError: it cannot be asked.
-    """
-    found: dict[str, list[str]] = {}
-    try:
-        for run in _runs(client):
-            if key := run.data.tags.get("fingerprint"):
-                found.setdefault(key[:16], []).append(f"MLflow run {run.info.run_id}")
-        for model, version, text in _versions(client):
-            for key in set(KEYS.findall(text)):
-                found.setdefault(key, []).append(f"registered model {model} version {version}")
-    except (MlflowException, OSError) as error:
-        raise HousekeepingError(
-            f"MLflow cannot be asked what it refers to ({error}), so nothing is deleted: start it, "
-            "or set MLFLOW_TRACKING_URI to where it is"
-        ) from error
-    return found
 
 
 def sweep(
@@ -225,40 +197,6 @@ def _contents(manifest: Manifest) -> set[str]:
         folders |= {str(above) for above in Path(entry.path).parents} - {"."}
     few = folders if len(folders) < 500 else {name for name in folders if name.count("/") <= 1}
     return {found for name in few if (found := manifest.content_of(name))}
-
-
-def _runs(client: MlflowClient) -> Iterator[Run]:
-    token = None
-    while True:
-        page = client.search_experiments(max_results=1000, page_token=token)
-        for experiment in page:
-            yield from _runs_of(client, experiment.experiment_id)
-        token = page.token
-        if not token:
-            return
-
-
-def _runs_of(client: MlflowClient, experiment: str) -> Iterator[Run]:
-    token = None
-    while True:
-        page = client.search_runs([experiment], max_results=1000, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
-
-
-def _versions(client: MlflowClient) -> Iterator[tuple[str, str, str]]:
-    """Name and version of each registered model, and all text that may hold a key."""
-    token = None
-    while True:
-        page = client.search_model_versions(max_results=1000, page_token=token)
-        for version in page:
-            texts = [str(version.source), *map(str, (version.tags or {}).values())]
-            yield version.name, str(version.version), " ".join(texts)
-        token = page.token
-        if not token:
-            return
 
 
 def states(found: Iterable[Item]) -> str:

@@ -23,8 +23,8 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from flows.files import UnsafeNameError, safe, sha256
 from flows.stage import DamagedError, Progress, StageError
+from flows.storage.files import UnsafeNameError, safe, sha256
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +12,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows import progress
+from flows.commands.options import add_debug, located
 from flows.config import PipelineConfig
 
 if TYPE_CHECKING:
-    from flows.housekeeping import Item
-    from flows.store import Store
+    from flows.storage.housekeeping import Item
+    from flows.storage.store import Store
 
 COLOURS = {"complete": "green", "unfinished": "yellow", "in use": "cyan", "damaged": "red"}
 
 
-def add_parser(commands: Any, common: Sequence[argparse.ArgumentParser]) -> None:
+def add_parsers(commands: Any) -> None:
     """The command's options."""
     top = commands.add_parser("store", help="list, show, verify or clean up the store")
     actions = top.add_subparsers(required=True, metavar="ACTION")
@@ -30,9 +30,8 @@ def add_parser(commands: Any, common: Sequence[argparse.ArgumentParser]) -> None
     chosen.add_argument("--store", help="folder or URL of all outputs (default: runs/store)")
 
     def action(name: str, command: Any, help: str) -> argparse.ArgumentParser:
-        parser: argparse.ArgumentParser = actions.add_parser(
-            name, parents=[*common, chosen], help=help
-        )
+        parser: argparse.ArgumentParser = actions.add_parser(name, parents=[chosen], help=help)
+        add_debug(parser)
         parser.set_defaults(command=command)
         return parser
 
@@ -54,7 +53,7 @@ def add_parser(commands: Any, common: Sequence[argparse.ArgumentParser]) -> None
 
 def ls_command(arguments: argparse.Namespace) -> None:
     """List the outputs."""
-    from flows import housekeeping
+    from flows.storage import housekeeping
 
     found = housekeeping.items(_store(arguments))
     users = housekeeping.used_by(found)
@@ -81,7 +80,7 @@ def ls_command(arguments: argparse.Namespace) -> None:
 
 def show_command(arguments: argparse.Namespace) -> None:
     """Show one output."""
-    from flows import housekeeping
+    from flows.storage import housekeeping
 
     store = _store(arguments)
     found = housekeeping.items(store)
@@ -104,7 +103,7 @@ def show_command(arguments: argparse.Namespace) -> None:
 
 def verify_command(arguments: argparse.Namespace) -> int:
     """Read every file; 1 when one is damaged."""
-    from flows import housekeeping
+    from flows.storage import housekeeping
 
     store, console = _store(arguments), Console()
     found = housekeeping.items(store)
@@ -129,13 +128,14 @@ def verify_command(arguments: argparse.Namespace) -> int:
 
 def gc_command(arguments: argparse.Namespace) -> int:
     """Delete what nothing refers to, or say what would be."""
-    from flows import housekeeping
+    from flows.record import references
+    from flows.record.tracking import Tracker
     from flows.stage import BusyError
-    from flows.tracking import Tracker
+    from flows.storage import housekeeping
 
     store, console = _store(arguments), Console()
     age = housekeeping.parse_age(arguments.older_than)
-    referred = housekeeping.references(Tracker("gigagan", store.root).client)
+    referred = references.references(Tracker("gigagan", store.root).client)
     freed, refused = 0, 0
     options = {"older_than": age, "unfinished": arguments.unfinished}
     for verdict in housekeeping.sweep(store, referred, **options):
@@ -158,17 +158,10 @@ def gc_command(arguments: argparse.Namespace) -> int:
 
 
 def _store(arguments: argparse.Namespace) -> Store:
-    from flows.store import Store
+    from flows.storage.store import Store
 
     given = {"store": located(arguments.store)} if arguments.store else {}
     return Store.of(PipelineConfig().override(given))
-
-
-def located(store: str) -> str:
-    """A store as typed: a URL, or a folder relative to where it was typed."""
-    from pathlib import Path
-
-    return store if "://" in store else str(Path(store).absolute())
 
 
 def _as_json(item: Item, users: list[str]) -> dict[str, Any]:

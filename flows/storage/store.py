@@ -13,12 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from flows import lease as leases
 from flows.config import PipelineConfig
-from flows.files import UnsafeNameError, digest, listing, sha256
-from flows.lease import Lease, LocalBoard
-from flows.place import Place, silent
-from flows.remote import Remote, RemoteBoard
 from flows.stage import (
     MANIFEST,
     Context,
@@ -33,6 +28,11 @@ from flows.stage import (
     StageOutput,
     content,
 )
+from flows.storage import lease as leases
+from flows.storage.files import UnsafeNameError, digest, listing, sha256
+from flows.storage.lease import Lease, LocalBoard
+from flows.storage.place import Place, silent
+from flows.storage.remote import Remote, RemoteBoard
 
 LEASES = ".leases"
 SHORT_KEY = re.compile(r"[0-9a-f]{16}")

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from mlflow.exceptions import MlflowException
 
-from flows import scrub
+from flows.record import scrub
 
 BOUNDS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 """A request gives up after a quarter of a minute; MLflow's own bounds make it several."""
@@ -18,7 +18,7 @@ PATIENCE_S = 60.0
 """How long the end of a stage waits for a server that is gone."""
 PAUSE_S = 2.0
 
-log = logging.getLogger("flows.tracking")
+log = logging.getLogger("flows.record.tracking")
 T = TypeVar("T")
 
 

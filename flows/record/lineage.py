@@ -26,10 +26,10 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL
 
-from flows import scrub
-from flows.place import Place
+from flows.record import scrub
 from flows.stage import Manifest
-from flows.store import Resolved
+from flows.storage.place import Place
+from flows.storage.store import Resolved
 
 SNAPSHOT = "snapshot.safetensors"
 """The file of an output that is a model."""

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from flows import ui
 from flows.config import PipelineConfig
-from flows.tracking import LOCAL_UI, Tracker
+from flows.record.tracking import LOCAL_UI, Tracker
 
 
 def compare(config: PipelineConfig, stage: str | None, console: Console, *, browse: bool) -> None:

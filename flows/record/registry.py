@@ -22,12 +22,12 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from flows import card, lineage, scrub
 from flows.config import StageName
-from flows.protocol import Score, protocol_of, score_of
+from flows.record import card, lineage, scrub
+from flows.record.protocol import Score, protocol_of, score_of
+from flows.record.tracking import Tracker
 from flows.stage import Stage, StageOutput
-from flows.store import Resolved, Store
-from flows.tracking import Tracker
+from flows.storage.store import Resolved, Store
 
 ALIAS = "champion"
 ROLES = ("base", "upsampler")

@@ -24,9 +24,9 @@ from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from flows import processes
-from flows.files import write_atomically
+from flows.safety import processes
 from flows.stage import BusyError, Progress
+from flows.storage.files import write_atomically
 
 STALE_S = 30.0
 """After so long without a sign of life a holder elsewhere counts as dead."""

@@ -11,7 +11,7 @@ from prefect.client.orchestration import get_client
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 
-from flows.aftermath import await_server
+from flows.safety.aftermath import await_server
 
 GPU_LIMIT = "gpu"
 LEASE_S = float(os.environ.get("PIPELINE_GPU_LEASE_S", 120))

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from flows.files import UnsafeNameError, inside, listing, safe, sha256, write_atomically
-from flows.remote import Remote, each
 from flows.stage import MANIFEST, DamagedError, FileEntry, Manifest, Progress
+from flows.storage.files import UnsafeNameError, inside, listing, safe, sha256, write_atomically
+from flows.storage.remote import Remote, each
 
 RECORD = ".mirror.json"
 WORK = ".work.json"

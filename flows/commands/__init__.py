@@ -1,0 +1,1 @@
+"""The commands of `python -m flows`, a file a group: what loads slowly is imported when used."""

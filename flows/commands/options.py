@@ -1,0 +1,95 @@
+"""What several commands share: the options that choose settings, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flows.config import PipelineConfig, StageName, parse_assignments
+
+DEFAULT_PRESET = "demo"
+
+
+class UsageError(Exception):
+    """The command line asks for something that is not there."""
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """The option that every command has."""
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and Prefect's log")
+
+
+def add_record(parser: argparse.ArgumentParser) -> None:
+    """Options that say which record is meant."""
+    parser.add_argument(
+        "--preset", default=DEFAULT_PRESET, help="the one that was run (default: demo)"
+    )
+    parser.add_argument("--store", help="folder or URL of all outputs (default: the preset's)")
+
+
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """Options that choose settings and stages."""
+    parser.add_argument(
+        "--preset", default=DEFAULT_PRESET, help="settings to start from (default: demo)"
+    )
+    parser.add_argument(
+        "--set",
+        dest="assignments",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a setting, as in --set filter.min_similarity=0.2; may be repeated",
+    )
+    parser.add_argument("--store", help="folder or URL of all outputs (default: the preset's)")
+    parser.add_argument(
+        "--stages", nargs="+", metavar="STAGE", help="run only these; their inputs must be there"
+    )
+    parser.add_argument(
+        "--force", nargs="+", default=[], metavar="STAGE", help="discard the output of these first"
+    )
+    parser.add_argument(
+        "--upstream",
+        action="append",
+        default=[],
+        metavar="STAGE=WHERE",
+        help="let this output stand for a stage: a key, an MLflow run, a folder or URL",
+    )
+
+
+def configured(arguments: argparse.Namespace) -> PipelineConfig:
+    """The preset with the changes of the command line."""
+    return PipelineConfig.preset(arguments.preset).override(overrides_of(arguments))
+
+
+def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The changes of the command line; a store is relative to where it was typed."""
+    overrides = parse_assignments(arguments.assignments)
+    if arguments.store:
+        overrides["store"] = located(arguments.store)
+    return overrides
+
+
+def recorded(arguments: argparse.Namespace) -> PipelineConfig:
+    """The configuration whose record is meant; a folder is relative to where it was typed."""
+    given = {"store": located(arguments.store)} if arguments.store else {}
+    return PipelineConfig.preset(arguments.preset).override(given)
+
+
+def located(store: str) -> str:
+    """A store as typed: a URL, or a folder relative to where it was typed."""
+    return store if "://" in store else str(Path(store).absolute())
+
+
+def deployment_of(preset: str) -> str:
+    """Name of the full pipeline's deployment with that preset."""
+    return "full-pipeline" if preset == DEFAULT_PRESET else preset
+
+
+def named_stages(names: Sequence[str] | None) -> list[StageName]:
+    """Stages by name, in the pipeline's order; all when none is named."""
+    unknown = [name for name in names or () if name not in list(StageName)]
+    if unknown:
+        raise UsageError(f"unknown stage {unknown[0]!r}: the stages are {', '.join(StageName)}")
+    return [stage for stage in StageName if names is None or stage in names]

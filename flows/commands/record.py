@@ -1,0 +1,79 @@
+"""`compare` and `champion`: what MLflow and its registry say."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from flows.commands.options import UsageError, add_debug, add_record, named_stages, recorded
+
+if TYPE_CHECKING:
+    from flows.record.registry import Registry
+
+
+def add_parsers(commands: Any) -> None:
+    """The commands' options."""
+    compare = commands.add_parser("compare", help="show runs side by side in MLflow's page")
+    compare.add_argument("stage", nargs="?", help="its runs (default: runs of the whole pipeline)")
+    compare.add_argument("--no-open", action="store_true", help="print the page, open no browser")
+    compare.set_defaults(command=compare_command)
+
+    champion = commands.add_parser(
+        "champion", help="show, set or roll back the best evaluated model"
+    )
+    champion.add_argument("action", nargs="?", choices=["show", "set", "rollback"], default="show")
+    champion.add_argument("version", nargs="?", help="for set: the version that becomes champion")
+    champion.set_defaults(command=champion_command)
+    for parser in (compare, champion):
+        add_debug(parser)
+        add_record(parser)
+
+
+def compare_command(arguments: argparse.Namespace) -> None:
+    """Show the page that compares runs; serve it until Ctrl-C where none is served."""
+    from flows.record import compare
+
+    stage = named_stages([arguments.stage])[0] if arguments.stage else None
+    config = recorded(arguments)
+    compare.compare(config, stage, Console(), browse=not arguments.no_open and sys.stdout.isatty())
+
+
+def champion_command(arguments: argparse.Namespace) -> None:
+    """Show the registered versions, or move the title between them."""
+    from flows.record.registry import Registry
+    from flows.record.tracking import Tracker
+
+    config = recorded(arguments)
+    if (arguments.action == "set") != bool(arguments.version):
+        raise UsageError("write `champion set VERSION`, `champion rollback` or `champion`")
+    registry = Registry(Tracker(config.name, config.store_path).client, config.name)
+    console = Console()
+    if arguments.action == "set":
+        console.print(registry.choose(arguments.version))
+    elif arguments.action == "rollback":
+        console.print(registry.roll_back())
+    else:
+        _show_versions(console, registry)
+
+
+def _show_versions(console: Console, registry: Registry) -> None:
+    from flows.record.registry import score_under
+
+    champion = registry.champion()
+    table = Table(title=f"{registry.name} in the registry", title_justify="left", box=None)
+    for column in ("version", "", "decides", "protocol", "evaluated", "note"):
+        table.add_column(column, overflow="fold")
+    for version in registry.versions():
+        title = "champion" if champion and version.version == champion.version else ""
+        note = version.tags.get("champion.withdrawn") or version.tags.get("champion.reason", "")
+        protocol = version.tags.get("protocol", "")
+        score = score_under(version, protocol)
+        run = version.tags.get("evaluation.run_id", "")
+        shown = f"{score.metric} {score.value:.4g}"
+        table.add_row(f"{version.version}", title, shown, protocol, run[:8], escape(note))
+    console.print(table)

@@ -1,0 +1,88 @@
+"""`ui`, `bootstrap` and `worker`: what a pipeline runs on."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from flows import settings
+from flows.commands.options import UsageError, add_debug
+from flows.config import PipelineConfig, parse_assignments
+
+
+def add_parsers(commands: Any) -> None:
+    """The commands' options."""
+    ui = commands.add_parser("ui", help="open the Prefect and MLflow pages")
+    ui.add_argument("--store", help="folder of all outputs (default: runs/store)")
+    ui.add_argument("--prefect-port", type=int, help="default: 4200, or a free one")
+    ui.add_argument("--mlflow-port", type=int, help="default: 5000, or a free one")
+    ui.set_defaults(command=ui_command)
+
+    bootstrap = commands.add_parser(
+        "bootstrap",
+        help="create pool, limit, automation and deployments on a Prefect server",
+    )
+    bootstrap.add_argument(
+        "--gpu-jobs", type=int, help="GPU stages at a time (default: what the server has, or 1)"
+    )
+    bootstrap.add_argument("--pool", default=settings.POOL, help="work pool (default: local)")
+    bootstrap.add_argument(
+        "--type",
+        choices=["process", "kubernetes"],
+        default="process",
+        help="how workers of the pool start flows (default: as processes)",
+    )
+    bootstrap.add_argument(
+        "--job-variable",
+        dest="job_variables",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the pool's job template, for all deployments, as in image=REGISTRY/IMAGE:TAG",
+    )
+    bootstrap.set_defaults(command=bootstrap_command)
+
+    worker = commands.add_parser("worker", help="run a Prefect worker on this machine")
+    worker.set_defaults(command=worker_command)
+    for parser in (ui, bootstrap, worker):
+        add_debug(parser)
+
+
+def ui_command(arguments: argparse.Namespace) -> None:
+    """Serve both pages until Ctrl-C."""
+    from flows import services, ui
+
+    for port in (arguments.prefect_port, arguments.mlflow_port):
+        if port and not services.port_is_free(port):
+            raise UsageError(f"port {port} is in use: name another, or none to get a free one")
+    store = Path(arguments.store).absolute() if arguments.store else PipelineConfig().store_path
+    ui.serve(store, Console(), arguments.prefect_port, arguments.mlflow_port)
+
+
+def bootstrap_command(arguments: argparse.Namespace) -> None:
+    """Prepare a Prefect server: the one of PREFECT_API_URL, or the database in runs/."""
+    from flows import services
+
+    with services.prefect_api() as api:
+        from flows.bootstrap import bootstrap
+
+        bootstrap(
+            arguments.gpu_jobs,
+            pool=arguments.pool,
+            kind=arguments.type,
+            job_variables=parse_assignments(arguments.job_variables, "--job-variable"),
+        )
+        Console().print(f"{api}: pool, limit, automation and deployments are up to date")
+
+
+def worker_command(arguments: argparse.Namespace) -> NoReturn:
+    """Become a worker of the server that PREFECT_API_URL names, or that runs here."""
+    from flows import services
+
+    services.use_running_api()
+    os.execv(sys.executable, [sys.executable, "-m", *services.WORKER])

@@ -1,0 +1,1 @@
+"""What MLflow is told: runs, lineage, the registry and its champion."""

@@ -1,0 +1,1 @@
+"""What holds when something breaks: processes, GPU slots, servers that are away."""

@@ -1,0 +1,1 @@
+"""Where outputs lie: keys, folders and URLs, leases, and keeping house."""
