@@ -7,6 +7,7 @@ nothing but that job, its pods and their log.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -260,7 +261,9 @@ def _client(context: str | None) -> Any:
             "the backend kubernetes needs the package `kubernetes`: pip install kubernetes"
         ) from error
     try:
-        config.load_config(context=context) if context else config.load_config()
+        # The package looks at KUBECONFIG when it is imported, and only then.
+        file = os.environ.get("KUBECONFIG")
+        config.load_config(config_file=file, context=context)
     except (config.ConfigException, OSError) as error:
         raise LaunchError(
             f"no way to a Kubernetes cluster ({error}): set KUBECONFIG, or run the pipeline in a "

@@ -41,7 +41,9 @@ def insist(action: Callable[[], T], where: str, kept: Path | None = None) -> T:
                 raise
             if time.monotonic() > deadline:
                 raise TrackingError(_lament(error, where, kept)) from error
-            log.warning("MLflow at %s does not answer; trying again", where)
+            log.warning(
+                "MLflow at %s does not take the record (%s); trying again", where, brief(error)
+            )
             time.sleep(PAUSE_S)
 
 
@@ -49,6 +51,8 @@ def is_outage(error: Exception) -> bool:
     """Whether trying again may help: a refusal and a full disk stay what they are."""
     if "disk is full" in str(error):
         return False
+    if "IntegrityError" in str(error):  # two wrote the same tag at once: the second one updates it
+        return True
     if isinstance(error, MlflowException):
         return error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
     package = type(error).__module__.partition(".")[0]

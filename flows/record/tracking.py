@@ -34,6 +34,9 @@ PIPELINE = "full-pipeline"
 LOCAL_UI = "http://127.0.0.1:5000"
 """Where `python -m flows ui` shows a tracking database that is a file."""
 
+MODE = "workflowType=machine_learning"
+"""Without it the page opens in a mode made for language models."""
+
 log = logging.getLogger("flows.record.tracking")
 
 
@@ -68,12 +71,11 @@ class Tracker:
     def run_url(self, run_id: str) -> str:
         """The page of a run."""
         experiment = self.client.get_run(run_id).info.experiment_id
-        return f"{self._page}/#/experiments/{experiment}/runs/{run_id}"
+        return f"{self._page}/#/experiments/{experiment}/runs/{run_id}?{MODE}"
 
     def compare_url(self, stage: str | None = None, page: str | None = None) -> str:
         """The page that overlays the curves of all runs of a stage, or of all pipelines."""
-        # Without these two parameters the page opens in a mode made for language models.
-        mode = "workflowType=machine_learning&compareRunsMode=CHART"
+        mode = f"{MODE}&compareRunsMode=CHART"
         return f"{page or self._page}/#/experiments/{self.experiment(stage)}/runs?{mode}"
 
     def child_environment(self, run_id: str) -> dict[str, str]:

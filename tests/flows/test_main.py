@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from flows.__main__ import explain, main, pictures
+from flows.__main__ import explain, main
+from flows.commands.pipeline import pictures
 from flows.config import ROOT
 
 

@@ -142,6 +142,7 @@ def test_of_evaluations_that_finish_together_the_best_wins(config, runs, monkeyp
     }
     models._ensure()
     together = threading.Barrier(len(kids))
+    errors = []
     moved = Registry._move
     held = threading.Barrier(len(kids))
 
@@ -154,14 +155,18 @@ def test_of_evaluations_that_finish_together_the_best_wins(config, runs, monkeyp
 
     def one(n):
         together.wait()
-        store = Store.of(config)
-        consider(tracker, store, evaluate.STAGE, made[n].resolved, made[n].output, runs_of[n])
+        made_by = Store.of(config), evaluate.STAGE, made[n].resolved, made[n].output, runs_of[n]
+        try:
+            consider(tracker, *made_by)
+        except Exception as error:
+            errors.append(error)
 
     threads = [threading.Thread(target=one, args=(n,)) for n in made]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    assert errors == []
     assert len(models.versions()) == len(kids)
     protocol = models.versions()[0].tags["protocol"]
     assert registry.score_under(models.champion(), protocol).value == 0.2

@@ -74,7 +74,7 @@ def test_servers_come_without_torch_and_conductors_without_cuda_and_none_with_te
         "services.txt"
     )
     assert not installed("services.txt") & {"torch", "ray", "kubernetes"}
-    needed = {"torch", "img2dataset", "prefect-kubernetes", "submitit", "s3fs", "ray"}
+    needed = {"torch", "img2dataset", "prefect-kubernetes", "s3fs", "ray"}
     assert needed <= installed("pipeline.txt")
     cuda = {name for name in installed("train.txt") if name.startswith(("nvidia-", "cuda-"))}
     assert len(cuda) > 10

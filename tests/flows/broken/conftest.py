@@ -155,14 +155,17 @@ class Installation:
         with self.client as client:
             return client.read_flow_run(run).state
 
-    def wait(self, run: uuid.UUID, kind: str, seconds: float = 240):
-        """Its state once that is of this type; another end is a failure, with the run's log."""
+    def wait(self, run: uuid.UUID, kind: str, seconds: float = 240, past: tuple[str, ...] = ()):
+        """Its state once that is of this type; another end is a failure, with the run's log.
+
+        States in `past` may pass by before.
+        """
 
         def ended():
             state = self.state(run)
             if state.type.value == kind:
                 return state
-            assert state.type.value not in ENDED, f"{state!r}\n{self.log(run)}"
+            assert state.type.value not in {*ENDED} - {*past}, f"{state!r}\n{self.log(run)}"
             return None
 
         return wait_for(ended, seconds, 1.0)

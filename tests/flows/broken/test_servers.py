@@ -7,8 +7,10 @@ import signal
 import subprocess
 
 import pytest
+from prefect.states import Crashed
 
 from flows import services
+from flows.safety.aftermath import SILENT
 from tests.flows.broken.conftest import (
     LOGGED,
     Installation,
@@ -93,8 +95,20 @@ def test_sigkill_and_restart_of_the_prefect_server_in_mid_run_cost_nothing(site,
     site.server.wait()
     wait_for(lambda: logged(store) == LOGGED, 90)  # training neither sees nor minds it
     site.start_server()
-    site.wait(run, "COMPLETED")
+    # The server has seen no heartbeats, and may say so before it hears of the run.
+    site.wait(run, "COMPLETED", past=("CRASHED",))
     assert logged(store) == LOGGED
+    assert mlflow_states(store)["train-base"] == ["FINISHED"]
+
+
+def test_a_run_that_is_taken_for_dead_says_that_it_lives(site, store, mlflow):
+    run = site.submit("train-base/smoke", store, overrides={"train_base.total_images": 320})
+    site.wait_for_checkpoint(run, store)
+    with site.client as client:
+        client.set_flow_run_state(run, Crashed(message=f"{SILENT} for 90 s"), force=True)
+    alive = site.wait(run, "RUNNING", 60, past=("CRASHED",))
+    assert "its process lives" in alive.message
+    site.wait(run, "COMPLETED")
     assert mlflow_states(store)["train-base"] == ["FINISHED"]
 
 
