@@ -262,8 +262,8 @@ def _client(context: str | None) -> Any:
         ) from error
     try:
         # The package looks at KUBECONFIG when it is imported, and only then.
-        file = os.environ.get("KUBECONFIG")
-        config.load_config(config_file=file, context=context)
+        given = {"config_file": os.environ.get("KUBECONFIG"), "context": context}
+        config.load_config(**{name: value for name, value in given.items() if value})
     except (config.ConfigException, OSError) as error:
         raise LaunchError(
             f"no way to a Kubernetes cluster ({error}): set KUBECONFIG, or run the pipeline in a "
