@@ -397,7 +397,7 @@ def test_what_ipaddress_calls_private_is_not_public(ip):
     ("address", "public"),
     [("8.8.8.8", True), ("2606:4700::1", True), ("10.1.2.3", False), ("100.64.0.1", False),
      ("fe80::1%eth0", False), ("fec0::1", False), ("::ffff:192.168.0.1", False),
-     ("::7f00:1", False),
+     ("::7f00:1", False), ("3fff::1", False), ("3fff:fff::1", False),
      ("224.0.0.1", False), ("0.0.0.0", False), ("255.255.255.255", False), ("2001:0:1::", False)],
 )  # fmt: skip
 def test_public_means_the_open_internet(address, public):

@@ -1,6 +1,7 @@
 """The stage contract, on stages that write small files."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -359,3 +360,14 @@ def test_what_is_beside_a_need_is_read_with_it_and_no_part_of_the_key(bench):
     bench.up_to_date(bench.download)
     assert key() == key("images", "not there")
     assert read == {(): ["log.txt"], ("images", "not there"): ["log.txt", "images/0.tar"]}
+
+
+def test_a_figure_that_is_no_number_does_not_spoil_the_manifest(bench):
+    def run(context: Context) -> None:
+        context.metrics |= {"loss": float("nan"), "ratio": float("inf")}
+
+    diverged = Stage("download", 1, run)
+    key = bench.up_to_date(diverged).key
+    metrics = bench.store.manifest(diverged, key).metrics
+    assert math.isnan(metrics["loss"])
+    assert metrics["ratio"] == math.inf
