@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flows import settings
+from flows.safety import guardian
 from flows.safety.processes import is_alive
 
 HOST = "127.0.0.1"
@@ -86,12 +87,14 @@ def running(
     env: Mapping[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a service during the block, which begins when it answers."""
-    service = Service(name, module, health, env)
-    try:
-        service.wait_until_ready()
-        yield service.process
-    finally:
-        service.stop()
+    mark = f"{name} of process {os.getpid()}, {time.time_ns()}"
+    with guardian.watching(mark):
+        service = Service(name, module, health, {**(env or {}), guardian.MARK: mark})
+        try:
+            service.wait_until_ready()
+            yield service.process
+        finally:
+            service.stop()
 
 
 @contextmanager

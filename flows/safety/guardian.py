@@ -1,4 +1,4 @@
-"""Sees to it that a stage's processes do not outlive the flow that started them.
+"""Sees to it that processes do not outlive the flow or the command that started them.
 
 `python -m flows.safety.guardian MARK` waits until its standard input ends, which the kernel sees
 to when the flow's process is gone, however it went; then it ends every process whose environment
@@ -19,28 +19,43 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "PIPELINE_STAGE_PROCESS"
-"""Variable that all processes of a stage inherit: its output's folder."""
+"""Variable that all processes of a stage inherit (its output's folder), or of a service of ours."""
 GRACE_S = 20.0
 """From SIGTERM, on which training saves its state, to SIGKILL."""
 
 
 @contextmanager
-def guarding(mark: str) -> Iterator[None]:
-    """Mark what is started in this block, and end it should this process die."""
+def watching(mark: str) -> Iterator[None]:
+    """End what carries the mark, should this process die in this block."""
     command = [sys.executable, "-m", "flows.safety.guardian", mark]
-    # A session of its own, for a signal to our group must not end it before us.
-    guardian = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT, start_new_session=True)
-    before = os.environ.get(MARK)
-    os.environ[MARK] = mark
+    # A session of its own, and no mark: what ends us must not end it before its work is done.
+    guardian = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != MARK},
+        start_new_session=True,
+    )
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[MARK]
-        else:
-            os.environ[MARK] = before
         guardian.kill()
         guardian.communicate()
+
+
+@contextmanager
+def guarding(mark: str) -> Iterator[None]:
+    """Mark what is started in this block, and end it should this process die."""
+    before = os.environ.get(MARK)
+    with watching(mark):
+        os.environ[MARK] = mark
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[MARK]
+            else:
+                os.environ[MARK] = before
 
 
 def end_left_behind(mark: str) -> list[int]:

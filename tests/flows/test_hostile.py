@@ -1,6 +1,7 @@
 """The first three stages over a hostile site, killed in each of them, with every row accounted."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -18,8 +19,14 @@ def test_every_row_of_a_hostile_site_ends_in_one_place_through_three_kills(tmp_p
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "bench.hostile", "--rows", "1000", "--port", str(port)]
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
     done = subprocess.run(
-        [*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+        [*command, "--out", str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     log = tmp_path / "run.log"
     said = log.read_text()[-2000:] if log.exists() else ""

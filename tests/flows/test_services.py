@@ -1,5 +1,7 @@
 """Servers that we start: who can reach them, and with what."""
 
+import subprocess
+import sys
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -9,6 +11,7 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient
 
 from flows import services, settings, ui
+from tests.flows.conftest import wait_for
 
 PASSWORD = "admin:only-for-us"
 
@@ -43,3 +46,19 @@ def test_a_prefect_server_of_ours_is_on_the_loopback_only_and_keeps_to_its_passw
 def test_an_mlflow_page_of_ours_is_on_the_loopback_only(tmp_path):
     with ui.mlflow_page(tmp_path / "store", services.free_port()) as page:
         assert listening_on(page) == {"127.0.0.1"}
+
+
+def test_a_service_does_not_outlive_its_command_however_that_ends(tmp_path):
+    port = services.free_port()
+    page = f"http://127.0.0.1:{port}"
+    code = f"""
+import pathlib, time
+from flows import services, settings
+settings.RUNS = pathlib.Path({str(tmp_path)!r})
+with services.running("pages", ["http.server", "{port}", "--bind", "127.0.0.1"], {page!r}):
+    time.sleep(100)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=settings.ROOT) as command:
+        wait_for(lambda: services.answers(page), 60)
+        command.kill()
+    wait_for(lambda: not services.answers(page), 30)

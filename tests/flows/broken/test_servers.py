@@ -102,7 +102,7 @@ def test_sigkill_and_restart_of_the_prefect_server_in_mid_run_cost_nothing(site,
 
 
 def test_a_run_that_is_taken_for_dead_says_that_it_lives(site, store, mlflow):
-    run = site.submit("train-base/smoke", store, overrides={"train_base.total_images": 320})
+    run = site.submit("train-base/smoke", store, overrides={"train_base.total_images": 256})
     site.wait_for_checkpoint(run, store)
     with site.client as client:
         client.set_flow_run_state(run, Crashed(message=f"{SILENT} for 90 s"), force=True)
