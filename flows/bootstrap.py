@@ -22,6 +22,7 @@ from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import from_qualified_name
 from prefect.utilities.templating import apply_values
+from rich.progress import track
 
 from flows import settings
 from flows.conductor import GPU_LIMIT
@@ -139,7 +140,7 @@ def deploy(
     file, five times as slowly: it derives the form of every deployment anew.
     """
     flows: dict[str, tuple[UUID, dict[str, Any], str | None]] = {}
-    for deployment in deployments():
+    for deployment in track(deployments(), "deployments", transient=True):
         entrypoint = deployment["entrypoint"]
         if entrypoint not in flows:
             flow: Flow[..., Any] = load_flow_from_entrypoint(entrypoint)

@@ -61,11 +61,12 @@ def ls_command(arguments: argparse.Namespace) -> None:
         print(json.dumps([_as_json(item, users[item.name]) for item in found], indent=1))
         return
     table = Table(box=None)
-    for column in ("stage", "key", "state", "size", "age", "MLflow run", "used by"):
-        table.add_column(column, justify="right" if column in ("size", "age") else "left")
+    for column in ("stage", "key", "state", "size", "age", "MLflow run", "users"):
+        is_number = column in ("size", "age", "users")
+        table.add_column(column, justify="right" if is_number else "left", no_wrap=True)
     for item in found:
         run = (item.manifest and item.manifest.mlflow_run_id) or ""
-        by = ", ".join(name.replace("/", " ")[:-8] for name in users[item.name])
+        by = f"{len(users[item.name]) or ''}"
         state = f"[{COLOURS[item.state]}]{item.state}[/]"
         age = _age(item.age)
         table.add_row(item.stage, item.key, state, _size(item.bytes), age, run[:8], by)
