@@ -9,13 +9,13 @@ import pytest
 import yaml
 
 from flows.config import Resources
-from flows.launch import LaunchError, launch, remote
+from flows.launch import LaunchError, remote
 from flows.launch.command import Job, Output
 from flows.launch.kubernetes import SEEN, TrainJob, _sortable
 from flows.launch.manifest import DIGEST, manifest
 from tests.flows.conftest import wait_for
 from tests.flows.fake_kubernetes import TOKEN, Cluster
-from tests.flows.test_launch_slurm import ONE_RANK, TRAINING
+from tests.flows.jobs import ONE_RANK, TRAINING, in_background, run, state
 
 NAME = "train-base-01234567"
 
@@ -81,31 +81,6 @@ def training(stage, steps=3, **more):
     env = {"PYTHONPATH": str(stage.parents[2])}
     asked = resources(stage.parents[1], **more)
     return Job(["tiny", str(stage), str(steps)], asked, stage / "log", env)
-
-
-def run(job, log=str):
-    launch(job.module, job.resources, log_file=job.log_file, log=log, env=job.env)
-
-
-def in_background(job, lines):
-    """Run a job in a thread; returns it and a list that gets its error."""
-    errors = []
-
-    def body():
-        try:
-            run(job, lines.append)
-        except LaunchError as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=body)
-    thread.start()
-    return thread, errors
-
-
-def state(stage):
-    """How far rank 0 is."""
-    path = stage / "state-0"
-    return int(path.read_text() or 0) if path.exists() else 0
 
 
 @pytest.mark.slow

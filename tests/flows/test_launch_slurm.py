@@ -8,47 +8,19 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 
 from flows import services
 from flows.config import Resources
-from flows.launch import LaunchError, launch, remote, slurm
+from flows.launch import LaunchError, remote, slurm
 from flows.launch.command import Job, Output
 from tests.flows.conftest import wait_for
+from tests.flows.jobs import ONE_RANK, TRAINING, in_background, run, state
 
 FAKE = Path(__file__).with_name("fake_slurm.py")
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
-
-TRAINING = """
-import os, signal, sys, time
-from pathlib import Path
-out = Path(sys.argv[1])
-asked = []
-for number in (signal.SIGTERM, signal.SIGUSR1):
-    signal.signal(number, lambda *_: asked.append(1))
-rank, ranks = os.environ["RANK"], os.environ["WORLD_SIZE"]
-state = out / f"state-{rank}"
-done = int(state.read_text()) if state.exists() else 0
-os.write(1, f"rank {rank} of {ranks} from {done}\\n".encode())
-while done < int(sys.argv[2]):
-    if asked:
-        if rank == "0":
-            os.write(1, b"asked to stop: the same command goes on from there\\n")
-        os._exit(75)
-    done += 1
-    state.write_text(str(done))
-    time.sleep(0.1)
-"""
-"""Saves after every tenth of a second, and when it is asked to stop."""
-
-ONE_RANK = """#!/bin/sh
-while [ "$1" != -m ] || [ "$2" = torch.distributed.run ]; do shift; done
-RANK=0 WORLD_SIZE=1 exec {python} "$@"
-"""
-"""Instead of `python -m torch.distributed.run …`, which takes seconds to start."""
 
 
 class Fake:
@@ -188,31 +160,6 @@ def one_rank(stage, steps=3, **resources):
 
 def two_ranks(**more):
     return Resources(backend="slurm", processes=2, **more)
-
-
-def run(job, log=str):
-    launch(job.module, job.resources, log_file=job.log_file, log=log, env=job.env)
-
-
-def in_background(job, lines):
-    """Run a job in a thread; returns it and a list that gets its error."""
-    errors = []
-
-    def body():
-        try:
-            run(job, lines.append)
-        except LaunchError as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=body)
-    thread.start()
-    return thread, errors
-
-
-def state(stage):
-    """How far rank 0 is."""
-    path = stage / "state-0"
-    return int(path.read_text() or 0) if path.exists() else 0
 
 
 def numbers(lines):
