@@ -394,6 +394,23 @@ def test_a_disk_that_fills_at_the_description_leaves_nothing_half_done(tmp_path,
     ]
 
 
+def test_a_checkpoint_that_holds_more_than_tensors_runs_nothing(tmp_path):
+    ran = tmp_path / "ran"
+
+    class Harmful:
+        def __reduce__(self):
+            return Path.touch, (ran,)
+
+        def state_dict(self):
+            return self
+
+    harmful = Harmful()
+    path = checkpoint.save(tmp_path, 8, {"generator": harmful}, {}, keep=1)
+    with pytest.raises(checkpoint.UnreadableError, match=r"weights_only|Weights only"):
+        checkpoint.restore(path, {"generator": harmful})
+    assert not ran.exists()
+
+
 # 7 and 8. Other settings, other versions
 
 
