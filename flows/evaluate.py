@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,29 @@ from flows.stage import Context, Need, Stage
 PROCESS = launch.Process(("gigagan", "evaluate"), out="--out")
 
 
+STATISTICS = "statistics"
+"""Folder of the store beside those of the stages: features of reference sets, by content."""
+
+
 def run(context: Context) -> None:
     """The stage's body."""
-    launch.stage_process(context, PROCESS)
+    inputs = {**context.inputs, "statistics": context.path.parents[1] / STATISTICS}
+    launch.stage_process(replace(context, inputs=inputs), PROCESS)
     context.metrics |= json.loads((context.path / "results.json").read_text())["metrics"]
 
 
 def needs(config: PipelineConfig) -> Mapping[str, Need]:
-    """Weights, unseen captions with their pictures, and the similarity model of the filter."""
+    """Weights, unseen captions with their pictures, the filter's model, and training pictures."""
+    training = {}
+    if config.evaluate.neighbours:
+        resolution = config.train_base.generator.resolution
+        training["shards"] = Need(filter.STAGE, f"shards/{resolution:03d}", optional=True)
     return {
         "base": Need(train_base.STAGE, "snapshot.safetensors"),
         "upsampler": Need(train_upsampler.STAGE, "snapshot.safetensors"),
         "heldout": Need(download.STAGE, "heldout", optional=config.evaluate.captions is not None),
         "aligner": Need(filter.STAGE, filter.ALIGNER, optional=True),
+        **training,
     }
 
 
@@ -45,11 +56,11 @@ def external(config: PipelineConfig) -> Mapping[str, str]:
 
 STAGE = Stage(
     "evaluate",
-    version=1,
+    version=2,
     run=run,
     needs=needs,
     external=external,
-    scratch=(launch.LOG,),
+    scratch=("features", launch.LOG),
     gpu=True,
 )
 

@@ -330,20 +330,37 @@ def _same_condition(
 class EvaluateConfig(Frozen):
     """The evaluation stage."""
 
-    protocol: Literal["embedded-heldout"] = "embedded-heldout"
-    """Named set of rules: which captions and pictures, crop, resize, storage, metrics."""
+    protocol: Literal[
+        "embedded-heldout",
+        "coco-captions",
+        "gigagan-coco2014-256",
+        "coco2017-512",
+        "imagenet-256",
+        "upsampler-128-1024",
+        "stylegan-t-coco-256",
+    ] = "embedded-heldout"
+    """Named rules: counts, crop, resize, judges; `python -m gigagan evaluate --protocols`."""
     captions: str | None = None
     """COCO captions file to evaluate on; null means the held-out part of the download."""
     num_images: int | None = Field(None, ge=2)
-    """How many captions; null means all."""
+    """How many captions; null means the protocol's number, or all."""
     batch_size: int = Field(16, ge=1)
     """Images generated and scored at once."""
     seed: int = 0
     """Seed of the latents."""
     truncation: float = Field(1.0, ge=0, le=1)
     """ψ of the truncation towards the mean style; 1 is none."""
-    resolution: int = Field(128, ge=8)
-    """Side to which both sets are brought before features are taken."""
+    resolution: int | None = Field(None, ge=8)
+    """Side to which both sets are brought before features are taken; null: the protocol's, or
+    128."""
+    clip: str | None = None
+    """Encoder of the CLIP score, as in `open_clip:ViT-B-32/openai`; null means the protocol's."""
+    cmmd: str | None = None
+    """CLIP encoder of CMMD, as in `open_clip:ViT-L-14-336/openai`; null measures none."""
+    dinov2: str | None = None
+    """Encoder of FD-DINOv2, as in `dinov2:vitl14`; null measures none."""
+    resamples: int = Field(200, ge=0)
+    """Bootstrap resamples behind each 95 % interval; 0 gives none."""
     diversity_prompts: int = Field(12, ge=0)
     """Prompts on which the LPIPS diversity within a prompt is measured."""
     diversity_seeds: int = Field(4, ge=2)
@@ -352,6 +369,16 @@ class EvaluateConfig(Frozen):
     """Images per subset of KID."""
     kid_subsets: int = Field(50, ge=1)
     """Subsets of KID."""
+    sweep: tuple[float, ...] = (0.4, 0.6, 0.8, 1.0)
+    """ψ of the points of the truncation curve; empty draws none."""
+    sweep_captions: int = Field(48, ge=2)
+    """Captions drawn for each point of it."""
+    speed_batches: tuple[int, ...] = (1, 4, 16)
+    """Batch sizes at which drawing is timed; empty times none."""
+    neighbours: int = Field(8, ge=0)
+    """Pictures shown beside their nearest training pictures; 0 looks for none."""
+    neighbour_pool: int = Field(2_000, ge=2)
+    """Training pictures searched, evenly spread over the shards."""
 
 
 TrainStage = TrainBaseConfig | TrainUpsamplerConfig

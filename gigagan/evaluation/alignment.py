@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,18 @@ _PROBE_PX = 8
 def mean_similarity(images_ND: Tensor, texts_ND: Tensor) -> float:
     """Mean cosine of every picture with its own caption, both as vectors of one space."""
     return F.cosine_similarity(images_ND.double(), texts_ND.double(), dim=1).mean().item()
+
+
+def similarities(images_ND: Tensor, texts_ND: Tensor) -> np.ndarray:
+    """Cosine [N] of every picture with its own caption."""
+    found: np.ndarray = F.cosine_similarity(images_ND.double(), texts_ND.double(), dim=1).numpy()
+    return found
+
+
+def recalled(k: int, images_ND: Tensor, texts_ND: Tensor) -> np.ndarray:
+    """1 where a picture's own caption is among the k nearest of all N, else 0: R@k is the mean."""
+    found: np.ndarray = (_own_ranks(images_ND, texts_ND) <= k).double().numpy()
+    return found
 
 
 def recall_at(k: int, images_ND: Tensor, texts_ND: Tensor) -> float:
@@ -161,20 +173,36 @@ def clip_score(
     device: torch.device | str = "cpu",
     batch_size: int = 16,
 ) -> float:
-    """Mean cosine of picture and caption under an open_clip model, without a factor.
+    """Mean of `clip_score_per_picture`, which has the rules."""
+    settings: dict[str, Any] = {"prefix": prefix, "device": device, "batch_size": batch_size}
+    return float(clip_score_per_picture(pictures, captions, name, **settings).mean())
+
+
+def clip_score_per_picture(
+    pictures: Sequence[Picture],
+    captions: Sequence[str],
+    name: str,
+    *,
+    prefix: str = CLIP_PREFIX,
+    device: torch.device | str = "cpu",
+    batch_size: int = 16,
+) -> np.ndarray:
+    """Cosine [N] of picture and caption under an open_clip model, without a factor.
 
     `name` is `open_clip:ViT-B-32/openai` or the like, and belongs beside the number. Pictures get
-    the model's own preparation: short side by bicubic, centre crop.
+    the model's own preparation: short side by bicubic, centre crop. The prefix stands before the
+    caption, which is the authors' insertion of its tokens after the start token: both cut what is
+    beyond the context and keep the end token.
     """
     text = pretrained.text_encoder(name, device)
     if not isinstance(text, OpenClipText):
         raise ValueError(f"{name!r} is not a CLIP: a CLIP score needs open_clip:ARCHITECTURE/TAG")
     image = pretrained.image_encoder(name, device)
     assert image.image_size is not None, "a ViT takes one size"
-    total = 0.0
+    parts = [np.empty(0)]
     for start in range(0, len(pictures), batch_size):
         batch = pictures[start : start + batch_size]
-        images_ND = F.normalize(clip_image_vectors(batch, image, device=device), dim=1)
+        images_ND = clip_image_vectors(batch, image, device=device)
         texts_ND = text.embed([prefix + c for c in captions[start : start + batch_size]])
-        total += (images_ND * texts_ND.cpu()).sum().item()
-    return total / len(pictures)
+        parts.append(similarities(images_ND, texts_ND.cpu()))
+    return np.concatenate(parts)

@@ -6,9 +6,12 @@ Shape letters: N M samples, D features.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+
+from gigagan.evaluation.statistics import Moments, frechet_from_moments
 
 _CHUNK = 2048  # rows of a kernel or distance matrix that are held at a time
 
@@ -18,14 +21,25 @@ def frechet_distance(features_a_ND: np.ndarray, features_b_MD: np.ndarray) -> fl
 
     Heusel et al. 2017, with unbiased covariances. With Σᵢ = RᵢᵀRᵢ the eigenvalues are the squared
     singular values of R₁R₂ᵀ, which needs no matrix root, and stays exact with fewer samples than
-    features. Raises ValueError with fewer than two samples on a side.
+    features. Larger sets are read once, a part at a time. Raises ValueError with fewer than two
+    samples on a side.
     """
     a_ND, b_MD = _checked(features_a_ND, features_b_MD)
+    if min(len(a_ND), len(b_MD)) > max(a_ND.shape[1], _CHUNK):
+        return frechet_from_moments(_moments(a_ND), _moments(b_MD))
+    a_ND, b_MD = a_ND.astype(np.float64), b_MD.astype(np.float64)
     mean_gap_D = a_ND.mean(axis=0) - b_MD.mean(axis=0)
     root_a, root_b = _covariance_root(a_ND), _covariance_root(b_MD)
     overlap = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
     traces = np.square(root_a).sum() + np.square(root_b).sum()
     return float(mean_gap_D @ mean_gap_D + traces - 2 * overlap)
+
+
+def _moments(features_ND: np.ndarray) -> Moments:
+    moments = Moments(features_ND.shape[1])
+    for part_ND in _parts(features_ND):
+        moments.update(part_ND)
+    return moments
 
 
 def _covariance_root(features_ND: np.ndarray) -> np.ndarray:
@@ -63,18 +77,16 @@ def kernel_distance(
     size = min(subset_size, len(a_ND), len(b_MD))
     rng = np.random.default_rng(seed)
     estimates = [
-        _unbiased_mmd2(
+        mmd2(
             a_ND[rng.choice(len(a_ND), size, replace=False)],
             b_MD[rng.choice(len(b_MD), size, replace=False)],
         )
         for _ in range(num_subsets)
     ]
-    return KernelDistance(
-        _unbiased_mmd2(a_ND, b_MD), float(np.mean(estimates)), float(np.std(estimates))
-    )
+    return KernelDistance(mmd2(a_ND, b_MD), float(np.mean(estimates)), float(np.std(estimates)))
 
 
-def _unbiased_mmd2(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
+def mmd2(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
     """Mean of k(a, a′) + k(b, b′) − 2 k(a, b) over pairs of distinct samples."""
     N, M = len(a_ND), len(b_MD)
     within_a = (_kernel_sum(a_ND, a_ND) - _self_kernel_sum(a_ND)) / (N * (N - 1))
@@ -84,12 +96,42 @@ def _unbiased_mmd2(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
 
 def _kernel_sum(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
     D = a_ND.shape[1]
-    starts = range(0, len(a_ND), _CHUNK)
-    return sum(float(((a_ND[i : i + _CHUNK] @ b_MD.T / D + 1) ** 3).sum()) for i in starts)
+    return sum(
+        float(((a_ND_part @ b_MD_part.T / D + 1) ** 3).sum())
+        for a_ND_part in _parts(a_ND)
+        for b_MD_part in _parts(b_MD)
+    )
 
 
 def _self_kernel_sum(a_ND: np.ndarray) -> float:
-    return float(((np.square(a_ND).sum(axis=1) / a_ND.shape[1] + 1) ** 3).sum())
+    D = a_ND.shape[1]
+    return sum(
+        float(((np.square(part_ND).sum(axis=1) / D + 1) ** 3).sum()) for part_ND in _parts(a_ND)
+    )
+
+
+def cmmd(
+    a_ND: np.ndarray, b_MD: np.ndarray, *, sigma: float = 10.0, scale: float = 1000.0
+) -> float:
+    """`scale` × squared MMD of unit vectors under exp(−‖x − y‖² / 2σ²) (Jayasumana et al. 2024).
+
+    With CLIP's image vectors. The biased estimate, pairs of a sample with itself included, as in
+    the authors' code: zero for equal sets.
+    """
+    a_ND, b_MD = _checked(a_ND, b_MD)
+
+    def units(x_ND: np.ndarray) -> Iterator[np.ndarray]:
+        return (part / np.linalg.norm(part, axis=1, keepdims=True) for part in _parts(x_ND))
+
+    def mean_kernel(x_ND: np.ndarray, y_MD: np.ndarray) -> float:
+        total = 0.0
+        for x in units(x_ND):
+            for y in units(y_MD):
+                total += float(np.exp((x @ y.T - 1) / sigma**2).sum())  # ‖x − y‖² = 2 − 2 cos
+        return total / (len(x_ND) * len(y_MD))
+
+    value = mean_kernel(a_ND, a_ND) + mean_kernel(b_MD, b_MD) - 2 * mean_kernel(a_ND, b_MD)
+    return scale * value
 
 
 class PrecisionRecall(NamedTuple):
@@ -112,26 +154,38 @@ def prdc(real_ND: np.ndarray, generated_MD: np.ndarray, *, neighbours: int = 5) 
     ValueError if a set has no more samples than that.
     """
     real_ND, generated_MD = _checked(real_ND, generated_MD)
+    real_ND, generated_MD = real_ND.astype(np.float64), generated_MD.astype(np.float64)
     smaller = min(len(real_ND), len(generated_MD))
     if not 1 <= neighbours < smaller:
         raise ValueError(f"neighbours={neighbours} with {smaller} samples: give fewer neighbours")
     real_radius_N = _radii(real_ND, neighbours)
     generated_radius_M = _radii(generated_MD, neighbours)
-    distance_NM = _distances(real_ND, generated_MD)
-    in_real_NM = distance_NM < real_radius_N[:, None]
-    in_generated_NM = distance_NM < generated_radius_M[None, :]
+    N, M = len(real_ND), len(generated_MD)
+    around_M = np.zeros(M)  # real neighbourhoods that a generated sample lies in
+    is_recalled_N, is_covered_N = np.zeros(N, bool), np.zeros(N, bool)
+    for start in range(0, N, _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        distance_NM = _distances(real_ND[rows], generated_MD)
+        radius_N1 = real_radius_N[rows, None]
+        around_M += (distance_NM < radius_N1).sum(axis=0)
+        is_recalled_N[rows] = (distance_NM < generated_radius_M).any(axis=1)
+        is_covered_N[rows] = distance_NM.min(axis=1) < radius_N1[:, 0]
     return PrecisionRecall(
-        precision=float(in_real_NM.any(axis=0).mean()),
-        recall=float(in_generated_NM.any(axis=1).mean()),
-        density=float(in_real_NM.sum(axis=0).mean() / neighbours),
-        coverage=float((distance_NM.min(axis=1) < real_radius_N).mean()),
+        precision=float((around_M > 0).mean()),
+        recall=float(is_recalled_N.mean()),
+        density=float(around_M.mean() / neighbours),
+        coverage=float(is_covered_N.mean()),
     )
 
 
 def _radii(features_ND: np.ndarray, neighbours: int) -> np.ndarray:
-    distance_NN = _distances(features_ND, features_ND)
-    np.fill_diagonal(distance_NN, 0)  # exactly: a sample is its own nearest
-    return np.partition(distance_NN, neighbours, axis=1)[:, neighbours]
+    parts = []
+    for start in range(0, len(features_ND), _CHUNK):
+        distance_BN = _distances(features_ND[start : start + _CHUNK], features_ND)
+        own = np.arange(len(distance_BN))
+        distance_BN[own, start + own] = 0  # exactly: a sample is its own nearest
+        parts.append(np.partition(distance_BN, neighbours, axis=1)[:, neighbours])
+    return np.concatenate(parts)
 
 
 def _distances(a_ND: np.ndarray, b_MD: np.ndarray) -> np.ndarray:
@@ -141,9 +195,15 @@ def _distances(a_ND: np.ndarray, b_MD: np.ndarray) -> np.ndarray:
     return np.sqrt(squared_NM.clip(min=0))
 
 
+def _parts(features_ND: np.ndarray) -> Iterator[np.ndarray]:
+    """Rows in float64, a part at a time: the whole may be a file."""
+    for start in range(0, len(features_ND), _CHUNK):
+        yield np.asarray(features_ND[start : start + _CHUNK], np.float64)
+
+
 def _checked(a_ND: np.ndarray, b_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both in float64, after checking that a distance between them exists."""
-    a_ND, b_MD = np.asarray(a_ND, np.float64), np.asarray(b_MD, np.float64)
+    """Both, after checking that a distance between them exists."""
+    a_ND, b_MD = np.asanyarray(a_ND), np.asanyarray(b_MD)
     if a_ND.ndim != 2 or b_MD.ndim != 2 or a_ND.shape[1] != b_MD.shape[1]:
         raise ValueError(
             f"features of shapes {a_ND.shape} and {b_MD.shape}: give [N, D] and [M, D]"
@@ -151,6 +211,6 @@ def _checked(a_ND: np.ndarray, b_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray
     if min(len(a_ND), len(b_MD)) < 2:
         raise ValueError(f"{len(a_ND)} and {len(b_MD)} samples: give two or more on both sides")
     for name, features in (("first", a_ND), ("second", b_MD)):
-        if not np.isfinite(features).all():
+        if not all(np.isfinite(part).all() for part in _parts(features)):
             raise ValueError(f"the {name} features hold values that are not finite")
     return a_ND, b_MD

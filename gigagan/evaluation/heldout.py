@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import json
 import re
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,58 @@ def _picture_folder(file: Path, name: str) -> Path:
         places = ", ".join(map(str, candidates))
         raise FileNotFoundError(f"{name} of {file} is in none of {places}: place the pictures")
     return folder
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sort key by which 10.png follows 9.png."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+
+
+def read_drawn(folder: Path) -> tuple[list[Path], list[str]]:
+    """Pictures in natural-sorted order and their captions, of the GigaGAN authors' layout.
+
+    That is `fake_images/` beside `captions.txt`, a caption a line. Raises FileNotFoundError for a
+    missing part and ValueError for other counts of pictures and captions.
+    """
+    images, listed = folder / "fake_images", folder / "captions.txt"
+    for part in (images, listed):
+        if not part.exists():
+            raise FileNotFoundError(
+                f"{part} is not there: {folder} needs fake_images/ and captions.txt"
+            )
+    captions = listed.read_text(encoding="utf-8").splitlines()
+    pictures = sorted(pictures_in(images), key=lambda path: natural(path.name))
+    if len(pictures) != len(captions):
+        raise ValueError(
+            f"{len(pictures)} pictures in {images} but {len(captions)} lines in {listed}: one "
+            "caption belongs to each picture, in natural-sorted order of the file names"
+        )
+    if not pictures:
+        raise ValueError(f"{images} holds no pictures ({', '.join(sorted(SUFFIXES))})")
+    return pictures, captions
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """All files of pictures in a folder, by name."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+
+
+def training_pictures(shards: Path, count: int) -> list[tuple[str, Image.Image]]:
+    """Up to `count` pictures of a folder of tars with their keys, evenly spread, in order."""
+    tars = sorted(shards.glob("*.tar"))
+    each = -(-count // max(1, len(tars)))
+    found: list[tuple[str, Image.Image]] = []
+    for tar in tars:
+        with tarfile.open(tar) as archive:
+            members = [m for m in archive if Path(m.name).suffix.lower() in SUFFIXES]
+            step = max(1, len(members) // each)
+            for member in members[::step][:each]:
+                stream = archive.extractfile(member)
+                assert stream is not None
+                with Image.open(stream) as picture:
+                    found.append((Path(member.name).stem, picture.convert("RGB")))
+    return found[:count]
 
 
 def subset(heldout: Heldout, num_images: int | None, seed: int) -> Heldout:

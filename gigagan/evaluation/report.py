@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,53 @@ def table(results: Mapping[str, Any]) -> str:
         f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip()
         for a, b, c, d in lines
     )
+
+
+Differing = Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[str, Any, Any] | None]
+"""Of the rules of two results the first that differs and decides, with both values; or None."""
+
+
+def compare(
+    results: Sequence[Mapping[str, Any]], names: Sequence[str], differing: Differing
+) -> str:
+    """The metrics of several results side by side, as aligned text.
+
+    Raises:
+        ValueError: two results are by different rules: the field and both its values.
+    """
+    for name, other in zip(names[1:], results[1:], strict=True):
+        found = differing(results[0]["protocol"], other["protocol"])
+        if found is not None:
+            field, first, second = found
+            raise ValueError(
+                f"{names[0]} and {name} are by different protocols, their numbers do not compare: "
+                f"{field} is {first!r} and {second!r}. Evaluate both by the same one"
+            )
+    metrics = dict.fromkeys(metric for result in results for metric in result["metrics"])
+    rows = [("", *names)]
+    for field in ("truncation", "seed"):
+        values = [result["protocol"].get(field) for result in results]
+        rows.append((field, *("not known" if value is None else str(value) for value in values)))
+    for metric in metrics:
+        rows.append((metric, *(_with_interval(result, metric) for result in results)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
+            ]
+        )
+        for row in rows
+    )
+
+
+def _with_interval(result: Mapping[str, Any], metric: str) -> str:
+    value = result["metrics"].get(metric)
+    if value is None:
+        return "—"
+    pair = result.get("intervals", {}).get(metric)
+    return f"{value:.4g}" + (f" [{pair[0]:.3g}, {pair[1]:.3g}]" if pair else "")
 
 
 def _cell(picture: Image.Image, px: int) -> Image.Image:

@@ -5,18 +5,25 @@ Shape letters: B batch, Z latent, S style, C colour, H W image.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from gigagan.config import StyleConfig
-from gigagan.inference import resolver
+from gigagan.inference import resolver, tiles
+from gigagan.inference.directions import Shift
+from gigagan.inference.editing import Edit, interpolate
+from gigagan.inference.prompts import check_prompt
 from gigagan.models import pretrained, snapshot
-from gigagan.models.encoders import TextEncoder
-from gigagan.models.generator import Generator
+from gigagan.models.baking import bake
+from gigagan.models.encoders import TextEncoder, TextFeatures
+from gigagan.models.generator import Generator, Late
 from gigagan.models.text import Text
 from gigagan.models.upsampler import Upsampler
 
@@ -24,6 +31,9 @@ PUBLISHED = Path(__file__).parents[1] / "snapshots"
 """Trained networks that come with the package: emoji, text → 32 px → 128 px."""
 MEAN_LATENTS = 64
 """Latents over which the mean style of a prompt is taken."""
+MAX_OUTPUT_PIXELS = 2**28
+"""Of an enlarged picture: 268 million, 16384 × 16384."""
+_KEPT_MEANS = 1024
 
 
 def load(
@@ -57,7 +67,8 @@ def load(
                 f"{upsampler} enlarges {larger.config.input_resolution} px images, but {path} "
                 f"makes {base.config.resolution} px"
             )
-    return Sampler(base, larger, device=device)
+    files = {"base": path} | ({} if upsampler is None else {"upsampler": upsampler})
+    return Sampler(base, larger, device=device, snapshots=files)
 
 
 def or_published(base: str | Path | None, upsampler: str | Path | None) -> tuple[Path, Path | None]:
@@ -71,16 +82,36 @@ def or_published(base: str | Path | None, upsampler: str | Path | None) -> tuple
     return Path(base), None if upsampler is None else Path(upsampler)
 
 
+class Drawing(NamedTuple):
+    """A batch's text and style, and what an edit puts into the fine levels."""
+
+    text: Text
+    style_BS: Tensor
+    late: Late | None
+    features: TextFeatures
+    """What the upsampler reads."""
+    upsampler_seed: int
+
+
 class Sampler:
     """Draws pictures from prompts. All randomness comes from the seed of a call."""
 
     def __init__(
-        self, base: Generator, upsampler: Upsampler | None = None, *, device: str = "cpu"
+        self,
+        base: Generator,
+        upsampler: Upsampler | None = None,
+        *,
+        device: str = "cpu",
+        snapshots: Mapping[str, Path] | None = None,
     ) -> None:
         self.base = base
         self.upsampler = upsampler
         self.device = torch.device(device)
-        self._encoder = _encoder(base.config, self.device)
+        self.snapshots = dict(snapshots or {})
+        """The files that the networks came from, for provenance."""
+        self.encoder = _encoder(base.config, self.device)
+        """The frozen text encoder of the base."""
+        self._means: OrderedDict[str, Tensor] = OrderedDict()
 
     @property
     def resolution(self) -> int:
@@ -97,32 +128,108 @@ class Sampler:
         truncation: float = 1.0,
         batch_size: int = 16,
         upscale: bool = True,
+        edit: Edit | None = None,
+        shift: Shift | None = None,
+        latents_BZ: Tensor | None = None,
+        baked: bool = False,
+        cut: bool = False,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[Image.Image]:
         """One picture per prompt; equal prompts get different latents.
 
         `truncation` ψ below 1 trades variety for typicality (GigaGAN, section 3.6). A picture
-        depends on its prompt, its place in the list and the seed, not on `batch_size`.
+        depends on its prompt, its place in the list and the seed, not on `batch_size`. `edit` and
+        `shift` change every one of them; `latents_BZ` takes the place of the seed's draws of z.
+        `baked` folds style and text of each picture into plain convolutions first: the same
+        pictures to a grey level. `cut` lets prompts through that are longer than the encoder reads.
+
+        Raises:
+            PromptError: a prompt is empty, too long or has control characters.
         """
         if not 0 <= truncation <= 1:
             raise ValueError(f"truncation={truncation}: give a value from 0 to 1")
-        random = torch.Generator().manual_seed(seed)
-        z_BZ = torch.randn(len(prompts), self.base.config.latent_dim, generator=random)
+        prompts = [check_prompt(p, self.encoder, cut=cut) for p in prompts]
+        if edit is not None and edit.prompt is not None:
+            edit = replace(edit, prompt=check_prompt(edit.prompt, self.encoder, cut=cut))
+        z_BZ = self.latents(len(prompts), seed) if latents_BZ is None else latents_BZ
+        if z_BZ.shape != (len(prompts), self.base.config.latent_dim):
+            raise ValueError(
+                f"latents of shape {tuple(z_BZ.shape)} for {len(prompts)} prompts: give "
+                f"[{len(prompts)}, {self.base.config.latent_dim}]"
+            )
+        other_BZ = z_BZ
+        if edit is not None and edit.seed is not None:
+            other_BZ = self.latents(len(prompts), edit.seed)
         pictures: list[Image.Image] = []
         for start in range(0, len(prompts), batch_size):
-            batch = list(prompts[start : start + batch_size])
-            features = self._encoder.encode(batch)
-            text = self.base.read(features)
-            style_BS = self.base.style(z_BZ[start : start + batch_size].to(self.device), text)
-            if truncation < 1:
-                style_BS = self._truncate(style_BS, text, truncation)
-            small_BCHW = self.base.synthesize(style_BS, text)[0]
+            rows = slice(start, start + batch_size)
+            batch = prompts[rows]
+            drawing = self._prepare(
+                batch, z_BZ[rows], other_BZ[rows], seed, truncation, edit, shift
+            )
+            small_BCHW = self._draw(drawing, baked)
             if upscale and self.upsampler is not None:
-                pictures += self._enlarge(small_BCHW, batch, seed=seed, start=start)
+                pictures += self._enlarge(small_BCHW, drawing.features, drawing, start=start)
             else:
                 pictures += _to_pictures(small_BCHW)
             progress(len(pictures), len(prompts))
         return pictures
+
+    def latents(self, count: int, seed: int) -> Tensor:
+        """The z [count, Z] of a seed, on the CPU, one after the other."""
+        random = torch.Generator().manual_seed(seed)
+        return torch.randn(count, self.base.config.latent_dim, generator=random)
+
+    def _prepare(
+        self,
+        batch: list[str],
+        z_BZ: Tensor,
+        other_BZ: Tensor,
+        seed: int,
+        truncation: float,
+        edit: Edit | None,
+        shift: Shift | None,
+    ) -> Drawing:
+        """Text and style of a batch, changed as asked."""
+        features = self.encoder.encode(batch)
+        text = self.base.read(features)
+        if shift is not None:
+            text = shift.of_text(text)
+        style_BS = self._style(batch, text, z_BZ, truncation)
+        if shift is not None:
+            style_BS = shift.of_style(style_BS)
+        if edit is None:
+            return Drawing(text, style_BS, None, features, seed)
+        second = batch if edit.prompt is None else [edit.prompt] * len(batch)
+        other_features = self.encoder.encode(second)
+        other_text = self.base.read(other_features)
+        other_BS = self._style(second, other_text, other_BZ, truncation)
+        if edit.how == "interpolate":
+            mixed = interpolate(text, other_text, edit.amount)
+            late = other_features if edit.amount > 0.5 else features
+            return Drawing(mixed, style_BS.lerp(other_BS, edit.amount), None, late, seed)
+        level = edit.first_level(len(self.base.levels))
+        tokens = text if edit.how == "style" else other_text
+        finest = features if edit.how == "style" else other_features
+        upsampler_seed = seed if edit.seed is None else edit.seed
+        return Drawing(text, style_BS, Late(other_BS, tokens, level), finest, upsampler_seed)
+
+    def _style(self, batch: list[str], text: Text, z_BZ: Tensor, truncation: float) -> Tensor:
+        style_BS = self.base.style(z_BZ.to(self.device), text)
+        return self._truncate(style_BS, batch, text, truncation) if truncation < 1 else style_BS
+
+    def _draw(self, drawing: Drawing, baked: bool) -> Tensor:
+        """The base's images B C H W."""
+        text, style_BS, late = drawing[:3]
+        if not baked:
+            return self.base.synthesize(style_BS, text, late)[0]
+        if late is not None:
+            raise ValueError("a baked network has one style and one text: edit without baked")
+        images = []
+        for row in range(len(style_BS)):
+            own = Text(*(x if x is None else x[row : row + 1] for x in text))
+            images.append(bake(self.base, style_BS[row], own)()[0])
+        return torch.cat(images)
 
     @torch.inference_mode()
     def upscale(
@@ -132,55 +239,136 @@ class Sampler:
         *,
         seed: int = 0,
         batch_size: int = 16,
+        overlap: int | None = None,
+        baked: bool = False,
+        cut: bool = False,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[Image.Image]:
-        """Enlarge pictures of exactly the upsampler's input size.
+        """Enlarge pictures of any size; beyond the upsampler's input by overlapping tiles.
+
+        All tiles of a picture share one z, one style and one text, and are cut from one field of
+        noise. `overlap` is in pixels of the input, by default a half of a tile.
+        `progress` is told the tiles of the picture under way.
 
         Raises:
-            ValueError: without an upsampler, with another size, or with unequal lists.
+            ValueError: without an upsampler, with unequal lists, or for an output of more than
+                `MAX_OUTPUT_PIXELS`.
         """
         if self.upsampler is None:
             raise ValueError("this sampler has no upsampler: load one with load(base, upsampler)")
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts: give one per image")
-        side = self.upsampler.config.input_resolution
-        wrong = next((i.size for i in images if i.size != (side, side)), None)
-        if wrong is not None:
-            raise ValueError(f"an image is {wrong[0]}×{wrong[1]} px: resize it to {side}×{side}")
+        config = self.upsampler.config
+        tile, factor = config.input_resolution, config.resolution // config.input_resolution
+        overlap = tile // 2 if overlap is None else overlap
+        encoder = _encoder(config, self.device)
+        prompts = [check_prompt(p, encoder, cut=cut) for p in prompts]
+        for image in images:
+            made = image.width * image.height * factor**2
+            if made > MAX_OUTPUT_PIXELS:
+                raise ValueError(
+                    f"a picture of {image.width}×{image.height} px would become {made / 1e6:,.0f} "
+                    f"megapixels, the limit is {MAX_OUTPUT_PIXELS / 1e6:,.0f}: cut it into parts"
+                )
+        if all(image.size == (tile, tile) for image in images):
+            return self._upscale_tiles(images, prompts, seed, batch_size)
+        pictures = []
+        for index, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+            small_CHW = _from_picture(image)
+            z_1Z, noise_CHW = _randomness(config.latent_dim, small_CHW.shape, seed, index)
+            text = self.upsampler.read(encoder.encode([prompt]))
+            style_1S = self.upsampler.style(z_1Z.to(self.device), text)
+            large = tiles.enlarge(
+                small_CHW,
+                noise_CHW,
+                self._tile_network(style_1S, text, baked),
+                tile=tile,
+                factor=factor,
+                overlap=overlap,
+                batch_size=batch_size,
+                progress=progress,
+            )
+            pictures.append(Image.fromarray(large.permute(1, 2, 0).contiguous().numpy()))
+        return pictures
+
+    def _tile_network(self, style_1S: Tensor, text: Text, baked: bool) -> tiles.Network:
+        """Tiles and noise → larger tiles, all of one style and text."""
+        upsampler = self.upsampler
+        assert upsampler is not None
+        plain = bake(upsampler, style_1S[0], text) if baked else None
+
+        def network(tiles_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
+            x, noise = tiles_BCHW.to(self.device).clamp(-1, 1), noise_BCHW.to(self.device)
+            if plain is not None:
+                return plain(x, noise)[0]
+            return upsampler.synthesize(x, noise, style_1S, text)[0]
+
+        return network
+
+    def _upscale_tiles(
+        self, images: Sequence[Image.Image], prompts: list[str], seed: int, batch_size: int
+    ) -> list[Image.Image]:
+        """Pictures of exactly the input's size, several in one pass."""
+        assert self.upsampler is not None
+        encoder = _encoder(self.upsampler.config, self.device)
         pictures: list[Image.Image] = []
         for start in range(0, len(images), batch_size):
             chunk = images[start : start + batch_size]
             small = torch.stack([_from_picture(i) for i in chunk]).to(self.device)
-            batch = list(prompts[start : start + batch_size])
-            pictures += self._enlarge(small, batch, seed=seed, start=start)
+            features = encoder.encode(prompts[start : start + batch_size])
+            pictures += self._finish(small, features, seed=seed, start=start)
         return pictures
 
     def _enlarge(
-        self, small_BCHW: Tensor, prompts: list[str], *, seed: int, start: int
+        self, small_BCHW: Tensor, features: TextFeatures, drawing: Drawing, *, start: int
+    ) -> list[Image.Image]:
+        """The upsampler on what the base drew; it may read another encoder than the base."""
+        assert self.upsampler is not None
+        return self._finish(small_BCHW, features, seed=drawing.upsampler_seed, start=start)
+
+    def _finish(
+        self, small_BCHW: Tensor, features: TextFeatures, *, seed: int, start: int
     ) -> list[Image.Image]:
         """The upsampler on one batch; latents and noise depend on an image's place in the list."""
         assert self.upsampler is not None
         config = self.upsampler.config
-        latents, noises = [], []
-        for index in range(start, start + len(prompts)):
-            random = torch.Generator().manual_seed(seed * 1_000_003 + index)
-            latents.append(torch.randn(config.latent_dim, generator=random))
-            noises.append(torch.randn(small_BCHW.shape[1:], generator=random))
-        noise_BCHW = torch.stack(noises).to(self.device)
-        encoder = _encoder(config, self.device)
-        z_BZ = torch.stack(latents).to(self.device)
-        features = encoder.encode(prompts)
+        draws = [
+            _randomness(config.latent_dim, small_BCHW.shape[1:], seed, index)
+            for index in range(start, start + len(small_BCHW))
+        ]
+        z_BZ = torch.cat([z for z, _ in draws]).to(self.device)
+        noise_BCHW = torch.stack([noise for _, noise in draws]).to(self.device)
         return _to_pictures(self.upsampler(small_BCHW.clamp(-1, 1), noise_BCHW, z_BZ, features)[0])
 
-    def _truncate(self, style_BS: Tensor, text: Text, psi: float) -> Tensor:
+    def _truncate(self, style_BS: Tensor, batch: list[str], text: Text, psi: float) -> Tensor:
         """w' = lerp(w̄, lerp(w̄|c, w, ψ), ψ): towards the prompt's mean, then the global mean."""
-        random = torch.Generator().manual_seed(0)
-        z = torch.randn(MEAN_LATENTS, self.base.config.latent_dim, generator=random)
-        z = z.to(self.device)
-        B = len(style_BS)
-        repeated = text.repeat_interleave(MEAN_LATENTS)
-        of_prompt_BS = self.base.style(z.repeat(B, 1), repeated).unflatten(0, (B, -1)).mean(1)
+        of_prompt_BS = torch.stack(
+            [self._mean_style(prompt, text, row) for row, prompt in enumerate(batch)]
+        )
         towards_prompt_BS = of_prompt_BS.lerp(style_BS, psi)
         return self.base.style_mean.expand_as(style_BS).lerp(towards_prompt_BS, psi)
+
+    def _mean_style(self, prompt: str, text: Text, row: int) -> Tensor:
+        """w̄|c [S], kept for prompts that come again."""
+        own = Text(global_BT=None if text.global_BT is None else text.global_BT[row : row + 1])
+        key = f"{prompt}\0{None if own.global_BT is None else own.global_BT.sum().item()}"
+        if key not in self._means:
+            random = torch.Generator().manual_seed(0)
+            z = torch.randn(MEAN_LATENTS, self.base.config.latent_dim, generator=random)
+            styles = self.base.style(z.to(self.device), own.repeat_interleave(MEAN_LATENTS))
+            self._means[key] = styles.mean(0)
+            if len(self._means) > _KEPT_MEANS:
+                self._means.popitem(last=False)
+        return self._means[key]
+
+
+def _randomness(
+    latent_dim: int, shape: Sequence[int], seed: int, index: int
+) -> tuple[Tensor, Tensor]:
+    """The upsampler's z [1, Z] and noise of this shape, of the picture at this place in a list."""
+    random = torch.Generator().manual_seed(seed * 1_000_003 + index)
+    z_1Z = torch.randn(latent_dim, generator=random)[None]
+    return z_1Z, torch.randn(*shape, generator=random)
 
 
 def _encoder(config: StyleConfig, device: torch.device) -> TextEncoder:

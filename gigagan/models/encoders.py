@@ -33,6 +33,10 @@ class TextEncoder(ABC):
     """Longer captions are truncated; the end token is kept."""
 
     @abstractmethod
+    def count_tokens(self, caption: str) -> int:
+        """How many tokens it has, start and end among them, before anything is cut."""
+
+    @abstractmethod
     def encode(self, captions: Sequence[str]) -> TextFeatures:
         """Encode at least one caption; the result does not depend on the rest of the batch."""
 

@@ -7,6 +7,7 @@ Shape letters in this file:
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,15 @@ class SynthesisLevel(nn.Module):
         return x_BCHW
 
 
+class Late(NamedTuple):
+    """Another style and text for the fine levels: style swapping and prompt mixing."""
+
+    style_BS: Tensor
+    text: Text
+    level: int
+    """The first level that takes them."""
+
+
 class Generator(nn.Module):
     """G: x = G̃(M(z, t_global), t_local) (GigaGAN, section 3.2)."""
 
@@ -123,12 +133,14 @@ class Generator(nn.Module):
         style_BS: Tensor = self.mapping(z_BZ, text.global_BT)
         return style_BS
 
-    def synthesize(self, style_BS: Tensor, text: Text) -> list[Tensor]:
+    def synthesize(self, style_BS: Tensor, text: Text, late: Late | None = None) -> list[Tensor]:
         """Style and text → images in [−1, 1] (roughly), largest first, down to 4 px."""
         B = len(style_BS)  # text may be of one caption for all
         x = self._input(style_BS, B)
         images: list[Tensor] = []
-        for level in self.levels:
+        for number, level in enumerate(self.levels):
+            if late is not None and number >= late.level:
+                style_BS, text = late.style_BS, late.text
             if images:
                 x = upsample(x)
             assert isinstance(level, SynthesisLevel)

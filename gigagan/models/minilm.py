@@ -76,6 +76,9 @@ class MiniLM(TextEncoder):
     def __init__(self, weights: Path, tokenizer: Path, device: torch.device) -> None:
         self.device = device
         self._tokenizer = Tokenizer.from_file(str(tokenizer))
+        self._whole = Tokenizer.from_file(str(tokenizer))
+        self._whole.no_truncation()
+        self._whole.no_padding()
         self._tokenizer.enable_truncation(self.max_tokens)
         self._tokenizer.enable_padding()  # the file's own setting pads everything to 128
         tensors = load_file(weights, device=str(device))
@@ -87,6 +90,10 @@ class MiniLM(TextEncoder):
         )
         self._embedding_norm = _Affine.read(tensors, "embeddings.LayerNorm")
         self._layers = [_Layer(tensors, f"encoder.layer.{i}") for i in range(_NUM_LAYERS)]
+
+    def count_tokens(self, caption: str) -> int:
+        """Word pieces, start and end among them."""
+        return len(self._whole.encode(caption).ids)
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> TextFeatures:

@@ -79,6 +79,13 @@ class OpenClipText(TextEncoder):
         self._model = model
         self._tokenizer = tokenizer
 
+    def count_tokens(self, caption: str) -> int:
+        """Byte pairs, start and end among them."""
+        tokenizer = self._tokenizer
+        if hasattr(tokenizer, "encode"):
+            return len(tokenizer.encode(caption)) + 2
+        return len(tokenizer.tokenizer(tokenizer.clean_fn(caption))["input_ids"])
+
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> TextFeatures:
         """Encode captions; the start token is one of theirs."""

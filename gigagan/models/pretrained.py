@@ -39,6 +39,7 @@ __all__ = [
     "Weights",
     "WrongWeightsError",
     "aesthetic",
+    "dinov2",
     "image_encoder",
     "inception",
     "locate",
@@ -147,7 +148,10 @@ def locate(name: str) -> Path:
     catalogue's, ValueError for a name that is neither in the catalogue nor an open_clip one.
     """
     if name.startswith("open_clip:"):
-        return _locate_open_clip(name)
+        architecture, tag = _split_open_clip(name)
+        return _placed(name, f"{architecture}-{tag}")
+    if name.startswith("dinov2:"):
+        return _placed(name, name.replace(":", "-"))
     if name not in CATALOGUE:
         raise ValueError(
             f"unknown pretrained model {name!r}: choose open_clip:ARCHITECTURE/TAG or one of "
@@ -176,9 +180,8 @@ def sha256(name: str) -> str:
     return _hash(locate(name))
 
 
-def _locate_open_clip(name: str) -> Path:
-    architecture, tag = _split_open_clip(name)
-    stem = f"{architecture}-{tag}"
+def _placed(name: str, stem: str) -> Path:
+    """A file that no package has and that the user placed."""
     folder = os.environ.get(WEIGHTS_VARIABLE)
     if folder is None:
         raise MissingWeightsError(
@@ -308,6 +311,33 @@ def _inception(device: torch.device) -> Callable[[Tensor], Tensor]:
             return network((x_BCHW.to(device).float() - 128) / 128)
 
     return features
+
+
+_DINOV2 = {
+    f"vit{s}14": f"vit_{n}_patch14_dinov2"
+    for s, n in zip("sblg", ("small", "base", "large", "giant"), strict=True)
+}
+
+
+def dinov2(name: str, device: torch.device | str = "cpu") -> Any:
+    """`dinov2:vitl14` and its like by timm: normalised pictures [B, 3, 224, 224] → class tokens."""
+    return _dinov2(name, torch.device(device))
+
+
+@functools.cache
+def _dinov2(name: str, device: torch.device) -> Any:
+    import timm
+    from timm.models import load_checkpoint
+
+    variant = name.removeprefix("dinov2:")
+    if variant not in _DINOV2:
+        raise ValueError(f"{name!r}: choose dinov2: and one of {', '.join(_DINOV2)}")
+    path = locate(name)
+    model = timm.create_model(
+        _DINOV2[variant], pretrained=False, num_classes=0, img_size=224, global_pool="token"
+    )
+    load_checkpoint(model, str(path))
+    return model.to(device).eval().requires_grad_(False)
 
 
 def lpips(net: Literal["vgg", "alex"], device: torch.device | str = "cpu") -> nn.Module:

@@ -95,6 +95,9 @@ class ShadeEncoder(TextEncoder):
     width = pooled_width = T
     max_tokens = 2
 
+    def count_tokens(self, caption):
+        return len(caption.split())
+
     def encode(self, captions):
         pooled = torch.ones(len(captions), T)
         pooled[:, 0] = torch.tensor([int(c) / 127.5 - 1 for c in captions])

@@ -129,6 +129,9 @@ class WordEncoder(TextEncoder):
     width = pooled_width = 11
     max_tokens = 8
 
+    def count_tokens(self, caption):
+        return len(caption.split())
+
     def encode(self, captions):
         rows = [torch.stack([self._vector(w) for w in c.split()]) for c in captions]
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -1,0 +1,123 @@
+"""`python -m gigagan evaluate`: networks, or pictures that are there, to numbers and a page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from gigagan.commands.options import Commands, add_networks
+from gigagan.config import EvaluateConfig
+
+_EXAMPLES = """examples:
+  python -m gigagan evaluate --heldout captions.json --out results
+  python -m gigagan evaluate --protocol gigagan-coco2014-256 --out results \\
+      --heldout coco/annotations/captions_val2014.json \\
+      --base base.safetensors --upsampler upsampler.safetensors
+  python -m gigagan evaluate --drawn theirs/ --heldout captions.json --out results
+  python -m gigagan evaluate --compare a/results.json b/results.json
+"""
+
+
+def add(commands: Commands) -> None:
+    """Its arguments."""
+    command = commands.add_parser(
+        "evaluate",
+        help="measure on captions with pictures, by a named protocol",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_networks(command)
+    command.add_argument("--config", type=Path, help="JSON of an evaluation section")
+    command.add_argument("--protocol", help="named rules; --protocols lists them")
+    command.add_argument("--num-images", type=int, help="captions (the protocol's, or all)")
+    command.add_argument("--heldout", type=Path, help="COCO captions file or folder")
+    command.add_argument(
+        "--drawn", type=Path, help="measure these: a folder with fake_images/ and captions.txt"
+    )
+    command.add_argument("--aligner", type=Path, help="the filter's aligner.safetensors")
+    command.add_argument("--shards", type=Path, help="training tars, searched for neighbours")
+    command.add_argument("--statistics", type=Path, help="features of reference sets, kept here")
+    command.add_argument("--out", type=Path, help="folder of the results")
+    command.add_argument("--protocols", action="store_true", help="list the protocols and stop")
+    command.add_argument(
+        "--compare", nargs="+", type=Path, metavar="RESULTS", help="several in one table"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure and print the table; or list protocols; or compare results."""
+    if args.protocols:
+        return _list()
+    if args.compare:
+        return _compare(args.compare)
+    if args.out is None:
+        raise ValueError("nowhere to write: give --out FOLDER")
+    from gigagan.evaluation import enlarge, measure, protocol, report
+
+    config = _config(args)
+    captions = Path(config.captions) if config.captions else args.heldout
+    if captions is None:
+        raise ValueError("nothing to evaluate on: give --heldout, or captions in the config")
+
+    def progress(what: str, done: int, total: int | None) -> None:
+        print(f"{done}/{total} {what}", flush=True)
+
+    common: dict[str, Any] = {"device": args.device, "statistics": args.statistics}
+    common["progress"] = progress
+    if args.drawn is not None:
+        results = measure.score(
+            args.drawn, captions, args.out, config, aligner=args.aligner, **common
+        )
+    else:
+        from gigagan.inference.sampler import load, or_published
+
+        sampler = load(args.base, args.upsampler, device=args.device)
+        base, upsampler = or_published(args.base, args.upsampler)
+        common["snapshots"] = {"base": base} | ({"upsampler": upsampler} if upsampler else {})
+        if protocol.named(config.protocol).task == "upsample":
+            results = enlarge.evaluate(
+                lambda images, prompts, seed: sampler.upscale(images, prompts, seed=seed),
+                captions,
+                args.out,
+                config,
+                **common,
+            )
+        else:
+            results = measure.evaluate(
+                lambda prompts, seed, psi: sampler.sample(
+                    prompts, seed=seed, truncation=psi, batch_size=config.batch_size
+                ),
+                captions,
+                args.out,
+                config,
+                aligner=args.aligner,
+                shards=args.shards,
+                **common,
+            )
+    print(report.table(results))
+    print(f"{args.out / 'report.html'} shows it with pictures")
+
+
+def _config(args: argparse.Namespace) -> EvaluateConfig:
+    given = json.loads(args.config.read_text()) if args.config else {}
+    for name in ("protocol", "num_images"):
+        if getattr(args, name) is not None:
+            given[name] = getattr(args, name)
+    return EvaluateConfig.model_validate(given)
+
+
+def _list() -> None:
+    from gigagan.evaluation.protocol import PROTOCOLS
+
+    for rules in PROTOCOLS.values():
+        counts = f"{rules.num_generated:,} against {rules.num_real:,}" if rules.num_real else "any"
+        print(f"{rules.name}\n    {rules.about}; pictures: {counts}\n    {rules.source}")
+
+
+def _compare(files: list[Path]) -> None:
+    from gigagan.evaluation import protocol, report
+
+    results = [json.loads(path.read_text()) for path in files]
+    print(report.compare(results, [str(path) for path in files], protocol.differing))

@@ -1,0 +1,92 @@
+"""Changes to a picture that prompt, seed and truncation decide otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gigagan.models.text import Text
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One change (GigaGAN, section 4.3); the upsampler, finest of all, follows the second side."""
+
+    prompt: str | None = None
+    """The second prompt."""
+    how: Literal["interpolate", "mix", "style"] = "mix"
+    """`interpolate`: t and w of both prompts at one z, by `amount`. `mix`: w and t of the second
+    prompt in the levels from `crossover` on. `style`: w of another latent in those levels, of the
+    second prompt if there is one, while the tokens stay those of the first."""
+    amount: float = 1.0
+    """Of an interpolation: 0 is the first prompt, 1 the second."""
+    seed: int | None = None
+    """Latents of the second style; None takes those of the first."""
+    crossover: int | None = None
+    """The first level (0 is 4 px) of the second style; None is half of the levels."""
+
+    def __post_init__(self) -> None:
+        if self.how in ("interpolate", "mix") and self.prompt is None:
+            raise ValueError(f"an edit by {self.how!r} needs a second prompt")
+        if self.how == "style" and self.seed is None and self.prompt is None:
+            raise ValueError("an edit by 'style' needs another seed or a second prompt")
+        if not 0 <= self.amount <= 1:
+            raise ValueError(f"amount={self.amount}: give a value from 0 to 1")
+
+    def first_level(self, levels: int) -> int:
+        """Where the second style begins; raises ValueError beyond the network's levels."""
+        level = levels // 2 if self.crossover is None else self.crossover
+        if not 0 <= level <= levels:
+            raise ValueError(f"crossover={level}: the generator has levels 0 to {levels - 1}")
+        return level
+
+    def told(self) -> dict[str, Any]:
+        """What a picture's metadata say of it."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def interpolate(a: Text, b: Text, amount: float) -> Text:
+    """Between two texts of as many samples: global descriptors and tokens, place by place.
+
+    Where only one caption has a token, it fades against nothing. 0 and 1 are the texts themselves.
+    """
+    if amount in (0, 1):
+        return b if amount else a
+    assert a.global_BT is not None
+    assert b.global_BT is not None
+    global_BT = a.global_BT.lerp(b.global_BT, amount)
+    if a.local_BLT is None or b.local_BLT is None or a.mask_BL is None or b.mask_BL is None:
+        return Text(global_BT=global_BT)
+    L = max(a.local_BLT.shape[1], b.local_BLT.shape[1])
+    first, second = (_padded(text, L) for text in (a, b))
+    assert first.local_BLT is not None
+    assert second.local_BLT is not None
+    assert first.mask_BL is not None
+    assert second.mask_BL is not None
+    return Text(
+        first.local_BLT.lerp(second.local_BLT, amount), first.mask_BL | second.mask_BL, global_BT
+    )
+
+
+def _padded(text: Text, length: int) -> Text:
+    """Zeros where there is no token, up to this length."""
+    assert text.local_BLT is not None
+    assert text.mask_BL is not None
+    more = length - text.mask_BL.shape[1]
+    local_BLT = text.local_BLT * text.mask_BL[..., None]
+    return Text(
+        torch.nn.functional.pad(local_BLT, (0, 0, 0, more)),
+        torch.nn.functional.pad(text.mask_BL, (0, more)),
+        text.global_BT,
+    )
+
+
+def slerp(a: Tensor, b: Tensor, amount: float) -> Tensor:
+    """Between two latents along the sphere, so that the norm stays that of a Gaussian's draw."""
+    cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1)[..., None]
+    angle = cosine.clamp(-1 + 1e-7, 1 - 1e-7).acos()
+    mixed = (((1 - amount) * angle).sin() * a + (amount * angle).sin() * b) / angle.sin()
+    return mixed
