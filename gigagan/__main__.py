@@ -7,16 +7,17 @@ import os
 import sys
 from collections.abc import Sequence
 
-from gigagan.commands import describe, evaluate, export, sample, upscale
+from gigagan.commands import describe, edit, evaluate, export, sample, upscale
 
 FAILED = 1
-COMMANDS = (describe, sample, upscale, export, evaluate)
+COMMANDS = (describe, sample, edit, upscale, export, evaluate)
 
 
 def parser() -> argparse.ArgumentParser:
     """All commands."""
     p = argparse.ArgumentParser(
-        prog="python -m gigagan", description="Text-to-image GANs: train, draw, enlarge, measure."
+        prog="python -m gigagan",
+        description="Text-to-image GANs: train, draw, edit, enlarge, measure.",
     )
     commands = p.add_subparsers(dest="command", required=True)
     commands.add_parser("train", help="train a network", add_help=False)

@@ -1,11 +1,18 @@
-"""Arguments that several commands share."""
+"""Arguments that several commands share, and how a picture is told of."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gigagan.inference.sampler import Sampler
+
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 else:
     Commands = object
@@ -20,3 +27,53 @@ def add_networks(command: argparse.ArgumentParser) -> None:
         "--upsampler", help="snapshot of the upsampler (with no --base the package's)"
     )
     command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1… (%(default)s)")
+
+
+def add_drawing(command: argparse.ArgumentParser) -> None:
+    """What decides a picture beside its prompt."""
+    command.add_argument("--seed", type=int, default=0, help="of the latents (%(default)s)")
+    command.add_argument(
+        "--truncation", type=float, default=1.0, help="below 1: typical, less varied (%(default)s)"
+    )
+    command.add_argument(
+        "--cut", action="store_true", help="cut prompts that are longer than the encoder reads"
+    )
+
+
+def provenance(sampler: Sampler) -> dict[str, Any]:
+    """Version and hashes of the networks: part of what a picture's file says."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        ours = version("gigagan-pipeline")
+    except PackageNotFoundError:
+        ours = "unknown"
+    return {"version": ours, "snapshots": {n: _sha256(p) for n, p in sampler.snapshots.items()}}
+
+
+def tell(path: Path, about: Mapping[str, Any], **more: object) -> None:
+    """One line of JSON on stdout for each picture."""
+    print(json.dumps({"path": str(path), **about, **more}, ensure_ascii=False), flush=True)
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, which stdout's lines of JSON do not mix with."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,47 +4,171 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from gigagan.commands.options import Commands, add_networks
+from gigagan.commands.options import (
+    Commands,
+    add_drawing,
+    add_networks,
+    progress_bar,
+    provenance,
+    tell,
+)
+
+if TYPE_CHECKING:
+    from gigagan.inference.sampler import Sampler
+
+_EXAMPLES = """examples:
+  python -m gigagan sample "flat emoji of a violin on a teal background" --count 4
+  python -m gigagan sample --from-file prompts.txt --out drawn     # again: goes on where it ended
+  python -m gigagan sample "outlined emoji of a bell" --truncation 0.7 | jq .path
+
+One line of JSON for each picture goes to stdout; the same stands in the PNG. In a file of prompts
+empty lines and lines that begin with # are passed over."""
 
 
 def add(commands: Commands) -> None:
     """Its arguments."""
-    command = commands.add_parser("sample", help="draw pictures from prompts")
+    command = commands.add_parser(
+        "sample",
+        help="draw pictures from prompts",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_networks(command)
+    add_drawing(command)
     command.add_argument("prompts", nargs="*", help="one picture each")
     command.add_argument("--from-file", type=Path, help="a text file with a prompt per line")
     command.add_argument("--out", type=Path, default=Path("samples"), help="folder (%(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="of the latents (%(default)s)")
     command.add_argument("--count", type=int, default=1, help="pictures per prompt (%(default)s)")
-    command.add_argument(
-        "--truncation", type=float, default=1.0, help="below 1: typical, less varied (%(default)s)"
-    )
     command.add_argument("--batch-size", type=int, default=16, help="at once (%(default)s)")
+    command.add_argument("--no-upscale", action="store_true", help="the base's pictures alone")
+    command.add_argument("--baked", action="store_true", help="fold each style into convolutions")
+    command.add_argument("--grid", action="store_true", help="all of them in grid.png, too")
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace pictures of other settings"
+    )
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """One picture: its number decides its file and its latents."""
+
+    number: int
+    prompt: str
+
+    def path(self, out: Path) -> Path:
+        return out / f"{self.number:06d}.png"
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draw and save."""
-    from gigagan.inference.sampler import load
-
-    listed = args.from_file.read_text().splitlines() if args.from_file else []
-    prompts = [p for p in [*args.prompts, *listed] if p.strip()]
-    if not prompts:
-        raise ValueError("no prompts: give some, or --from-file")
+    """Draw what is not there yet; raises ValueError at the end if a prompt was no good."""
     if args.count < 1:
         raise ValueError(f"--count {args.count}: give 1 or more")
-    repeated = [p for p in prompts for _ in range(args.count)]
-    pictures = load(args.base, args.upsampler, device=args.device).sample(
-        repeated,
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size}: give 1 or more")
+    given = list(_prompts(args))
+    if not given:
+        raise ValueError("no prompts: give some, or --from-file")
+    from gigagan.inference.pictures import read_about, save_picture
+    from gigagan.inference.prompts import PromptError, check_prompt
+    from gigagan.inference.sampler import load
+
+    sampler = load(args.base, args.upsampler, device=args.device)
+    wanted, refused, number = [], 0, 0
+    for place, prompt in given:
+        try:
+            checked = check_prompt(prompt, sampler.encoder, cut=args.cut)
+            wanted += [_Wanted(number + i, checked) for i in range(args.count)]
+        except PromptError as error:
+            print(f"{place}: {error}", file=sys.stderr)
+            refused += 1
+        number += args.count  # a bad line takes its numbers along: the others keep theirs
+
+    common = _common(args, sampler)
+    missing = []
+    for one in wanted:
+        about = {**common, "prompt": one.prompt, "number": one.number}
+        path = one.path(args.out)
+        if path.exists() and not args.overwrite:
+            if read_about(path) != about:
+                raise ValueError(
+                    f"{path} is there and was drawn otherwise: choose another --out, or --overwrite"
+                )
+            tell(path, about, skipped=True)
+        else:
+            missing.append((one, about))
+    with progress_bar("pictures") as progress:
+        for start in range(0, len(missing), args.batch_size):
+            batch = missing[start : start + args.batch_size]
+            for (one, about), picture in zip(batch, _draw(sampler, batch, args), strict=True):
+                save_picture(one.path(args.out), picture, about)
+                tell(one.path(args.out), about, skipped=False)
+            progress(start + len(batch), len(missing))
+    if args.grid and wanted:
+        _grid(wanted, args)
+    if refused:
+        raise ValueError(f"{refused} of {len(given)} prompts were not drawn: see above")
+
+
+def _prompts(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Where each prompt stands, and the prompt."""
+    for number, prompt in enumerate(args.prompts, start=1):
+        yield f"prompt {number}", prompt
+    if args.from_file is None:
+        return
+    try:
+        lines = args.from_file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{args.from_file} is not UTF-8 text ({error})") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield f"{args.from_file}:{number}", line
+
+
+def _common(args: argparse.Namespace, sampler: Sampler) -> dict[str, Any]:
+    upscaled = sampler.upsampler is not None and not args.no_upscale
+    rules = {"seed": args.seed, "truncation": args.truncation, "upscaled": upscaled}
+    return {**provenance(sampler), **rules}
+
+
+def _draw(
+    sampler: Sampler, batch: list[tuple[_Wanted, dict[str, Any]]], args: argparse.Namespace
+) -> list[Any]:
+    """Each picture by its own number, whatever the batch: what is drawn again is the same.
+
+    The number goes into z by the seed's stream and into the upsampler by its place in the list.
+    """
+    from gigagan.inference.prompts import check_prompt
+
+    last = max(one.number for one, _ in batch)
+    z_BZ = sampler.latents(last + 1, args.seed)[[one.number for one, _ in batch]]
+    prompts = [check_prompt(one.prompt, sampler.encoder, cut=args.cut) for one, _ in batch]
+    return sampler.sample(
+        prompts,
         seed=args.seed,
         truncation=args.truncation,
         batch_size=args.batch_size,
-        progress=lambda done, total: print(f"\r{done}/{total} pictures", end="", file=sys.stderr),
+        upscale=not args.no_upscale,
+        latents_BZ=z_BZ,
+        places=[one.number for one, _ in batch],
+        baked=args.baked,
+        cut=args.cut,
     )
-    print(file=sys.stderr)
-    args.out.mkdir(parents=True, exist_ok=True)
-    for number, (prompt, picture) in enumerate(zip(repeated, pictures, strict=True)):
-        path = args.out / f"{number:04d}.png"
-        picture.save(path)
-        print(f"{path}\t{prompt}")
+
+
+def _grid(wanted: list[_Wanted], args: argparse.Namespace) -> None:
+    from PIL import Image
+
+    from gigagan.evaluation.report import caption_grid
+
+    rows = []
+    for start in range(0, len(wanted), args.count):
+        own = wanted[start : start + args.count]
+        rows.append((own[0].prompt, [Image.open(one.path(args.out)) for one in own]))
+    path = args.out / "grid.png"
+    caption_grid(rows, title=f"seed {args.seed}", columns=max(1, 8 // args.count)).save(path)
+    print(f"{path} shows all of them", file=sys.stderr)

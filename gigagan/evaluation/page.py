@@ -35,6 +35,7 @@ th,td{padding:4px 12px 4px 0;text-align:right;border-bottom:1px solid #eceff3;wh
 th:first-child,td:first-child{text-align:left}td.wrap{white-space:normal;overflow-wrap:anywhere;
 text-align:left;min-width:10em}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:14px}
+.wide{grid-template-columns:repeat(auto-fill,minmax(290px,1fr))}
 figure{margin:0}figcaption{font-size:.8rem;line-height:1.3;overflow-wrap:anywhere}
 figure div{display:flex;gap:2px}figure img{width:100%;min-width:0;flex:1 1 0;aspect-ratio:1;
 object-fit:contain;image-rendering:auto;background:#f4f5f8}
@@ -158,7 +159,8 @@ def _latents(figures: Figures) -> str:
         _figure(caption, [(f"latent {i}", x) for i, x in enumerate(pictures[:4])])
         for caption, pictures in figures.latents
     ]
-    return _section("One caption, several latents", f"<div class=grid>{''.join(cells)}</div>")
+    shown = f'<div class="grid wide">{"".join(cells)}</div>'
+    return _section("One caption, several latents", shown)
 
 
 def _curve(points: Sequence[CurvePoint] | None) -> str:
@@ -185,9 +187,9 @@ def _curve(points: Sequence[CurvePoint] | None) -> str:
     axes = (
         f'<path d="M{left} 10V{H - bottom}H{W - 10}" fill="none" stroke="#8a93a3"/>'
         f'<text x="{(left + W) / 2}" y="{H - 8}" font-size="13" text-anchor="middle">'
-        "agreement with the caption (better →)</text>"
+        "agreement with the caption (higher is better)</text>"
         f'<text transform="translate(16 {(H - bottom) / 2}) rotate(-90)" font-size="13" '
-        'text-anchor="middle">KID (← better)</text>'
+        'text-anchor="middle">KID (lower is better)</text>'
     )
     ticks = "".join(
         f'<text x="{scaled(v, xs, left + 20, W - 60):.1f}" y="{H - bottom + 18}" font-size="11" '
@@ -228,8 +230,9 @@ def _neighbours(figures: Figures) -> str:
     if memory is not None:
         verdict = (
             f"{memory.share_closer:.1%} of the samples are nearer to a training picture than 99 % "
-            f"of unseen real pictures are (1 % is what chance gives). Median cosine to the "
-            f"nearest: samples {memory.sample_median:.3f}, unseen real pictures {memory.real_median:.3f}."
+            "of unseen real pictures are (1 % is what chance gives). Median cosine to the "
+            f"nearest: samples {memory.sample_median:.3f}, unseen real pictures "
+            f"{memory.real_median:.3f}."
         )
     cells = [
         _figure(
@@ -241,7 +244,8 @@ def _neighbours(figures: Figures) -> str:
     note = "Sample left, then its nearest training pictures."
     return _section(
         "Does it repeat its training pictures?",
-        f"<p>{escape(verdict)}</p><p class=muted>{note}</p><div class=grid>{''.join(cells)}</div>",
+        f"<p>{escape(verdict)}</p><p class=muted>{note}</p>"
+        f'<div class="grid wide">{"".join(cells)}</div>',
     )
 
 

@@ -131,6 +131,7 @@ class Sampler:
         edit: Edit | None = None,
         shift: Shift | None = None,
         latents_BZ: Tensor | None = None,
+        places: Sequence[int] | None = None,
         baked: bool = False,
         cut: bool = False,
         progress: Callable[[int, int], None] = lambda done, total: None,
@@ -139,7 +140,8 @@ class Sampler:
 
         `truncation` ψ below 1 trades variety for typicality (GigaGAN, section 3.6). A picture
         depends on its prompt, its place in the list and the seed, not on `batch_size`. `edit` and
-        `shift` change every one of them; `latents_BZ` takes the place of the seed's draws of z.
+        `shift` change every one of them; `latents_BZ` takes the place of the seed's draws of z, and
+        `places` that of 0, 1, 2… in the list, on which the upsampler's noise depends.
         `baked` folds style and text of each picture into plain convolutions first: the same
         pictures to a grey level. `cut` lets prompts through that are longer than the encoder reads.
 
@@ -169,7 +171,10 @@ class Sampler:
             )
             small_BCHW = self._draw(drawing, baked)
             if upscale and self.upsampler is not None:
-                pictures += self._enlarge(small_BCHW, drawing.features, drawing, start=start)
+                numbers = list(range(len(prompts)) if places is None else places)[rows]
+                pictures += self._finish(
+                    small_BCHW, drawing.features, drawing.upsampler_seed, numbers
+                )
             else:
                 pictures += _to_pictures(small_BCHW)
             progress(len(pictures), len(prompts))
@@ -316,25 +321,18 @@ class Sampler:
             chunk = images[start : start + batch_size]
             small = torch.stack([_from_picture(i) for i in chunk]).to(self.device)
             features = encoder.encode(prompts[start : start + batch_size])
-            pictures += self._finish(small, features, seed=seed, start=start)
+            places = range(start, start + len(small))
+            pictures += self._finish(small, features, seed, places)
         return pictures
 
-    def _enlarge(
-        self, small_BCHW: Tensor, features: TextFeatures, drawing: Drawing, *, start: int
-    ) -> list[Image.Image]:
-        """The upsampler on what the base drew; it may read another encoder than the base."""
-        assert self.upsampler is not None
-        return self._finish(small_BCHW, features, seed=drawing.upsampler_seed, start=start)
-
     def _finish(
-        self, small_BCHW: Tensor, features: TextFeatures, *, seed: int, start: int
+        self, small_BCHW: Tensor, features: TextFeatures, seed: int, places: Sequence[int]
     ) -> list[Image.Image]:
         """The upsampler on one batch; latents and noise depend on an image's place in the list."""
         assert self.upsampler is not None
         config = self.upsampler.config
         draws = [
-            _randomness(config.latent_dim, small_BCHW.shape[1:], seed, index)
-            for index in range(start, start + len(small_BCHW))
+            _randomness(config.latent_dim, small_BCHW.shape[1:], seed, index) for index in places
         ]
         z_BZ = torch.cat([z for z, _ in draws]).to(self.device)
         noise_BCHW = torch.stack([noise for _, noise in draws]).to(self.device)
