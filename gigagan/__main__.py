@@ -7,10 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from gigagan.commands import describe, edit, evaluate, export, sample, upscale
+from gigagan.commands import describe, edit, evaluate, export, play, sample, upscale
 
 FAILED = 1
-COMMANDS = (describe, sample, edit, upscale, export, evaluate)
+COMMANDS = (describe, sample, edit, upscale, play, export, evaluate)
 
 
 def parser() -> argparse.ArgumentParser:

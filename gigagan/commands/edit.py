@@ -145,7 +145,7 @@ def _write(sampler: Sampler, steps: Steps, args: argparse.Namespace) -> None:
         tell(path, about, step=name)
         drawn.append(picture)
     title = f"{args.kind}: {', '.join(name for name, _ in steps)}"
-    rows = [(" → ".join(args.prompts), drawn)]
+    rows = [(" to ".join(args.prompts), drawn)]
     caption_grid(rows, title=title).save(args.out / "strip.png")
     print(f"{args.out / 'strip.png'} shows all of them", file=sys.stderr)
 

@@ -1,0 +1,45 @@
+"""`python -m gigagan play`: a page on this machine to play with a model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from gigagan.commands.options import Commands, add_networks
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def add(commands: Commands) -> None:
+    """Its arguments."""
+    command = commands.add_parser("play", help="a page to play with a model, on this machine")
+    add_networks(command)
+    command.add_argument("--host", default="127.0.0.1", help="address to serve on (%(default)s)")
+    command.add_argument("--port", type=int, default=7860, help="(%(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve until Ctrl-C; the folder of its files goes with it."""
+    from gigagan.inference import page
+    from gigagan.inference.sampler import load
+
+    sampler = load(args.base, args.upsampler, device=args.device)
+    if args.host not in LOOPBACK:
+        print(
+            f"warning: {args.host} lets other machines draw here; nothing asks who they are",
+            file=sys.stderr,
+        )
+    with tempfile.TemporaryDirectory(prefix="gigagan-play-") as folder:
+        page.prepare(Path(folder))
+        served, address = page.serve(
+            page.Table(sampler, Path(folder)), host=args.host, port=args.port
+        )
+        print(f"{address}  (Ctrl-C ends it)", flush=True)
+        try:
+            while True:
+                time.sleep(1)
+        except KeyboardInterrupt:
+            served.close()

@@ -1,0 +1,314 @@
+"""A page to play with a model: one Gradio form on this machine, and nothing kept after it.
+
+Gradio is imported only when the page is built. Files of the page live in one folder that goes with
+it; prompts, sizes and rates are bounded.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from gigagan.inference.editing import Edit
+from gigagan.inference.pictures import as_rgb, save_picture
+from gigagan.inference.prompts import PromptError
+
+if TYPE_CHECKING:
+    from gigagan.inference.sampler import Sampler
+
+MAX_PROMPT = 400
+"""Characters of a prompt on the page."""
+MAX_SIDE = 1024
+"""Side in pixels of a picture that is uploaded."""
+PICTURES_A_MINUTE = 60
+BURST = 10
+HISTORY = 24
+"""Pictures that the page remembers."""
+MAX_SEED = 2**31 - 1
+NOTHING, MIX, BLEND, STYLE = "nothing", "its fine levels", "a blend", "the style of another seed"
+CHANGES = (NOTHING, MIX, BLEND, STYLE)
+
+
+class TooFastError(ValueError):
+    """More pictures than the page draws in a minute."""
+
+
+class Bucket:
+    """A token bucket: `rate` a minute, `burst` at once (all who use the page share it)."""
+
+    def __init__(
+        self, rate: float, burst: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._rate, self._burst, self._clock = rate / 60, burst, clock
+        self._tokens, self._last = float(burst), clock()
+        self._lock = threading.Lock()
+
+    def take(self) -> None:
+        """Take one, or raise TooFastError saying how long to wait."""
+        with self._lock:
+            now = self._clock()
+            self._tokens = min(self._burst, self._tokens + (now - self._last) * self._rate)
+            self._last = now
+            if self._tokens < 1:
+                wait = (1 - self._tokens) / self._rate
+                raise TooFastError(f"too many pictures at once: wait {wait:.0f} seconds")
+            self._tokens -= 1
+
+
+class Table:
+    """What the page's controls do, without a page: settings to a file with its picture."""
+
+    def __init__(self, sampler: Sampler, folder: Path, bucket: Bucket | None = None) -> None:
+        self.sampler = sampler
+        self.folder = folder
+        self.bucket = bucket or Bucket(PICTURES_A_MINUTE, BURST)
+        self._number = 0
+        self._lock = threading.Lock()
+
+    def draw(
+        self,
+        prompt: str,
+        seed: float,
+        truncation: float,
+        change: str,
+        second: str,
+        amount: float,
+        crossover: float,
+        style_seed: float,
+        upscale: bool,
+    ) -> Path:
+        """Draw one picture; raises ValueError with what to change."""
+        edit = self._edit(change, second, amount, crossover, style_seed)
+        prompt = _bounded(prompt)
+        settings = {"seed": _seed(seed), "truncation": float(truncation)}
+        self.bucket.take()
+        with self._lock:
+            (picture,) = self.sampler.sample([prompt], edit=edit, upscale=upscale, **settings)  # type: ignore[arg-type]
+        about: dict[str, Any] = {"prompt": prompt, "upscaled": upscale, **settings}
+        if edit is not None:
+            about["edit"] = edit.told()
+        return self._keep(picture, about)
+
+    def enlarge(self, picture: Image.Image | None, prompt: str, seed: float) -> Path:
+        """Enlarge an uploaded picture by the upsampler's factor."""
+        if picture is None:
+            raise ValueError("no picture: choose one to enlarge")
+        if max(picture.size) > MAX_SIDE:
+            raise ValueError(
+                f"the picture is {picture.width}×{picture.height} px, the page takes up to "
+                f"{MAX_SIDE}: `python -m gigagan upscale` takes larger ones"
+            )
+        prompt = _bounded(prompt)
+        self.bucket.take()
+        with self._lock:
+            (large,) = self.sampler.upscale([as_rgb(picture)], [prompt], seed=_seed(seed))
+        return self._keep(large, {"prompt": prompt, "seed": _seed(seed), "enlarged": True})
+
+    def _edit(
+        self, change: str, second: str, amount: float, crossover: float, style_seed: float
+    ) -> Edit | None:
+        if change == NOTHING:
+            return None
+        if change == STYLE:
+            return Edit(how="style", seed=_seed(style_seed), crossover=int(crossover))
+        if not second.strip():
+            raise PromptError("the second prompt is empty: say what to mix in, or change nothing")
+        second = _bounded(second)
+        if change == BLEND:
+            return Edit(second, "interpolate", amount=float(amount))
+        return Edit(second, "mix", crossover=int(crossover))
+
+    def _keep(self, picture: Image.Image, about: dict[str, Any]) -> Path:
+        """A file for the page to show and to download; old ones go."""
+        with self._lock:
+            self._number += 1
+            number = self._number
+        path = self.folder / f"picture-{number:05d}.png"
+        save_picture(path, picture, about)
+        (self.folder / f"picture-{number - 2 * HISTORY:05d}.png").unlink(missing_ok=True)
+        return path
+
+
+def _bounded(prompt: str) -> str:
+    if not prompt.strip():
+        raise PromptError("the prompt is empty: say what to draw")
+    if len(prompt) > MAX_PROMPT:
+        raise PromptError(f"the prompt has {len(prompt)} characters, the page takes {MAX_PROMPT}")
+    return prompt
+
+
+def _seed(value: float | None) -> int:
+    if value is None or int(value) != value or not 0 <= value <= MAX_SEED:
+        raise ValueError(f"the seed is {value}: give a whole number from 0 to {MAX_SEED}")
+    return int(value)
+
+
+def prepare(folder: Path) -> None:
+    """Keep Gradio's own files in `folder`, and it from calling anybody; before it is imported."""
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    os.environ["MPLCONFIGDIR"] = str(folder / "matplotlib")  # Gradio imports it
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+
+def build(table: Table) -> Any:
+    """The page, not yet served."""
+    try:
+        import gradio as gr
+    except ModuleNotFoundError as error:
+        raise ValueError("the page needs the package gradio: `pip install -e .[use]`") from error
+
+    sampler = table.sampler
+    levels = len(sampler.base.levels)
+
+    def shown(*settings: Any) -> tuple[str, list[str]]:
+        *given, history = settings
+        try:
+            path = table.draw(*given)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        return str(path), [str(path), *history][:HISTORY]
+
+    def enlarged(picture: Any, prompt: str, seed: float, history: list[str]) -> Any:
+        try:
+            path = table.enlarge(picture, prompt, seed)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        return str(path), [str(path), *history][:HISTORY]
+
+    def restored(history: list[str], event: gr.SelectData) -> tuple[Any, ...]:
+        from gigagan.inference.pictures import read_about
+
+        about = read_about(Path(history[event.index])) or {}
+        return (
+            about.get("prompt", ""),
+            about.get("seed", 0),
+            about.get("truncation", 1.0),
+            history[event.index],
+        )
+
+    restored.__annotations__["event"] = gr.SelectData  # Gradio looks there for what to pass
+
+    def other_seed() -> int:
+        return int.from_bytes(os.urandom(4)) & MAX_SEED
+
+    with gr.Blocks(title="GigaGAN", analytics_enabled=False) as blocks:
+        gr.Markdown(f"# GigaGAN\nOne pass from words to a picture of {sampler.resolution} px.")
+        history = gr.State([])
+        with gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                prompt = gr.Textbox(
+                    label="Prompt",
+                    value="flat emoji of a violin on a teal background",
+                    max_length=MAX_PROMPT,
+                    lines=2,
+                    elem_id="prompt",
+                )
+                with gr.Row():
+                    seed = gr.Number(label="Seed", value=0, precision=0, elem_id="seed")
+                    new_seed = gr.Button("Another seed", elem_id="new-seed")
+                truncation = gr.Slider(
+                    0, 1, 1.0, step=0.05, label="Truncation", info="Lower: typical, less varied."
+                )
+                with gr.Accordion("Change it", open=False):
+                    change = gr.Radio(
+                        list(CHANGES), value=NOTHING, label="Take from a second prompt or seed"
+                    )
+                    second = gr.Textbox(
+                        label="Second prompt", max_length=MAX_PROMPT, elem_id="second"
+                    )
+                    amount = gr.Slider(0, 1, 0.5, step=0.05, label="Blend", info="1: the second.")
+                    crossover = gr.Slider(
+                        0,
+                        levels,
+                        levels // 2,
+                        step=1,
+                        label="Fine from level",
+                        info="0 is 4 px; each level doubles it.",
+                    )
+                    style_seed = gr.Number(label="Seed of the style", value=1, precision=0)
+                upscale = gr.Checkbox(
+                    label="Upsample",
+                    value=sampler.upsampler is not None,
+                    interactive=sampler.upsampler is not None,
+                )
+                draw = gr.Button("Draw", variant="primary", elem_id="draw")
+            with gr.Column(scale=1, min_width=300):
+                result = gr.Image(
+                    label="Picture",
+                    type="filepath",
+                    format="png",
+                    interactive=False,
+                    elem_id="result",
+                    height=420,
+                )
+                gallery = gr.Gallery(
+                    label="History: click to take up again",
+                    columns=6,
+                    height=200,
+                    allow_preview=False,
+                    elem_id="history",
+                )
+        if sampler.upsampler is not None:
+            with gr.Accordion("Enlarge a picture of yours", open=False):
+                upload = gr.Image(
+                    label=f"Up to {MAX_SIDE} px", type="pil", sources=["upload"], height=240
+                )
+                enlarge = gr.Button("Enlarge; the prompt above says what it shows")
+                enlarge.click(
+                    enlarged,
+                    [upload, prompt, seed, history],
+                    [result, history],
+                    api_visibility="private",
+                )
+        settings = [
+            prompt,
+            seed,
+            truncation,
+            change,
+            second,
+            amount,
+            crossover,
+            style_seed,
+            upscale,
+        ]
+        for trigger in (draw.click, prompt.submit):
+            trigger(shown, [*settings, history], [result, history], api_visibility="private")
+        new_seed.click(other_seed, None, seed, api_visibility="private")
+        history.change(lambda paths: paths, history, gallery, api_visibility="private")
+        gallery.select(
+            restored, history, [prompt, seed, truncation, result], api_visibility="private"
+        )
+    return blocks.queue(max_size=16, default_concurrency_limit=1)
+
+
+def serve(table: Table, *, host: str, port: int) -> tuple[Any, str]:
+    """Start serving; returns the page and its address."""
+    page = build(table)
+    import gradio as gr
+
+    # Fonts of the machine: a web font would be a request to somebody else.
+    theme = gr.themes.Default(
+        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port or None,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        inbrowser=False,
+        allowed_paths=[str(table.folder)],
+        max_file_size="20mb",
+        theme=theme,
+        footer_links=[],
+        enable_monitoring=False,
+    )
+    return page, address
