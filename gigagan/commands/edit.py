@@ -135,7 +135,7 @@ def _write(sampler: Sampler, steps: Steps, args: argparse.Namespace) -> None:
         (picture,) = sampler.sample([prompt], cut=args.cut, **settings)
         edit = settings.pop("edit", None)
         shift = settings.pop("shift", None)
-        about = {**provenance(sampler), "prompt": prompt, **settings}
+        about = {**provenance(sampler.snapshots), "prompt": prompt, **settings}
         if isinstance(edit, Edit):
             about["edit"] = edit.told()
         if shift is not None:

@@ -1,28 +1,85 @@
-"""`python -m gigagan export`: a snapshot for publication."""
+"""`python -m gigagan export`: a snapshot for publication, or for use without PyTorch."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from gigagan.commands.options import Commands
+from gigagan.commands.options import Commands, provenance
+
+_EXAMPLES = """examples:
+  python -m gigagan export runs/…/snapshot.safetensors small.safetensors
+  python -m gigagan export published:base bell.onnx --prompt "flat emoji of a bell"
+  python -m gigagan export published:upsampler bell-up.onnx --prompt "flat emoji of a bell"
+
+An .onnx holds a network for one prompt: a generator from z, or an upsampler (of one latent, by
+--seed) from tiles and noise. It is run once in onnxruntime and held against the original."""
+PARITY = 1e-3
+"""Largest difference to the original, of pixels in [−1, 1], that is taken for rounding."""
 
 
 def add(commands: Commands) -> None:
     """Its arguments."""
-    command = commands.add_parser("export", help="a snapshot at half its size, for publication")
-    command.add_argument("snapshot", type=Path, help="what training wrote")
-    command.add_argument("out", type=Path, help="the file to write, weights as bfloat16")
+    command = commands.add_parser(
+        "export",
+        help="a snapshot at half its size, or as ONNX for one prompt",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument(
+        "snapshot", help="what training wrote, or published:base, published:upsampler"
+    )
+    command.add_argument("out", type=Path, help=".safetensors (weights as bfloat16) or .onnx")
+    command.add_argument("--prompt", help="of an .onnx")
+    command.add_argument("--seed", type=int, default=0, help="of an upsampler's latent")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Round the weights and save."""
+    """Write what the ending of `out` asks for."""
+    path = _snapshot(args.snapshot)
+    if args.out.suffix == ".onnx":
+        _onnx(path, args)
+    elif args.out.suffix == ".safetensors":
+        _halve(path, args.out)
+    else:
+        raise ValueError(f"{args.out}: the name must end in .safetensors or .onnx")
+
+
+def _snapshot(given: str) -> Path:
+    from gigagan.inference.sampler import or_published
+
+    base, upsampler = or_published(None, None)
+    own = {"published:base": base, "published:upsampler": upsampler}
+    return own.get(given) or Path(given)
+
+
+def _halve(path: Path, out: Path) -> None:
     import torch
 
     from gigagan.models import snapshot
 
-    network, about = snapshot.load(args.snapshot)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    snapshot.save(args.out, network, about, dtype=torch.bfloat16)
-    sizes = [path.stat().st_size / 1e6 for path in (args.snapshot, args.out)]
-    print(f"{args.out}: {sizes[1]:.1f} MB of {sizes[0]:.1f} MB")
+    network, about = snapshot.load(path)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    snapshot.save(out, network, about, dtype=torch.bfloat16)
+    sizes = [file.stat().st_size / 1e6 for file in (path, out)]
+    print(f"{out}: {sizes[1]:.1f} MB of {sizes[0]:.1f} MB")
+
+
+def _onnx(path: Path, args: argparse.Namespace) -> None:
+    from gigagan.inference.onnx_export import export
+    from gigagan.inference.prompts import check_prompt
+    from gigagan.models import pretrained, snapshot
+
+    if args.prompt is None:
+        raise ValueError("an .onnx is of one prompt: give --prompt")
+    network, _ = snapshot.load(path)
+    if network.config.text is None:
+        raise ValueError(f"{path} is of a network without text, which has no prompt")
+    encoder = pretrained.text_encoder(network.config.text.encoder)
+    prompt = check_prompt(args.prompt, encoder)
+    about = provenance({"network": path})
+    difference = export(args.out, network, encoder, prompt, seed=args.seed, about=about)
+    size = args.out.stat().st_size / 1e6
+    print(f"{args.out}: {size:.1f} MB, differs from the original by at most {difference:.1e}")
+    if difference > PARITY:
+        raise ValueError(f"{args.out} draws other pictures than the original: do not use it")

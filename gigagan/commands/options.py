@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gigagan.inference.sampler import Sampler
-
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 else:
     Commands = object
@@ -40,7 +38,7 @@ def add_drawing(command: argparse.ArgumentParser) -> None:
     )
 
 
-def provenance(sampler: Sampler) -> dict[str, Any]:
+def provenance(snapshots: Mapping[str, Path]) -> dict[str, Any]:
     """Version and hashes of the networks: part of what a picture's file says."""
     from importlib.metadata import PackageNotFoundError, version
 
@@ -48,7 +46,7 @@ def provenance(sampler: Sampler) -> dict[str, Any]:
         ours = version("gigagan-pipeline")
     except PackageNotFoundError:
         ours = "unknown"
-    return {"version": ours, "snapshots": {n: _sha256(p) for n, p in sampler.snapshots.items()}}
+    return {"version": ours, "snapshots": {n: _sha256(p) for n, p in snapshots.items()}}
 
 
 def tell(path: Path, about: Mapping[str, Any], **more: object) -> None:

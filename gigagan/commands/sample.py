@@ -132,7 +132,7 @@ def _prompts(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
 def _common(args: argparse.Namespace, sampler: Sampler) -> dict[str, Any]:
     upscaled = sampler.upsampler is not None and not args.no_upscale
     rules = {"seed": args.seed, "truncation": args.truncation, "upscaled": upscaled}
-    return {**provenance(sampler), **rules}
+    return {**provenance(sampler.snapshots), **rules}
 
 
 def _draw(

@@ -71,7 +71,12 @@ def run(args: argparse.Namespace) -> None:
             print(f"error: {error}", file=sys.stderr)
             failed += 1
             continue
-        about = {**provenance(sampler), "prompt": prompt, "seed": args.seed, "times": args.times}
+        about = {
+            **provenance(sampler.snapshots),
+            "prompt": prompt,
+            "seed": args.seed,
+            "times": args.times,
+        }
         save_picture(target, picture, {**about, "enlarged_from": path.name})
         tell(target, about, width=picture.width, height=picture.height)
     if failed:

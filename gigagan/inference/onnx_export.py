@@ -85,7 +85,8 @@ def export(
     text = network.read(encoder.encode([prompt]))
     text = Text(*(None if x is None else x.clone() for x in text))
     if text.mask_BL is not None and text.local_BLT is not None:
-        text = Text(text.local_BLT[:, text.mask_BL[0]], None, text.global_BT)
+        kept_L = text.mask_BL[0]
+        text = Text(text.local_BLT[:, kept_L], text.mask_BL[:, kept_L], text.global_BT)
     random = torch.Generator().manual_seed(seed)
     module, inputs, others = _module(network, text, random)
     names = _INPUTS["generator" if isinstance(network, Generator) else "upsampler"]
@@ -142,5 +143,4 @@ def _dynamic(network: Generator | Upsampler) -> Any:
     """Any number of tiles; one z at a time, as kernels depend on it."""
     if isinstance(network, Generator):
         return None
-    batch = torch.export.Dim("tiles")
-    return ({0: batch}, {0: batch})
+    return ({0: "tiles"}, {0: "tiles"})

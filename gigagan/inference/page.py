@@ -247,6 +247,7 @@ def build(table: Table) -> Any:
                     format="png",
                     interactive=False,
                     elem_id="result",
+                    buttons=["download", "fullscreen"],
                     height=420,
                 )
                 gallery = gr.Gallery(

@@ -203,5 +203,5 @@ def test_typing_and_clicking_changes_the_picture_and_nothing_leaves_the_folder(b
     assert not outside
     if picture := os.environ.get("GIGAGAN_SCREENSHOT"):
         type_prompt("flat emoji of a sun on a pale blue background")
-        time.sleep(3)
+        time.sleep(12)  # until the message is gone
         browser.save_screenshot(picture)

@@ -1,0 +1,159 @@
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import gigagan
+from gigagan.inference.sampler import Sampler
+from gigagan.inference.tiles import enlarge, starts, weights
+from gigagan.models.generator import Generator
+from gigagan.models.upsampler import Upsampler
+
+from . import small
+
+TILE, FACTOR = 8, 2
+
+
+def uneven(tiles_BCHW, noise_BCHW):
+    """Enlarges, and is off towards the middle of a tile by what its own pixels hold: seams show."""
+    large = F.interpolate(tiles_BCHW, scale_factor=FACTOR, mode="bilinear")
+    return large + 0.2 * (20 * tiles_BCHW.mean(dim=(2, 3), keepdim=True)).tanh()
+
+
+def gradient():
+    y, x = torch.meshgrid(
+        torch.linspace(-0.7, 0.7, 32), torch.linspace(-0.7, 0.7, 40), indexing="ij"
+    )
+    return torch.stack([x, y, -x])
+
+
+def texture():
+    random = torch.Generator().manual_seed(0)
+    return F.avg_pool2d(torch.randn(3, 34, 42, generator=random), 3, stride=1) * 0.5
+
+
+def seam(picture, begins):
+    """How much larger steps at tiles' borders are than elsewhere, as a ratio of medians."""
+    step = np.abs(np.diff(picture.numpy().astype(float), axis=2)).mean(axis=(0, 1))
+    at = [b * FACTOR - 1 for b in begins if b]
+    return np.median(step[at]) / np.median(np.delete(step, at))
+
+
+@pytest.mark.parametrize("picture", [gradient(), texture()], ids=["gradient", "texture"])
+def test_tiles_leave_no_seams_where_naive_ones_do(picture):
+    noise = torch.zeros_like(picture)
+    width = picture.shape[2]
+    blended = enlarge(picture, noise, uneven, tile=TILE, factor=FACTOR, overlap=4)
+    naive = enlarge(picture, noise, uneven, tile=TILE, factor=FACTOR, overlap=0)
+    assert seam(blended, starts(width, TILE, 4)) < 1.2
+    assert seam(naive, starts(width, TILE, 0)) > 1.5
+
+
+@pytest.mark.parametrize(("length", "overlap"), [(8, 4), (9, 4), (37, 0), (37, 3), (37, 7), (3, 2)])
+def test_shares_of_tiles_sum_to_one_over_every_pixel(length, overlap):
+    begins = starts(length, TILE, overlap)
+    length = max(length, TILE)
+    total = np.zeros(length)
+    for begin, share in zip(begins, weights(begins, TILE, length), strict=True):
+        total[begin : begin + TILE] += share
+    np.testing.assert_allclose(total, 1)
+    assert all(b - a <= TILE - overlap for a, b in pairwise(begins))
+    assert begins[-1] == length - TILE
+
+
+def test_a_network_that_only_enlarges_gives_the_enlarged_picture_whatever_the_tiles():
+    def nearest(tiles_BCHW, noise_BCHW):
+        return F.interpolate(tiles_BCHW, scale_factor=FACTOR)
+
+    for height, width in ((29, 37), (8, 8), (1, 1), (3, 20)):
+        picture = torch.rand(3, height, width) * 2 - 1
+        large = enlarge(picture, picture * 0, nearest, tile=TILE, factor=FACTOR, overlap=3)
+        expected = ((picture + 1) * 127.5).round().byte()
+        expected = expected.repeat_interleave(2, 1).repeat_interleave(2, 2)
+        assert large.shape == expected.shape
+        assert (large.int() - expected.int()).abs().max() <= 1
+
+
+def test_only_a_batch_of_tiles_is_in_flight_and_progress_counts_them():
+    seen, told = [], []
+
+    def network(tiles_BCHW, noise_BCHW):
+        seen.append(len(tiles_BCHW))
+        return uneven(tiles_BCHW, noise_BCHW)
+
+    enlarge(
+        gradient(), gradient(), network, tile=TILE, factor=FACTOR, overlap=4, batch_size=3,
+        progress=lambda done, total: told.append((done, total)),
+    )  # fmt: skip
+    assert max(seen) == 3
+    assert told[-1][0] == told[-1][1] == sum(seen) == len(starts(32, 8, 4)) * len(starts(40, 8, 4))
+
+
+def test_a_wrong_overlap_is_refused():
+    with pytest.raises(ValueError, match="overlap=8"):
+        starts(20, TILE, 8)
+
+
+# ---- through the sampler
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    torch.manual_seed(0)
+    upsampler = Upsampler(small.UPSAMPLER).eval()
+    for level in upsampler.levels:
+        if level.to_rgb is not None:
+            torch.nn.init.normal_(level.to_rgb.bank, std=0.3)
+    return Sampler(Generator(small.GENERATOR).eval(), upsampler)
+
+
+def picture(width, height, seed=0):
+    random = np.random.default_rng(seed)
+    return Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8))
+
+
+def levels(a, b):
+    return np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 3), (8, 8), (9, 8), (21, 30)])
+def test_any_size_becomes_twice_that_size(sampler, size):
+    assert sampler.upscale([picture(*size)], ["x"])[0].size == (size[0] * 2, size[1] * 2)
+
+
+def test_a_picture_of_the_networks_size_is_one_pass_among_others_too(sampler):
+    own, large = picture(8, 8), picture(12, 9, seed=1)
+    (alone,) = sampler.upscale([own], ["x"], seed=4)
+    beside = sampler.upscale([own, large], ["x", "y"], seed=4)[0]
+    assert levels(alone, beside) <= 1
+
+
+def test_tiles_in_other_batches_and_a_baked_network_give_the_same_picture(sampler):
+    image = picture(21, 30)
+    (one,) = sampler.upscale([image], ["a cat"], seed=1, batch_size=1)
+    (other,) = sampler.upscale([image], ["a cat"], seed=1, batch_size=7)
+    (baked,) = sampler.upscale([image], ["a cat"], seed=1, baked=True)
+    assert levels(one, other) <= 1
+    assert levels(one, baked) <= 1
+    assert levels(one, sampler.upscale([image], ["a cat"], seed=2)[0]) > 1
+
+
+def test_an_absurd_size_is_refused_before_it_is_drawn(sampler):
+    class Huge:
+        width = height = 20_000
+        size = (20_000, 20_000)
+
+    with pytest.raises(ValueError, match="20000×20000 px would become 1,600 megapixels"):
+        sampler.upscale([Huge()], ["x"])
+
+
+def test_the_packages_upsampler_leaves_no_seams_on_a_gradient():
+    y, x = np.mgrid[:64, :96]
+    image = Image.fromarray(np.stack([x * 2, y * 3, 128 + 0 * x], -1).astype(np.uint8))
+    (large,) = gigagan.load().upscale([image], ["flat emoji of a sun on a white background"])
+    columns = np.abs(np.diff(np.asarray(large).astype(float), axis=1)).mean(axis=(0, 2))
+    begins = [b * 4 - 1 for b in starts(96, 32, 16) if b]
+    assert columns[begins].max() < 2 * np.median(columns)
