@@ -43,7 +43,10 @@ def open_picture(path: Path) -> Image.Image:
     except UnidentifiedImageError:
         raise PictureError(f"{path} is not a picture that can be read") from None
     except Image.DecompressionBombError as error:
-        raise PictureError(f"{path} is too large ({error})") from error
+        raise PictureError(
+            f"{path} is far beyond the limit of {MAX_PIXELS:,} pixels: make it smaller or cut it "
+            f"into parts ({error})"
+        ) from error
     except (OSError, SyntaxError, EOFError) as error:
         raise PictureError(f"{path} is damaged ({error}): get it again") from error
     return as_rgb(ImageOps.exif_transpose(image))

@@ -136,6 +136,8 @@ class Generator(nn.Module):
     def synthesize(self, style_BS: Tensor, text: Text, late: Late | None = None) -> list[Tensor]:
         """Style and text → images in [−1, 1] (roughly), largest first, down to 4 px."""
         B = len(style_BS)  # text may be of one caption for all
+        if late is not None and late.level == 0:  # the 4×4 input is of the first level
+            style_BS, text = late.style_BS, late.text
         x = self._input(style_BS, B)
         images: list[Tensor] = []
         for number, level in enumerate(self.levels):
