@@ -47,7 +47,7 @@ run: setup  ## a deployment through a Prefect server and worker, watched to its 
 
 lock: setup  ## resolve requirements.lock anew
 	$(PY) -m pip install --quiet uv
-	$(VENV)/bin/uv pip compile pyproject.toml --extra demo --extra dev --universal \
+	$(VENV)/bin/uv pip compile pyproject.toml --extra demo --extra dev --extra use --universal \
 		--python-version 3.11 --no-annotate --no-header -o requirements.lock
 
 clean:  ## remove the environment and caches; runs/ stays

@@ -7,7 +7,17 @@ import itertools
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from bench import adaptive, data, initial, model, orchestration, precision, predict, training
+from bench import (
+    adaptive,
+    data,
+    initial,
+    model,
+    orchestration,
+    precision,
+    predict,
+    sampling,
+    training,
+)
 
 BENCHMARKS = {
     "adaptive": adaptive.main,
@@ -17,20 +27,26 @@ BENCHMARKS = {
     "orchestration": orchestration.main,
     "precision": precision.main,
     "predict": predict.main,
+    "sampling": sampling.main,
     "training": training.main,
 }
 TASKS: dict[str, Mapping[str, Collection[str]]] = {
     "model": model.TASKS,
+    "sampling": sampling.TASKS,
     "training": training.TASKS,
 }
-CANDIDATES = {"model": model.CANDIDATES, "training": training.CANDIDATES}
+CANDIDATES = {
+    "model": model.CANDIDATES,
+    "sampling": sampling.CANDIDATES,
+    "training": training.CANDIDATES,
+}
 
 
 def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
-    both = "of model and training"
+    both = "of model, sampling and training"
     parser.add_argument("--rounds", type=int, default=3, help=f"{both}: processes a candidate")
     known_tasks = "; ".join(f"{name}: {','.join(tasks)}" for name, tasks in TASKS.items())
     parser.add_argument("--what", help=f"{known_tasks}; or single tasks like train-32")
@@ -57,8 +73,8 @@ def main() -> None:
             continue
         chosen = [task for task in what or TASKS[name] if task in tasks[name]]
         among = [n for n in candidates or CANDIDATES[name] if n in CANDIDATES[name]]
-        if name == "model":
-            model.main(arguments.rounds, chosen, among)
+        if name in ("model", "sampling"):
+            {"model": model, "sampling": sampling}[name].main(arguments.rounds, chosen, among)
         else:
             training.main(arguments.rounds, chosen, among, arguments.shards, arguments.steps)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from gigagan.commands.options import Commands, add_networks
@@ -34,12 +34,10 @@ def run(args: argparse.Namespace) -> None:
         )
     with tempfile.TemporaryDirectory(prefix="gigagan-play-") as folder:
         page.prepare(Path(folder))
-        served, address = page.serve(
-            page.Table(sampler, Path(folder)), host=args.host, port=args.port
-        )
+        address = page.serve(page.Table(sampler, Path(folder)), host=args.host, port=args.port)
         print(f"{address}  (Ctrl-C ends it)", flush=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            while True:
-                time.sleep(1)
-        except KeyboardInterrupt:
-            served.close()
+            signal.pause()
+        except KeyboardInterrupt:  # open pages are not waited for: the server's thread is a daemon
+            print("ended", file=sys.stderr)

@@ -31,7 +31,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--out", type=Path, default=Path("upscaled"), help="folder (%(default)s)")
     command.add_argument("--seed", type=int, default=0, help="of the latents (%(default)s)")
     command.add_argument("--times", type=int, default=1, help="one after the other (%(default)s)")
-    command.add_argument("--overlap", type=int, help="of tiles, in pixels of the input (a half)")
+    command.add_argument("--overlap", type=int, help="of tiles, in pixels of the input (a quarter)")
     command.add_argument("--batch-size", type=int, default=16, help="tiles at once (%(default)s)")
     command.add_argument("--baked", action="store_true", help="fold the style into convolutions")
     command.add_argument("--cut", action="store_true", help="cut a prompt that is too long")

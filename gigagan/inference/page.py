@@ -290,8 +290,8 @@ def build(table: Table) -> Any:
     return blocks.queue(max_size=16, default_concurrency_limit=1)
 
 
-def serve(table: Table, *, host: str, port: int) -> tuple[Any, str]:
-    """Start serving; returns the page and its address."""
+def serve(table: Table, *, host: str, port: int) -> str:
+    """Serve in a thread that does not keep the process; returns the address."""
     page = build(table)
     import gradio as gr
 
@@ -312,4 +312,4 @@ def serve(table: Table, *, host: str, port: int) -> tuple[Any, str]:
         footer_links=[],
         enable_monitoring=False,
     )
-    return page, address
+    return str(address)

@@ -2,6 +2,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -147,8 +148,9 @@ def played(tmp_path_factory):
     address = re.search(r"http://127\.0\.0\.1:\d+", line)
     assert address, line
     yield address[0], home, temporary
-    process.send_signal(2)
-    process.wait(timeout=20)
+    process.send_signal(signal.SIGINT)  # with the page still open
+    assert process.wait(timeout=20) == 0
+    assert not list(temporary.iterdir())
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ def test_command_line_draws_files(snapshots, tmp_path, capsys):
     base, up = map(str, snapshots)
     argv = ["sample", "--base", base, "--upsampler", up, "--out", str(tmp_path), "a cat", "a dog"]
     assert main(argv) == 0
-    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["0000.png", "0001.png"]
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["000000.png", "000001.png"]
     assert "a dog" in capsys.readouterr().out
     assert main(["sample", "--base", base, "--out", str(tmp_path)]) == 1
     assert "error: no prompts" in capsys.readouterr().err
@@ -114,5 +114,5 @@ def test_an_exported_snapshot_is_half_as_large_and_draws_nearly_the_same(snapsho
 
 
 def test_a_missing_snapshot_is_named_by_export(tmp_path, capsys):
-    assert main(["export", str(tmp_path / "no.safetensors"), str(tmp_path / "x")]) == 1
+    assert main(["export", str(tmp_path / "no.safetensors"), str(tmp_path / "x.safetensors")]) == 1
     assert "no.safetensors: no such snapshot" in capsys.readouterr().err
