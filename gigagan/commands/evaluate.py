@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
             args.drawn, captions, args.out, config, aligner=args.aligner, **common
         )
     else:
+        from gigagan.inference.prompts import is_cut
         from gigagan.inference.sampler import load, or_published
 
         sampler = load(args.base, args.upsampler, device=args.device)
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
         common["snapshots"] = {"base": base} | ({"upsampler": upsampler} if upsampler else {})
         if protocol.named(config.protocol).task == "upsample":
             results = enlarge.evaluate(
-                lambda images, prompts, seed: sampler.upscale(images, prompts, seed=seed),
+                lambda images, prompts, seed: sampler.upscale(images, prompts, seed=seed, cut=True),
                 captions,
                 args.out,
                 config,
@@ -87,13 +88,14 @@ def run(args: argparse.Namespace) -> None:
         else:
             results = measure.evaluate(
                 lambda prompts, seed, psi: sampler.sample(
-                    prompts, seed=seed, truncation=psi, batch_size=config.batch_size
+                    prompts, seed=seed, truncation=psi, batch_size=config.batch_size, cut=True
                 ),
                 captions,
                 args.out,
                 config,
                 aligner=args.aligner,
                 shards=args.shards,
+                is_cut=lambda caption: is_cut(caption, sampler.encoder),
                 **common,
             )
     print(report.table(results))

@@ -16,11 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gigagan.evaluation.features import Picture, clip_image_vectors
+from gigagan.evaluation.protocol import CLIP_PREFIX
 from gigagan.models import pretrained
 from gigagan.models.openclip import OpenClipText
-
-CLIP_PREFIX = "A photo depicts "
-"""What the GigaGAN authors' evaluator puts before every caption."""
 
 _PROBE_PX = 8
 

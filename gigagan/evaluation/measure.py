@@ -114,6 +114,7 @@ def evaluate(
     aligner: Path | None = None,
     shards: Path | None = None,
     snapshots: Mapping[str, Path] | None = None,
+    is_cut: Callable[[str], bool] = lambda caption: False,
     device: torch.device | str = "cpu",
     statistics: Path | None = None,
     progress: Progress = silent,
@@ -122,6 +123,7 @@ def evaluate(
 
     `aligner` is the file fitted by the filter; `shards` holds training pictures, in which nearest
     neighbours are looked for; `snapshots` are the weight files under test, recorded by hash;
+    `is_cut` tells captions that the generator does not read to their end, which are counted;
     `statistics` keeps features of reference sets over evaluations. Returns what results.json holds:
     `protocol`, `metrics` (flat floats), `intervals`, `reference` (`real` and `chance`, by the same
     names) and `absent` (reasons).
@@ -148,6 +150,7 @@ def evaluate(
     _measure_diversity(findings, variants, at)
 
     facts = _describe(at, everything, chosen, generated, judge, aligner)
+    facts["captions_cut"] = sum(map(is_cut, chosen.captions))
     facts["snapshots_sha256"] = {name: sha256_of(path) for name, path in (snapshots or {}).items()}
     results = assemble(findings, facts)
     looking = looks.Subject(generated, everything, chosen, variants, agreement, judge)

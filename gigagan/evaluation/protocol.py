@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Resize = Literal["clean", "legacy"]
-PREFIX = "A photo depicts "
+CLIP_PREFIX = "A photo depicts "
+"""What the GigaGAN authors' evaluator puts before every caption."""
 
 
 class ProtocolError(ValueError):
@@ -41,7 +42,7 @@ class Protocol:
     bilinear without antialiasing. The two are not interchangeable."""
     clip: str | None = None
     """Encoder of the CLIP score."""
-    clip_prefix: str = PREFIX
+    clip_prefix: str = CLIP_PREFIX
     """Words put before every caption."""
     patch: int | None = None
     """Side of the crops of a patch-FID."""

@@ -110,7 +110,14 @@ def shards(heldout, tmp_path_factory):
 def evaluated(heldout, aligner, shards, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     return out, evaluate(
-        sampler, heldout, out, CONFIG, aligner=aligner, shards=shards, snapshots={"base": aligner}
+        sampler,
+        heldout,
+        out,
+        CONFIG,
+        aligner=aligner,
+        shards=shards,
+        snapshots={"base": aligner},
+        is_cut=lambda caption: "cross" in caption,
     )
 
 
@@ -142,6 +149,7 @@ def test_the_result_file_says_how_the_numbers_came_about(evaluated, aligner):
     assert json.loads((out / "results.json").read_text()) == results
     rules = results["protocol"]
     assert rules["name"] == "embedded-heldout-32"
+    assert rules["captions_cut"] == 3
     assert (rules["num_generated"], rules["num_real"], rules["seed"]) == (12, 12, 7)
     assert rules["generated_size"] == [64, 64]
     assert rules["aligner"]["image_encoder"] == "embedded:efficientnet-lite0"
