@@ -98,6 +98,10 @@ class FetchSettings(BaseModel):
         }
 
 
+_ENCODINGS = ("identity", "", "gzip", "x-gzip", "deflate")
+"""Of bodies that are read, though none of the compressed ones is asked for."""
+
+
 class _Clock:
     """What is left of one fetch's time. Waiting for a host's turn is counted apart."""
 
@@ -310,6 +314,9 @@ def _path(target: SplitResult) -> str:
 
 def _body(response: BaseHTTPResponse, limit: int) -> bytes:
     """The body, decoded where it came compressed, until it or what was sent exceeds the limit."""
+    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in _ENCODINGS:  # whether others could be undone hangs on what is installed
+        raise RefusedError("bad_encoding", f"Content-Encoding is {encoding[:40]!r}")
     chunks, size = [], 0
     while size <= limit and response.tell() <= limit and (chunk := response.read1(1 << 16)):
         chunks.append(chunk)

@@ -450,9 +450,9 @@ class Site(BaseHTTPRequestHandler):
         """Not compressed, though it says so."""
         self.answer(png(), Content_Encoding="gzip")
 
-    @page("/brotli", "not_an_image")
+    @page("/brotli", "bad_encoding")
     def brotli(self, path: str) -> None:
-        """Compressed in a way that we cannot undo, and have not asked for."""
+        """Compressed in a way that we do not undo, and have not asked for."""
         self.answer(b"\x0b\x02\x80" + bytes(100), Content_Encoding="br")
 
     @page("/two-lengths", "bad_http")
