@@ -187,7 +187,24 @@ def clip_score_per_picture(
 ) -> np.ndarray:
     """Cosine [N] of picture and caption under an open_clip model, without a factor.
 
-    `name` is `open_clip:ViT-B-32/openai` or the like, and belongs beside the number. Pictures get
+    By `clip_vectors`, which has the rules.
+    """
+    settings: dict[str, Any] = {"prefix": prefix, "device": device, "batch_size": batch_size}
+    return similarities(*clip_vectors(pictures, captions, name, **settings))
+
+
+def clip_vectors(
+    pictures: Sequence[Picture],
+    captions: Sequence[str],
+    name: str,
+    *,
+    prefix: str = CLIP_PREFIX,
+    device: torch.device | str = "cpu",
+    batch_size: int = 16,
+) -> tuple[Tensor, Tensor]:
+    """Vectors [N, D] of pictures and of captions in an open_clip model's joint space, on the CPU.
+
+    `name` is `open_clip:ViT-B-32/openai` or the like, and belongs beside any number. Pictures get
     the model's own preparation: short side by bicubic, centre crop. The prefix stands before the
     caption, which is the authors' insertion of its tokens after the start token: both cut what is
     beyond the context and keep the end token.
@@ -196,11 +213,9 @@ def clip_score_per_picture(
     if not isinstance(text, OpenClipText):
         raise ValueError(f"{name!r} is not a CLIP: a CLIP score needs open_clip:ARCHITECTURE/TAG")
     image = pretrained.image_encoder(name, device)
-    assert image.image_size is not None, "a ViT takes one size"
-    parts = [np.empty(0)]
+    images, texts = [torch.empty(0, image.width)], [torch.empty(0, image.width)]
     for start in range(0, len(pictures), batch_size):
-        batch = pictures[start : start + batch_size]
-        images_ND = clip_image_vectors(batch, image, device=device)
-        texts_ND = text.embed([prefix + c for c in captions[start : start + batch_size]])
-        parts.append(similarities(images_ND, texts_ND.cpu()))
-    return np.concatenate(parts)
+        rows = slice(start, start + batch_size)
+        images.append(clip_image_vectors(pictures[rows], image, device=device))
+        texts.append(text.embed([prefix + caption for caption in captions[rows]]).cpu())
+    return torch.cat(images), torch.cat(texts)

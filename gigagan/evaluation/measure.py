@@ -470,16 +470,29 @@ def _measure_alignment(
         real=None if real_NE is None else alignment.mean_similarity(real_NE, texts_NE),
         chance=None if real_NE is None else alignment.mean_similarity(real_NE, other_NE),
     )
-    for k in (1, 10):
-        found_N = alignment.recalled(k, drawn_NE, texts_NE)
-        findings.add_mean(
-            f"aligner_recall_at_{k}",
-            found_N,
-            at.config,
-            real=None if real_NE is None else alignment.recall_at(k, real_NE, texts_NE),
-            chance=min(1, k / len(captions)),
-        )
+    _add_recall(findings, "aligner", drawn_NE, real_NE, texts_NE, at)
     return each_N
+
+
+def _add_recall(
+    findings: Findings,
+    judge: str,
+    drawn_ND: torch.Tensor,
+    real_ND: torch.Tensor | None,
+    texts_ND: torch.Tensor,
+    at: Setting,
+) -> None:
+    """R@1 and R@10 of pictures for their own captions, among the first pairs."""
+    drawn_ND, texts_ND = drawn_ND[:_MAX_PAIRS], texts_ND[:_MAX_PAIRS]
+    real_ND = None if real_ND is None else real_ND[:_MAX_PAIRS]
+    for k in (1, 10):
+        findings.add_mean(
+            f"{judge}_recall_at_{k}",
+            alignment.recalled(k, drawn_ND, texts_ND),
+            at.config,
+            real=None if real_ND is None else alignment.recall_at(k, real_ND, texts_ND),
+            chance=min(1, k / len(texts_ND)),
+        )
 
 
 def _measure_clip(
@@ -490,14 +503,19 @@ def _measure_clip(
         return None
     settings: dict[str, Any] = {"prefix": at.rules.clip_prefix, "device": at.device}
     settings["batch_size"] = at.config.batch_size
-    each_N = alignment.clip_score_per_picture(generated, chosen.captions, at.clip, **settings)
-    real = None
+    drawn_ND, texts_ND = alignment.clip_vectors(generated, chosen.captions, at.clip, **settings)
+    each_N = alignment.similarities(drawn_ND, texts_ND)
+    real_ND = None
     if chosen.pictures:
-        of_real = alignment.clip_score_per_picture(
-            chosen.pictures, chosen.captions, at.clip, **settings
-        )
-        real = float(of_real.mean())
-    findings.add_mean(f"clip_score_{label(at.clip)}", each_N, at.config, real=real)
+        pictures = chosen.pictures
+        real_ND, _ = alignment.clip_vectors(pictures, chosen.captions, at.clip, **settings)
+    findings.add_mean(
+        f"clip_score_{label(at.clip)}",
+        each_N,
+        at.config,
+        real=None if real_ND is None else alignment.mean_similarity(real_ND, texts_ND),
+    )
+    _add_recall(findings, f"clip_{label(at.clip)}", drawn_ND, real_ND, texts_ND, at)
     return each_N
 
 

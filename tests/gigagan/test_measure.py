@@ -10,6 +10,7 @@ from PIL import Image
 
 from gigagan.config import EvaluateConfig
 from gigagan.evaluation import enlarge, protocol
+from gigagan.evaluation.alignment import clip_score
 from gigagan.evaluation.features import image_vectors, inception_features, square, text_vectors
 from gigagan.evaluation.heldout import read_drawn, read_heldout, subset, training_pictures
 from gigagan.evaluation.measure import evaluate, score
@@ -428,3 +429,28 @@ def test_seeds_of_batches_and_variants_do_not_meet():
     starts = {seed_of(CONFIG, start) for start in range(0, 12, CONFIG.batch_size)}
     variants = {seed_of(CONFIG, 12 + number) for number in range(2)}
     assert not starts & variants
+
+
+# ---- CLIP
+
+
+def test_a_clip_judges_by_its_own_name_with_scores_and_recall(heldout, tmp_path, monkeypatch):
+    import open_clip
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    model = open_clip.create_model("ViT-S-32-alt").eval()
+    save_file(model.state_dict(), tmp_path / "ViT-S-32-alt-measured.safetensors")
+    monkeypatch.setenv(pretrained.WEIGHTS_VARIABLE, str(tmp_path))
+    clip = "open_clip:ViT-S-32-alt/measured"
+    config = QUICK.model_copy(update={"clip": clip, "cmmd": clip})
+    results = evaluate(sampler, heldout, tmp_path / "out", config)
+    name = "ViT-S-32-alt_measured"
+    metrics = results["metrics"]
+    assert {f"clip_score_{name}", f"cmmd_{name}", f"clip_{name}_recall_at_1"} <= metrics.keys()
+    images = sorted((tmp_path / "out" / "images").iterdir())
+    captions = (tmp_path / "out" / "captions.txt").read_text().splitlines()
+    assert metrics[f"clip_score_{name}"] == pytest.approx(clip_score(images, captions, clip))
+    assert results["protocol"]["clip"] == {"model": clip, "prefix": "A photo depicts "}
+    assert clip in results["protocol"]["weights_sha256"]
+    assert results["categories"]  # agreement by kind of caption, by CLIP without an aligner
