@@ -154,7 +154,9 @@ def child(candidate: str, task: str) -> dict[str, Any]:
     return measured(candidate, lambda: getattr(rivals, kind)(candidate, *sizes))
 
 
-def measured(candidate: str, build: Callable[[], tuple[Parts, Calls]]) -> dict[str, Any]:
+def measured(
+    candidate: str, build: Callable[[], tuple[Parts, Calls]], with_gmac: bool = True
+) -> dict[str, Any]:
     """What `build` gives, measured; what is imported does not count as memory of the networks."""
     importlib.import_module(package(candidate))
     torch.manual_seed(0)
@@ -163,12 +165,15 @@ def measured(candidate: str, build: Callable[[], tuple[Parts, Calls]]) -> dict[s
     return {
         "before": before,
         "parameters": {name: _parameters(part) for name, part in parts.items()},
-        "rows": measure(calls),
+        "rows": measure(calls, with_gmac),
     }
 
 
-def measure(calls: Calls) -> dict[str, dict[str, Any]]:
-    """Times in ms, taken in turns; peak memory in MB after the calls so far; 10⁹ multiply-adds."""
+def measure(calls: Calls, with_gmac: bool = True) -> dict[str, dict[str, Any]]:
+    """Times in ms, taken in turns; peak memory in MB after the calls so far; 10⁹ multiply-adds.
+
+    Counting multiply-adds takes one more call of each.
+    """
     rows: dict[str, dict[str, Any]] = {}
     started = time.perf_counter()
     for name, call in calls.items():
@@ -178,8 +183,9 @@ def measure(calls: Calls) -> dict[str, dict[str, Any]]:
     for _ in range(min(max(round(SECONDS / warm_seconds), 1), 20)):
         for name, call in calls.items():
             rows[name]["ms"].append(_undisturbed_ms(call))
-    for name, call in calls.items():
-        rows[name]["gmac"] = gmac(call)
+    if with_gmac:
+        for name, call in calls.items():
+            rows[name]["gmac"] = gmac(call)
     return rows
 
 
