@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.text import Text
 
 LINE_EVERY_S = 10.0
-COUNT = re.compile(r"\b([\d,_]+)\s*/\s*([\d,_]+)\b")
+COUNT = re.compile(r"\b([\d,_]+)\s*/\s*([\d,_]+)\b(?: ([a-z]+))?")
 STATES = {"done": "green", "skipped": "cyan", "failed": "red"}
 
 
@@ -157,14 +157,14 @@ def reporting(console: Console) -> Iterator[Reporter]:
 
 
 def from_output(
-    what: str, progress: Callable[[str, int, int | None], None]
+    progress: Callable[[str, int, int | None], None],
 ) -> Callable[[str], None]:
-    """A listener to a child's output that reads `12,800/40,000` in a line as progress."""
+    """A listener to a child's output that reads `12,800/40,000 images` in a line as progress."""
 
     def listen(line: str) -> None:
         if count := COUNT.search(line):
-            done, total = (int(re.sub("[,_]", "", text)) for text in count.groups())
-            progress(what, done, total)
+            done, total = (int(re.sub("[,_]", "", text)) for text in count.groups()[:2])
+            progress(count[3] or "done", done, total)
 
     return listen
 

@@ -261,5 +261,7 @@ class ResourcesConfig(Frozen):
                     "process: choose torchrun, slurm or kubernetes"
                 )
         if (ranks := self.evaluate.processes * self.evaluate.nodes) > 1:
-            raise ValueError(f"evaluate has {ranks} processes: it works in one")
+            raise ValueError(
+                f"evaluate has {ranks} processes: it works in one, on all GPUs that it sees"
+            )
         return self

@@ -59,9 +59,9 @@ class Process:
 
 
 def stage_process(context: Context, process: Process) -> None:
-    """Run a stage's body; a line of its output that holds `DONE/TOTAL` moves the progress."""
+    """Run a stage's body; a line of its output that holds `DONE/TOTAL WHAT` moves the progress."""
     (context.path / CONFIG).write_text(context.config.model_dump_json(indent=2))
-    show = progress.from_output("images", context.progress)
+    show = progress.from_output(context.progress)
 
     def listen(line: str) -> None:
         context.log(line)

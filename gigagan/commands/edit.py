@@ -11,6 +11,7 @@ from gigagan.commands.options import (
     Commands,
     add_drawing,
     add_networks,
+    device,
     progress_bar,
     provenance,
     tell,
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     """Load the networks, then do the one thing."""
     from gigagan.inference.sampler import load
 
-    sampler = load(args.base, args.upsampler, device=args.device)
+    sampler = load(args.base, args.upsampler, device=device(args))
     if args.kind == "walk":
         return _walk(sampler, args)
     if args.kind == "direction":

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gigagan.commands.options import Commands, add_networks
+from gigagan.commands.options import Commands, add_networks, devices
 from gigagan.config import EvaluateConfig
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _EXAMPLES = """examples:
   python -m gigagan evaluate --heldout captions.json --out results
@@ -28,7 +31,7 @@ def add(commands: Commands) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_networks(command)
+    add_networks(command, has_team=True)
     command.add_argument("--config", type=Path, help="JSON of an evaluation section")
     command.add_argument("--protocol", help="named rules; --protocols lists them")
     command.add_argument("--num-images", type=int, help="captions (the protocol's, or all)")
@@ -54,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
         return _compare(args.compare)
     if args.out is None:
         raise ValueError("nowhere to write: give --out FOLDER")
-    from gigagan.evaluation import enlarge, measure, protocol, report
+    from gigagan.evaluation import measure, report
 
     config = _config(args)
     captions = Path(config.captions) if config.captions else args.heldout
@@ -64,42 +67,54 @@ def run(args: argparse.Namespace) -> None:
     def progress(what: str, done: int, total: int | None) -> None:
         print(f"{done}/{total} {what}", flush=True)
 
-    common: dict[str, Any] = {"device": args.device, "statistics": args.statistics}
+    common: dict[str, Any] = {"devices": devices(args), "statistics": args.statistics}
     common["progress"] = progress
     if args.drawn is not None:
         results = measure.score(
             args.drawn, captions, args.out, config, aligner=args.aligner, **common
         )
     else:
-        from gigagan.inference.prompts import is_cut
-        from gigagan.inference.sampler import load, or_published
-
-        sampler = load(args.base, args.upsampler, device=args.device)
-        base, upsampler = or_published(args.base, args.upsampler)
-        common["snapshots"] = {"base": base} | ({"upsampler": upsampler} if upsampler else {})
-        if protocol.named(config.protocol).task == "upsample":
-            results = enlarge.evaluate(
-                lambda images, prompts, seed: sampler.upscale(images, prompts, seed=seed, cut=True),
-                captions,
-                args.out,
-                config,
-                **common,
-            )
-        else:
-            results = measure.evaluate(
-                lambda prompts, seed, psi: sampler.sample(
-                    prompts, seed=seed, truncation=psi, batch_size=config.batch_size, cut=True
-                ),
-                captions,
-                args.out,
-                config,
-                aligner=args.aligner,
-                shards=args.shards,
-                is_cut=lambda caption: is_cut(caption, sampler.encoder),
-                **common,
-            )
+        results = _drawn_by(args, captions, config, common)
     print(report.table(results))
     print(f"{args.out / 'report.html'} shows it with pictures")
+
+
+def _drawn_by(
+    args: argparse.Namespace, captions: Path, config: EvaluateConfig, common: dict[str, Any]
+) -> dict[str, Any]:
+    """The results of networks, which are opened once for every device."""
+    from gigagan.evaluation import enlarge, measure, protocol
+    from gigagan.evaluation.devices import Team
+    from gigagan.inference.prompts import is_cut
+    from gigagan.inference.sampler import load, or_published
+
+    base, upsampler = or_published(args.base, args.upsampler)
+    samplers = [load(base, upsampler, device=device) for device in common["devices"]]
+    team = Team(samplers)
+    common["snapshots"] = {"base": base} | ({"upsampler": upsampler} if upsampler else {})
+
+    def upscale(images: list[Image], prompts: list[str], seed: int) -> list[Image]:
+        with team.one() as sampler:
+            return sampler.upscale(images, prompts, seed=seed, cut=True)
+
+    def sample(prompts: list[str], seed: int, truncation: float) -> list[Image]:
+        with team.one() as sampler:
+            return sampler.sample(
+                prompts, seed=seed, truncation=truncation, batch_size=config.batch_size, cut=True
+            )
+
+    if protocol.named(config.protocol).task == "upsample":
+        return enlarge.evaluate(upscale, captions, args.out, config, **common)
+    return measure.evaluate(
+        sample,
+        captions,
+        args.out,
+        config,
+        aligner=args.aligner,
+        shards=args.shards,
+        is_cut=lambda caption: is_cut(caption, samplers[0].encoder),
+        **common,
+    )
 
 
 def _config(args: argparse.Namespace) -> EvaluateConfig:

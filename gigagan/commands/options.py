@@ -16,15 +16,34 @@ else:
     Commands = object
 
 
-def add_networks(command: argparse.ArgumentParser) -> None:
-    """Which networks, and where they run."""
+def add_networks(command: argparse.ArgumentParser, has_team: bool = False) -> None:
+    """Which networks, and where they run: on one device, or on several at a time."""
     command.add_argument(
         "--base", help="snapshot of the base generator, or models:/NAME@ALIAS (the package's)"
     )
     command.add_argument(
         "--upsampler", help="snapshot of the upsampler (with no --base the package's)"
     )
-    command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1… (%(default)s)")
+    default = "every CUDA device" if has_team else "the first CUDA device"
+    names = "cpu, cuda:1, or several as cuda:0,cuda:1" if has_team else "cpu, cuda, cuda:1…"
+    command.add_argument("--device", help=f"{names} ({default}; without any the CPU)")
+
+
+def device(args: argparse.Namespace) -> str:
+    """The one device of `--device`."""
+    found = devices(args)
+    if args.device is not None and "," in args.device:
+        raise ValueError(f"--device {args.device}: this command works on one")
+    return found[0]
+
+
+def devices(args: argparse.Namespace) -> tuple[str, ...]:
+    """Those of `--device`, or every CUDA device, or the CPU."""
+    import torch
+
+    from gigagan.evaluation.devices import parse
+
+    return parse(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def add_drawing(command: argparse.ArgumentParser) -> None:

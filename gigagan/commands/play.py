@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from gigagan.commands.options import Commands, add_networks
+from gigagan.commands.options import Commands, add_networks, device
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     from gigagan.inference import page
     from gigagan.inference.sampler import load
 
-    sampler = load(args.base, args.upsampler, device=args.device)
+    sampler = load(args.base, args.upsampler, device=device(args))
     if args.host not in LOOPBACK:
         print(
             f"warning: {args.host} lets other machines draw here; nothing asks who they are",

@@ -13,6 +13,7 @@ from gigagan.commands.options import (
     Commands,
     add_drawing,
     add_networks,
+    device,
     progress_bar,
     provenance,
     tell,
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     from gigagan.inference.prompts import PromptError, check_prompt
     from gigagan.inference.sampler import load
 
-    sampler = load(args.base, args.upsampler, device=args.device)
+    sampler = load(args.base, args.upsampler, device=device(args))
     wanted, refused, number = [], 0, 0
     for place, prompt in given:
         try:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gigagan.commands.options import Commands, add_networks, progress_bar, provenance, tell
+from gigagan.commands.options import Commands, add_networks, device, progress_bar, provenance, tell
 
 _EXAMPLES = """examples:
   python -m gigagan upscale photo.jpg --prompt "a violin on a table"
@@ -31,7 +31,9 @@ def add(commands: Commands) -> None:
     command.add_argument("--out", type=Path, default=Path("upscaled"), help="folder (%(default)s)")
     command.add_argument("--seed", type=int, default=0, help="of the latents (%(default)s)")
     command.add_argument("--times", type=int, default=1, help="one after the other (%(default)s)")
-    command.add_argument("--overlap", type=int, help="of tiles, in pixels of the input (a quarter)")
+    command.add_argument(
+        "--overlap", type=int, help="of tiles, in pixels of the input (3/8 of a tile)"
+    )
     command.add_argument("--batch-size", type=int, default=16, help="tiles at once (%(default)s)")
     command.add_argument("--baked", action="store_true", help="fold the style into convolutions")
     command.add_argument("--cut", action="store_true", help="cut a prompt that is too long")
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.times < 1:
         raise ValueError(f"--times {args.times}: give 1 or more")
-    sampler = load(args.base, args.upsampler, device=args.device)
+    sampler = load(args.base, args.upsampler, device=device(args))
     files = list(_files(args.images))
     targets = [args.out / f"{path.stem}.png" for path in files]
     if len(set(targets)) < len(targets):

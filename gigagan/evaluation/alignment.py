@@ -187,35 +187,33 @@ def clip_score_per_picture(
 ) -> np.ndarray:
     """Cosine [N] of picture and caption under an open_clip model, without a factor.
 
-    By `clip_vectors`, which has the rules.
+    `name` is `open_clip:ViT-B-32/openai` or the like, and belongs beside any number. Pictures get
+    the model's own preparation: short side by bicubic, centre crop.
     """
-    settings: dict[str, Any] = {"prefix": prefix, "device": device, "batch_size": batch_size}
-    return similarities(*clip_vectors(pictures, captions, name, **settings))
+    settings: dict[str, Any] = {"device": device, "batch_size": batch_size}
+    texts_ND = clip_text_vectors(captions, name, prefix=prefix, **settings)
+    encoder = pretrained.image_encoder(name, device)
+    return similarities(clip_image_vectors(pictures, encoder, **settings), texts_ND)
 
 
-def clip_vectors(
-    pictures: Sequence[Picture],
+def clip_text_vectors(
     captions: Sequence[str],
     name: str,
     *,
     prefix: str = CLIP_PREFIX,
     device: torch.device | str = "cpu",
     batch_size: int = 16,
-) -> tuple[Tensor, Tensor]:
-    """Vectors [N, D] of pictures and of captions in an open_clip model's joint space, on the CPU.
+) -> Tensor:
+    """Captions in an open_clip model's joint space [N, D], on the CPU, not normalised.
 
-    `name` is `open_clip:ViT-B-32/openai` or the like, and belongs beside any number. Pictures get
-    the model's own preparation: short side by bicubic, centre crop. The prefix stands before the
-    caption, which is the authors' insertion of its tokens after the start token: both cut what is
-    beyond the context and keep the end token.
+    The prefix stands before the caption, which is the authors' insertion of its tokens after the
+    start token: both cut what is beyond the context and keep the end token.
     """
-    text = pretrained.text_encoder(name, device)
-    if not isinstance(text, OpenClipText):
+    encoder = pretrained.text_encoder(name, device)
+    if not isinstance(encoder, OpenClipText):
         raise ValueError(f"{name!r} is not a CLIP: a CLIP score needs open_clip:ARCHITECTURE/TAG")
-    image = pretrained.image_encoder(name, device)
-    images, texts = [torch.empty(0, image.width)], [torch.empty(0, image.width)]
-    for start in range(0, len(pictures), batch_size):
-        rows = slice(start, start + batch_size)
-        images.append(clip_image_vectors(pictures[rows], image, device=device))
-        texts.append(text.embed([prefix + caption for caption in captions[rows]]).cpu())
-    return torch.cat(images), torch.cat(texts)
+    parts = []
+    for start in range(0, len(captions), batch_size):
+        batch = captions[start : start + batch_size]
+        parts.append(encoder.embed([prefix + caption for caption in batch]).cpu())
+    return torch.cat(parts)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from gigagan.config import EvaluateConfig
-from gigagan.evaluation import fidelity, looks, measure, protocol
+from gigagan.evaluation import drawing, fidelity, judging, looks, measure, protocol
+from gigagan.evaluation.describing import describe_rules, sha256_of
+from gigagan.evaluation.devices import Device
 from gigagan.evaluation.features import Progress, open_rgb, silent, square
+from gigagan.evaluation.findings import Findings, assemble
 from gigagan.evaluation.heldout import Heldout, read_heldout, subset
-from gigagan.evaluation.measure import Findings
-from gigagan.evaluation.setting import Setting, seed_of, setting
+from gigagan.evaluation.setting import Setting, setting
 from gigagan.models import pretrained
 
 Upscale = Callable[[list[Image.Image], list[str], int], list[Image.Image]]
@@ -32,7 +30,7 @@ def evaluate(
     config: EvaluateConfig,
     *,
     snapshots: Mapping[str, Path] | None = None,
-    device: torch.device | str = "cpu",
+    devices: Sequence[Device] = ("cpu",),
     statistics: Path | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -45,7 +43,7 @@ def evaluate(
         ProtocolError: settings or counts that the protocol does not allow; nothing is drawn.
         PictureError: unreadable pictures in the reference.
     """
-    at = setting(config, out, device=device, statistics=statistics, progress=progress)
+    at = setting(config, out, devices=devices, statistics=statistics, progress=progress)
     if at.rules.task != "upsample":
         raise protocol.ProtocolError(f"{at.rules.name} does not measure upsamplers")
     small_px = at.rules.input_resolution
@@ -57,49 +55,37 @@ def evaluate(
     )
     (out / "results.json").unlink(missing_ok=True)
     findings = Findings()
-    drawn, seconds = _enlarge(upscale, chosen, small_px, at)
+    drawn, seconds = drawing.draw(
+        lambda rows, seed: upscale(
+            [square(picture, small_px) for picture in chosen.pictures[rows]],
+            chosen.captions[rows],
+            seed,
+        ),
+        len(chosen.captions),
+        at,
+    )
     findings.add("seconds_per_image", seconds)
-    sets = measure.features_of(drawn, everything.all_pictures, at)
-    measure.measure_distances(findings, sets, at)
+    sets = judging.features_of(drawn, everything.all_pictures, at)
+    judging.measure_distances(findings, sets, at)
     if at.rules.patch is not None:
-        value = measure.patch_distance(drawn, everything.all_pictures, at)
+        value = judging.patch_distance(drawn, everything.all_pictures, at)
         findings.add("patch_fid", value)
     _measure_fidelity(findings, drawn, chosen, small_px, at)
 
-    facts = measure.describe_rules(at, chosen.captions, everything.all_pictures, drawn)
+    facts = describe_rules(at, chosen.captions, everything.all_pictures, drawn)
     names = ("inception-2015-12-05", "lpips-alex")
     facts |= {
         "input_resolution": small_px,
         "patch": at.rules.patch,
         "shrink": f"Pillow Lanczos of the centre square to {small_px} px",
         "weights_sha256": {name: pretrained.sha256(name) for name in names},
-        "snapshots_sha256": {n: measure.sha256_of(path) for n, path in (snapshots or {}).items()},
+        "snapshots_sha256": {n: sha256_of(path) for n, path in (snapshots or {}).items()},
     }
-    results = measure.assemble(findings, facts)
+    results = assemble(findings, facts)
     subject = looks.Subject(drawn, everything, chosen, [], None, None)
     looks.write(results, subject, at)
     measure.finish(results, at)
     return results
-
-
-def _enlarge(
-    upscale: Upscale, chosen: Heldout, small_px: int, at: Setting
-) -> tuple[list[Path], float]:
-    folder, step = at.out / "images", at.config.batch_size
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    paths, seconds = [], []
-    for start in range(0, len(chosen.captions), step):
-        small = [square(p, small_px) for p in chosen.pictures[start : start + step]]
-        captions = chosen.captions[start : start + step]
-        began = time.perf_counter()
-        large = upscale(small, captions, seed_of(at.config, start))
-        seconds.append((time.perf_counter() - began) / len(small))
-        for number, picture in enumerate(large, start=start):
-            paths.append(folder / f"{number:06d}.png")
-            picture.save(paths[-1])
-        at.progress("pictures", start + len(small), len(chosen.captions))
-    return paths, median(seconds)
 
 
 def _measure_fidelity(
@@ -111,13 +97,13 @@ def _measure_fidelity(
     plain: dict[str, list[np.ndarray]] = {"lpips": [], "psnr": [], "ssim": []}
     for start in range(0, len(drawn), at.config.batch_size):
         rows = slice(start, start + at.config.batch_size)
-        real_NHWC = measure.pixels(chosen.pictures[rows], at.px)
+        real_NHWC = judging.pixels(chosen.pictures[rows], at.px)
         bicubic = [
             square(p, small_px).resize((at.px, at.px), Image.Resampling.BICUBIC)
             for p in chosen.pictures[rows]
         ]
         for found, pictures in ((ours, [open_rgb(p) for p in drawn[rows]]), (plain, bicubic)):
-            made_NHWC = measure.pixels(pictures, at.px)
+            made_NHWC = judging.pixels(pictures, at.px)
             found["lpips"].append(fidelity.lpips_pairs(made_NHWC, real_NHWC, network))
             found["psnr"].append(fidelity.psnr(made_NHWC, real_NHWC))
             found["ssim"].append(fidelity.ssim(made_NHWC, real_NHWC))

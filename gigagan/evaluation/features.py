@@ -18,6 +18,7 @@ import torch
 from cleanfid.resize import build_resizer
 from PIL import Image
 
+from gigagan.evaluation.devices import Device, Team, deal
 from gigagan.models import pretrained
 
 Progress = Callable[[str, int, int | None], None]
@@ -73,6 +74,8 @@ class Extractor(ABC):
     weights: str
     """Its name for `pretrained.sha256`."""
     width: int
+    lanes = 1
+    """Batches that it judges at a time."""
 
     @abstractmethod
     def prepare(self, image: Image.Image) -> np.ndarray:
@@ -150,11 +153,31 @@ _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def extractor(name: str, device: torch.device | str = "cpu") -> Extractor:
+class _Everywhere(Extractor):
+    """One judge on several devices."""
+
+    def __init__(self, members: Sequence[Extractor]) -> None:
+        self._first, self._team, self.lanes = members[0], Team(members), len(members)
+        self.name, self.weights = self._first.name, self._first.weights
+        self.width = self._first.width
+
+    def prepare(self, image: Image.Image) -> np.ndarray:
+        return self._first.prepare(image)
+
+    def __call__(self, batch_NHWC: np.ndarray) -> np.ndarray:
+        with self._team.one() as member:
+            return member(batch_NHWC)
+
+
+def extractor(name: str, *devices: Device) -> Extractor:
     """`inception-2015-12-05/clean`, `…/legacy`, `open_clip:ARCHITECTURE/TAG` or `dinov2:vitl14`.
 
-    Raises ValueError for any other name, MissingWeightsError where a file is not there.
+    On several devices batches are shared out among them. Raises ValueError for any other name,
+    MissingWeightsError where a file is not there.
     """
+    if len(devices) > 1:
+        return _Everywhere([extractor(name, device) for device in devices])
+    device = devices[0] if devices else "cpu"
     base, _, resize = name.partition("/")
     if base == _Inception.weights and resize in ("clean", "legacy"):
         return _Inception(resize, device)
@@ -178,14 +201,14 @@ def extract(
     transform: Transform,
     folder: Path,
     batch_size: int = 16,
-    workers: int = 2,
+    workers: int | None = None,
     progress: Progress = silent,
 ) -> dict[str, np.ndarray]:
     """Features [N, width] by extractor's name: read-only memory maps of files in `folder`.
 
-    Each picture is decoded and transformed once for all extractors, by `workers` threads, a batch
-    ahead: memory does not grow with their number. Unreadable ones are all looked for before
-    PictureError names them; then no file is left.
+    Each picture is decoded and transformed once for all extractors, by `workers` threads (two a
+    device), a batch ahead: memory does not grow with their number. Unreadable ones are all looked
+    for before PictureError names them; then no file is left.
     """
     folder.mkdir(parents=True, exist_ok=True)
     partials = {one.name: folder / f"{_file_name(one)}.partial.npy" for one in extractors}
@@ -196,15 +219,21 @@ def extract(
         for one in extractors
     }
     unreadable: list[str] = []
-    done = 0
-    for batch in _prepared(pictures, extractors, transform, batch_size, workers):
+    lanes = max((one.lanes for one in extractors), default=1)
+
+    def judge(piece: tuple[int, list[list[np.ndarray] | str]]) -> int:
+        start, batch = piece
         good = [prepared for prepared in batch if not isinstance(prepared, str)]
-        unreadable += [prepared for prepared in batch if isinstance(prepared, str)]
+        unreadable.extend(prepared for prepared in batch if isinstance(prepared, str))
         if good and not unreadable:  # once one is missing only the reading goes on
             for number, one in enumerate(extractors):
                 stacked = np.stack([prepared[number] for prepared in good])
-                maps[one.name][done : done + len(batch)] = one(stacked)
-        done += len(batch)
+                maps[one.name][start : start + len(batch)] = one(stacked)
+        return start + len(batch)
+
+    batches = _prepared(pictures, extractors, transform, batch_size, workers or 2 * lanes)
+    starts = range(0, len(pictures), batch_size)
+    for done in deal(judge, zip(starts, batches, strict=True), lanes):
         progress("features", done, len(pictures))
     maps.clear()
     if unreadable:
@@ -231,7 +260,7 @@ def reference(
     transform_name: str,
     cache: Path,
     batch_size: int = 16,
-    workers: int = 2,
+    workers: int | None = None,
     progress: Progress = silent,
 ) -> dict[str, np.ndarray]:
     """`extract` for a set that is measured against again and again: kept by content in `cache`.

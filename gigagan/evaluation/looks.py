@@ -133,7 +133,7 @@ def _curve(
         absent["truncation_curve"] = "neither an aligner nor a CLIP to judge agreement by"
         return None
     captions = _spread(subject.chosen.captions, config.sweep_captions)
-    inception = extractor(f"{INCEPTION}/{at.rules.resize}", at.device)
+    inception = extractor(f"{INCEPTION}/{at.rules.resize}", *at.devices)
     real_ND = reference(
         subject.everything.all_pictures,
         [inception],
@@ -237,7 +237,7 @@ def _vectors(pictures: Sequence[Path | Image.Image], subject: Subject, at: Setti
     """Features for neighbours: the aligner's space, or Inception's where there is none."""
     if subject.judge is not None:
         return embedded(subject.judge, pictures, at).numpy()
-    inception = extractor(f"{INCEPTION}/{at.rules.resize}", at.device)
+    inception = extractor(f"{INCEPTION}/{at.rules.resize}", *at.devices)
     with tempfile.TemporaryDirectory() as folder:
         settings: Mapping[str, Any] = {"transform": at.square, "folder": Path(folder)}
         return np.array(extract(list(pictures), [inception], **settings)[inception.name])

@@ -12,6 +12,7 @@ from PIL import Image
 
 from gigagan.config import EvaluateConfig
 from gigagan.evaluation import protocol
+from gigagan.evaluation.devices import Device
 from gigagan.evaluation.features import Progress, image_vectors, silent, square
 from gigagan.models import pretrained
 from gigagan.models.aligner import Aligner
@@ -20,7 +21,10 @@ INCEPTION = "inception-2015-12-05"
 _DEFAULT_RESOLUTION = 128
 
 Sample = Callable[[list[str], int, float], list[Image.Image]]
-"""(captions, seed, truncation) → one picture each; equal captions get different latents."""
+"""(captions, seed, truncation) → one picture each; equal captions get different latents.
+
+It is called from as many threads at a time as there are devices.
+"""
 
 Variants = list[tuple[str, list[Image.Image]]]
 """Several pictures of each of a few prompts."""
@@ -34,10 +38,16 @@ class Setting:
     rules: protocol.Protocol
     px: int
     out: Path
-    device: torch.device | str
+    devices: Sequence[Device]
+    """Pictures are drawn and judged a batch on each at a time."""
     statistics: Path
     """Folder of features of reference sets, by content."""
     progress: Progress
+
+    @property
+    def device(self) -> Device:
+        """For what is small enough for one."""
+        return self.devices[0]
 
     @property
     def clip(self) -> str | None:
@@ -58,7 +68,7 @@ def setting(
     config: EvaluateConfig,
     out: Path,
     *,
-    device: torch.device | str = "cpu",
+    devices: Sequence[Device] = ("cpu",),
     statistics: Path | None = None,
     progress: Progress = silent,
 ) -> Setting:
@@ -68,7 +78,7 @@ def setting(
     config = config.model_copy(update={"num_images": rules.num_generated or config.num_images})
     px = rules.resolution or config.resolution or _DEFAULT_RESOLUTION
     cache = statistics or out / "statistics"
-    return Setting(config, rules, px, out, device, cache, progress)
+    return Setting(config, rules, px, out, tuple(devices), cache, progress)
 
 
 def seed_of(config: EvaluateConfig, position: int) -> int:

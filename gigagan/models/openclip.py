@@ -81,10 +81,7 @@ class OpenClipText(TextEncoder):
 
     def count_tokens(self, caption: str) -> int:
         """Byte pairs, start and end among them."""
-        tokenizer = self._tokenizer
-        if hasattr(tokenizer, "encode"):
-            return len(tokenizer.encode(caption)) + 2
-        return len(tokenizer.tokenizer(tokenizer.clean_fn(caption))["input_ids"])
+        return len(self._tokenizer.encode(caption)) + 2
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> TextFeatures:

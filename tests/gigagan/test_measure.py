@@ -1,6 +1,7 @@
 import json
 import shutil
 import tarfile
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -120,6 +121,24 @@ def evaluated(heldout, aligner, shards, tmp_path_factory):
         snapshots={"base": aligner},
         is_cut=lambda caption: "cross" in caption,
     )
+
+
+def test_two_devices_draw_at_a_time_what_one_draws(heldout, tmp_path):
+    config = QUICK.model_copy(update={"batch_size": 3})  # four batches
+    alone = evaluate(sampler, heldout, tmp_path / "one", config)
+    together = threading.Barrier(2)
+
+    def sample(captions, seed, truncation):
+        together.wait(30)  # breaks unless another batch is under way
+        return sampler(captions, seed, truncation)
+
+    both = evaluate(sample, heldout, tmp_path / "two", config, devices=("cpu", "cpu"))
+    assert both["protocol"] == alone["protocol"]
+    for name in sorted(p.name for p in (tmp_path / "one" / "images").iterdir()):
+        one, two = (tmp_path / which / "images" / name for which in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+    for name in set(alone["metrics"]) - {"seconds_per_image"}:
+        assert both["metrics"][name] == pytest.approx(alone["metrics"][name], rel=1e-3, abs=1e-6)
 
 
 def test_a_good_sampler_scores_like_real_pictures(evaluated):

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from gigagan.evaluation.alignment import clip_score
+from gigagan.inference.prompts import PromptError, check_prompt
 from gigagan.models import pretrained
 from gigagan.models.aesthetic import AestheticPredictor, collapse
 from gigagan.models.openclip import uses_bfloat16
@@ -311,6 +312,20 @@ def test_open_clip_text_features_are_those_of_the_penultimate_layer(clip):
         torch.testing.assert_close(pooled[b], expected[b, n], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(encoder.embed(captions), joint, atol=1e-5, rtol=1e-4)
     assert encoder.logit_scale == pytest.approx(clip.logit_scale.exp().item())
+
+
+def test_open_clip_reads_77_tokens_and_says_what_is_longer(clip):
+    encoder = text_encoder(CLIP)
+    fits = "dog " * 75  # with start and end 77
+    assert encoder.count_tokens(fits) == 77
+    assert check_prompt(fits, encoder) == fits.strip()
+    with pytest.raises(PromptError, match=r"has 78 tokens, open_clip:\S+ reads 77: shorten it"):
+        check_prompt(fits + "dog", encoder)
+    cut = check_prompt(fits + "cat cat", encoder, cut=True)
+    for kept, whole in zip(encoder.encode([cut]), encoder.encode([fits]), strict=True):
+        torch.testing.assert_close(kept, whole)
+    for other in ("كلب أحمر", "👩‍🚀 on a 🌈"):
+        assert encoder.encode([check_prompt(other, encoder)]).pooled_BD.isfinite().all()
 
 
 def test_open_clip_image_features_are_those_of_encode_image(clip):

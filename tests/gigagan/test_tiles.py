@@ -8,7 +8,7 @@ from PIL import Image
 
 import gigagan
 from gigagan.inference.sampler import Sampler
-from gigagan.inference.tiles import enlarge, starts, weights
+from gigagan.inference.tiles import enlarge, starts, usual_overlap, weights
 from gigagan.models.generator import Generator
 from gigagan.models.upsampler import Upsampler
 
@@ -157,3 +157,29 @@ def test_the_packages_upsampler_leaves_no_seams_on_a_gradient():
     columns = np.abs(np.diff(np.asarray(large).astype(float), axis=1)).mean(axis=(0, 2))
     begins = [b * 4 - 1 for b in starts(96, 32, 8) if b]
     assert columns[begins].max() < 2 * np.median(columns)
+
+
+def grid(large, small, stride):
+    """Peak to peak, in levels, of what repeats from tile to tile in `large` minus bicubic."""
+    bicubic = small.resize(large.size, Image.Resampling.BICUBIC)
+    rest = np.asarray(large).astype(float) - np.asarray(bicubic)
+    profile = rest[100:-100, 100:-100].mean(axis=0)
+    window = np.ones(stride) / stride
+    smooth = np.stack([np.convolve(part, window, "same") for part in profile.T], axis=1)
+    inner = (profile - smooth)[stride:-stride]
+    folded = inner[: len(inner) // stride * stride].reshape(-1, stride, 3).mean(axis=0)
+    coarse = folded.reshape(-1, 4, 3).mean(axis=1)  # a period of one small pixel is no seam
+    return np.ptp(coarse, axis=0).max()
+
+
+def test_a_trained_network_shows_no_grid_on_a_gradient_and_does_where_tiles_only_touch():
+    sampler = gigagan.load()
+    tile = sampler.upsampler.config.input_resolution
+    y, x = np.mgrid[:224, :224] / 223
+    small = Image.fromarray((np.stack([x, y, 0.4 * (x + y)], axis=2) * 255).astype(np.uint8))
+    levels = {}
+    for overlap in (0, usual_overlap(tile)):
+        (large,) = sampler.upscale([small], ["a bell"], seed=1, overlap=overlap, baked=True)
+        levels[overlap] = grid(large, small, (tile - overlap) * 4)
+    assert levels[usual_overlap(tile)] < 1.25
+    assert levels[0] > 5
