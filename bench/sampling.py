@@ -3,8 +3,8 @@
 Networks and rules are those of `bench model` (parameters alike, processes of their own, candidates
 in turns). `draw-N` makes N pictures of 64 px from text (theirs: without) in one call: one picture
 is latency, the best of the others throughput. `large-S` makes one picture of S × S px from one of a
-quarter of the side, in tiles of 64 px: ours overlap by three eighths and share a style, aura-sr's own
-`upscale_4x_overlapped` goes over the picture twice.
+quarter of the side, in tiles of 64 px: ours overlap by three eighths and share a style, aura-sr's
+own `upscale_4x_overlapped` goes over the picture twice.
 """
 
 from __future__ import annotations
