@@ -66,3 +66,24 @@ def info_nce(images_BE: Tensor, texts_BE: Tensor, *, scale: float) -> Tensor:
     logits_BB = F.normalize(_full(images_BE), dim=1) @ F.normalize(_full(texts_BE), dim=1).T
     target_B = torch.arange(len(logits_BB), device=logits_BB.device)
     return F.cross_entropy(scale * logits_BB, target_B)
+
+
+def regression(
+    images: Sequence[Tensor], targets: Sequence[Tensor], *, gradients: float = 0.0
+) -> Tensor:
+    """Mean over levels of mean |x − y| + g · mean |∇(x − y)|: shape before realism.
+
+    ∇ are differences of neighbouring pixels along both sides. L1 beside an adversarial loss is
+    pix2pix's (Isola et al. 2017, equation 4), here at every level of the pyramid; the second term
+    is the gradient difference loss of Mathieu et al. (2016, equation 6), without their inner
+    absolute values.
+    """
+    terms = []
+    for x_BCHW, y_BCHW in zip(images, targets, strict=True):
+        error_BCHW = _full(x_BCHW) - _full(y_BCHW)
+        term = error_BCHW.abs().mean()
+        if gradients:
+            across, down = error_BCHW.diff(dim=3), error_BCHW.diff(dim=2)
+            term = term + gradients * (across.abs().mean() + down.abs().mean())
+        terms.append(term)
+    return torch.stack(terms).mean()

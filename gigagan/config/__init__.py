@@ -21,6 +21,7 @@ from gigagan.config.training import (
     TrainConfig,
     TrainStage,
     TrainUpsamplerConfig,
+    WarmStartConfig,
 )
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "TrainStage",
     "TrainUpsamplerConfig",
     "UpsamplerConfig",
+    "WarmStartConfig",
 ]

@@ -10,7 +10,7 @@ the docstring of each preset says which.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -143,6 +143,10 @@ class StyleConfig(BlockConfig):
     """Layers of the mapping network M(z, t_global) → w (paper: 4)."""
     mapping_lr_multiplier: float = Field(0.1, gt=0)
     """Learning rate of the mapping network over that of the rest (StyleGAN2: 0.01)."""
+    latent_gain: float = Field(1.0, ge=0)
+    """Weight of z beside the global descriptor in M's input; 1 gives both the same energy.
+
+    Less for data in which the caption decides most of the picture: half of w is noise there."""
     linear_style: bool = False
     """Whether the last layer of M has no activation (paper: it has one), so that the styles of
     different captions and latents have no common mean at the start."""
@@ -249,6 +253,9 @@ class DiscriminatorConfig(BlockConfig):
     """Self-attention blocks per resolution."""
     head_layers: int = Field(2, ge=1)
     """Modulated 1×1 convolutions of a predictor ψ_j before its logit (paper: 4)."""
+    halving: Literal["low-pass", "mean"] = "low-pass"
+    """How maps are halved: behind StyleGAN2's [1, 3, 3, 1] filter, or as the mean of 2×2, which
+    leaves D more of the fine structure that tells generated pictures."""
     minibatch_std: bool = False
     """Whether the last stage sees the batch's standard deviation (paper: on in the upsampler)."""
 

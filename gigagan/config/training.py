@@ -32,6 +32,8 @@ class OptimizerConfig(Frozen):
     """Gradients of a network are scaled down to this norm."""
     warmup_images: int = Field(1_000, ge=0)
     """The learning rate rises linearly over this many images."""
+    cooldown_images: int = Field(0, ge=0)
+    """Over the last so many images both learning rates fall linearly to 0; 0: they do not."""
     ema_half_life_images: int = Field(2_000, ge=1)
     """Half-life of the averaged generator in images; the paper's 0.9999 at batch 1024 is 7 M."""
     ema_ramp: float = Field(0.1, gt=0)
@@ -40,6 +42,46 @@ class OptimizerConfig(Frozen):
     """γ of R1 on the weighted mean logit; depends on how predictions are reduced."""
     r1_every: int = Field(16, ge=1)
     """Steps between two (lazy) R1 penalties; its weight is multiplied by the same number."""
+    discriminator_every: int = Field(1, ge=1)
+    """Steps of G for each step of D, which costs three of G's: 2 spares a third of the time.
+    Must divide `r1_every`."""
+
+    @model_validator(mode="after")
+    def _penalties_meet_steps(self) -> Self:
+        if self.r1_weight and self.r1_every % self.discriminator_every:
+            raise ValueError(
+                f"r1_every = {self.r1_every} is no multiple of discriminator_every = "
+                f"{self.discriminator_every}: some penalties would fall between two steps of D"
+            )
+        return self
+
+
+class WarmStartConfig(Frozen):
+    """Shape first: G alone regresses on its caption's picture, then the adversarial game on top.
+
+    The L1 that stays beside the adversarial terms is pix2pix's (Isola et al. 2017,
+    arXiv:1611.07004, section 3.1), to begin with it alone SRGAN's (Ledig et al. 2017,
+    arXiv:1609.04802, section 3.2). **Not in GigaGAN's paper**, and off in its presets: it teaches
+    a network the pictures of its captions, which suits closed sets with a picture a caption, and
+    is wrong on LAION."""
+
+    images: int = Field(0, ge=0)
+    """G trains alone up to here, in images seen, and there is no discriminator's work at all;
+    0: no warm start, and nothing of this section counts."""
+    lr: float = Field(5e-3, gt=0)
+    """Learning rate of G until then; over the last fifth it falls to that of what follows."""
+    regression: float = Field(3.0, ge=0)
+    """Weight of the regression, before and after: mean absolute difference to the caption's
+    picture, averaged over all levels of the pyramid, plus `gradients` times that of its edges."""
+    gradients: float = Field(0.0, ge=0)
+    """Weight of the absolute difference between neighbouring pixels' differences (image
+    gradients; Mathieu et al. 2016, arXiv:1511.05440, equation 6), relative to the L1's."""
+    head_start_images: int = Field(2_000, ge=0)
+    """Images in which D learns to tell the pictures apart before G hears of it."""
+    ramp_images: int = Field(2_000, ge=1)
+    """Images in which G's adversarial terms then rise to their full weight."""
+    adversarial: float = Field(0.15, ge=0)
+    """That weight, of all that reaches G through D and the frozen image encoder."""
 
 
 class LossConfig(Frozen):
@@ -193,6 +235,8 @@ class TrainConfig(Frozen):
     """Optimizer, R1 and EMA."""
     loss: LossConfig = LossConfig()
     """Loss weights."""
+    warm_start: WarmStartConfig = WarmStartConfig()
+    """A start by regression, before there is a discriminator; off."""
     augment: AugmentConfig = AugmentConfig()
     """Augmentation of what D sees."""
     health: HealthConfig = HealthConfig()
@@ -235,6 +279,7 @@ class TrainBaseConfig(TrainConfig):
     def _networks_agree(self) -> Self:
         _same_resolution(self.generator.resolution, self.discriminator, self.loss)
         _same_condition(self.generator, self.discriminator, self.loss)
+        _something_to_learn(self.warm_start, self.warm_start.regression)
         return self
 
 
@@ -271,6 +316,7 @@ class TrainUpsamplerConfig(TrainConfig):
     def _networks_agree(self) -> Self:
         _same_resolution(self.upsampler.resolution, self.discriminator, self.loss)
         _same_condition(self.upsampler, self.discriminator, self.loss)
+        _something_to_learn(self.warm_start, self.warm_start.regression + self.pixel + self.lpips)
         made = (self.upsampler.resolution // self.upsampler.input_resolution).bit_length()
         if self.discriminator.levels > made:
             raise ValueError(
@@ -291,6 +337,15 @@ def _same_resolution(resolution: int, discriminator: DiscriminatorConfig, loss: 
         raise ValueError(
             f"loss.level_weights has {len(loss.level_weights)} entries for "
             f"{discriminator.levels} discriminator levels"
+        )
+
+
+def _something_to_learn(warm_start: WarmStartConfig, weights: float) -> None:
+    """Refuse a warm start without a loss."""
+    if warm_start.images and not weights:
+        raise ValueError(
+            f"warm_start.images = {warm_start.images}, but warm_start.regression is 0 and nothing "
+            "else ties pictures to captions: G would have no loss until then"
         )
 
 

@@ -22,10 +22,12 @@ from gigagan.models.layers import (
     AdaptiveConv,
     DownBlock,
     EqualConv2d,
+    Halving,
     ResidualBlock,
     activate,
     downsample,
     full_precision,
+    halve_by_mean,
 )
 from gigagan.models.text import Features, Text, condition_branch
 
@@ -53,6 +55,7 @@ class Stage(nn.Module):
         super().__init__()
         maps, gain = config.channels[index], config.residual_gain
         is_last = index == len(config.channels) - 1
+        halve = {"low-pass": downsample, "mean": halve_by_mean}[config.halving]
         self.blocks = nn.ModuleList(
             ResidualBlock(maps, gain=gain) for _ in range(max(config.blocks[index] - 1, 0))
         )
@@ -64,9 +67,9 @@ class Stage(nn.Module):
         if is_last:
             self.out = Reduce(maps + 1 if self.minibatch_std else maps, maps)
         elif config.blocks[index]:
-            self.out = DownBlock(maps, config.channels[index + 1], gain=gain)
+            self.out = DownBlock(maps, config.channels[index + 1], gain=gain, halve=halve)
         else:
-            self.out = DownConv(maps, config.channels[index + 1])
+            self.out = DownConv(maps, config.channels[index + 1], halve=halve)
 
     def forward(self, x_BCHW: Tensor, num_groups: int, *, double_backward: bool) -> Tensor:
         """Maps at this resolution → maps at half of it, 1 px after the last stage."""
@@ -81,15 +84,16 @@ class Stage(nn.Module):
 
 
 class DownConv(nn.Module):
-    """Low-pass and one 3×3 convolution at half the side: the cheapest way down."""
+    """One 3×3 convolution at half the side: the cheapest way down."""
 
-    def __init__(self, in_maps: int, out_maps: int) -> None:
+    def __init__(self, in_maps: int, out_maps: int, *, halve: Halving = downsample) -> None:
         super().__init__()
+        self.halve = halve
         self.conv = EqualConv2d(in_maps, out_maps, 3, gain=ACTIVATION_GAIN)
 
     def forward(self, x_BIHW: Tensor) -> Tensor:
         """B I H W → B O H/2 W/2."""
-        return activate(self.conv(downsample(x_BIHW)))
+        return activate(self.conv(self.halve(x_BIHW)))
 
 
 class Reduce(nn.Module):

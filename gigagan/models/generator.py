@@ -123,6 +123,11 @@ class Generator(nn.Module):
             for i in range(len(config.channels))
         )
 
+    @property
+    def num_images(self) -> int:
+        """Levels of the pyramid that it draws."""
+        return len(self.levels)
+
     def read(self, features: Features) -> Text:
         """Frozen features (or class numbers B, or None) → t_local and t_global."""
         text: Text = self.text(features)
@@ -156,9 +161,14 @@ class Generator(nn.Module):
         """4×4 maps: a constant, something of w, or their sum."""
         if self.style_input is None:
             assert self.constant is not None
-            return self.constant.expand(B, -1, -1, -1)
-        shift_BCHW = self.style_input(style_BS).unflatten(1, (-1, 4, 4)).expand(B, -1, -1, -1)
-        return activate(shift_BCHW if self.constant is None else self.constant + shift_BCHW)
+            x_BCHW = self.constant.expand(B, -1, -1, -1)
+        else:
+            shift_BCHW = self.style_input(style_BS).unflatten(1, (-1, 4, 4)).expand(B, -1, -1, -1)
+            x_BCHW = activate(shift_BCHW if self.constant is None else self.constant + shift_BCHW)
+        if max(self.config.kernels) == 1:
+            # Ordinary convolutions alone, which read this layout faster; banks would undo it.
+            x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
+        return x_BCHW
 
     def forward(self, z_BZ: Tensor, features: Features) -> list[Tensor]:
         """Latents and what the network is conditioned on → the image pyramid, largest first."""

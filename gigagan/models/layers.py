@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +76,14 @@ def downsample(x_BCHW: Tensor) -> Tensor:
         wide, scale_factor=0.5, mode="bilinear", align_corners=False, antialias=True
     )
     return halved.to(x_BCHW.dtype)
+
+
+def halve_by_mean(x_BCHW: Tensor) -> Tensor:
+    """Halve the side by the mean of 2×2."""
+    return F.avg_pool2d(x_BCHW, 2)
+
+
+Halving = Callable[[Tensor], Tensor]
 
 
 def pyramid(x_BCHW: Tensor, num_levels: int) -> list[Tensor]:
@@ -343,8 +352,11 @@ class DownBlock(nn.Module):
     StyleGAN2's discriminator block with a residual branch of reduced gain.
     """
 
-    def __init__(self, in_maps: int, out_maps: int, *, gain: float) -> None:
+    def __init__(
+        self, in_maps: int, out_maps: int, *, gain: float, halve: Halving = downsample
+    ) -> None:
         super().__init__()
+        self.halve = halve
         trunk_weight, branch_weight = residual_weights(gain)
         self.first = EqualConv2d(in_maps, in_maps, 3, gain=ACTIVATION_GAIN)
         self.second = EqualConv2d(in_maps, out_maps, 3, gain=ACTIVATION_GAIN * branch_weight)
@@ -352,15 +364,15 @@ class DownBlock(nn.Module):
 
     def forward(self, x_BIHW: Tensor) -> Tensor:
         """B I H W → B O H/2 W/2."""
-        branch = activate(self.second(downsample(activate(self.first(x_BIHW)))))
-        return self.trunk(downsample(x_BIHW)) + branch
+        branch = activate(self.second(self.halve(activate(self.first(x_BIHW)))))
+        return self.trunk(self.halve(x_BIHW)) + branch
 
 
 class MappingNetwork(nn.Module):
     """M: latent z and the global descriptor of text or class → style w (GigaGAN, section 3.3).
 
     Both inputs are normalised to the same total energy, so that neither drowns the other at
-    any width.
+    any width; then z is weighted by `latent_gain`.
     """
 
     def __init__(self, config: StyleConfig) -> None:
@@ -375,6 +387,7 @@ class MappingNetwork(nn.Module):
             multiplier = config.mapping_lr_multiplier
             self.layers.append(EqualLinear(*widths[-2:], lr_multiplier=multiplier))
         self.is_linear = config.linear_style
+        self.latent_gain = config.latent_gain
 
     def forward(self, z_BZ: Tensor, condition_BT: Tensor | None) -> Tensor:
         """B Z and B T (None if unconditional) → B S."""
@@ -384,6 +397,8 @@ class MappingNetwork(nn.Module):
             [rms_normalize(p) * math.sqrt(width / (len(inputs) * p.shape[1])) for p in inputs],
             dim=1,
         )
+        if self.latent_gain != 1:
+            x[:, : z_BZ.shape[1]] *= self.latent_gain
         for number, layer in enumerate(self.layers, start=1):
             x = layer(x) if self.is_linear and number == len(self.layers) else activate(layer(x))
         return x

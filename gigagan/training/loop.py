@@ -139,7 +139,7 @@ def _steps(
     recent = _recent(config, loader, run.images_seen)
     stream = loader.batches(run.images_seen)
     while run.images_seen < config.total_images:
-        rate, has_r1 = run.set_rates(), run.has_r1
+        phase, has_r1 = run.enter_phase(), run.has_r1
         inputs = _inputs(
             config,
             players,
@@ -148,12 +148,14 @@ def _steps(
             next(stream),
             run.images_seen,
             world,
+            has_discriminator=phase.has_discriminator,
             augmented_share=run.ada.probability,
         )
         parts = step.split(inputs, config.system.accumulate)
         share, keeps_graph = 1 / len(parts), len(parts) == 1
         auxiliary = players.auxiliary
         is_due = auxiliary is not None and auxiliary.is_due(run.number, run.images_seen)
+        is_due = is_due and phase.has_discriminator
         strength = auxiliary.strength(run.images_seen) if auxiliary and is_due else 0.0
         is_asking = world.size == 1 or run.number % STOP_EVERY == 0
         metrics: step.Metrics = {}
@@ -164,27 +166,29 @@ def _steps(
             with torch.set_grad_enabled(keeps_graph), autocast(config.precision, world.device):
                 fakes.append(step.synthesize(generator, part))
 
-        # Discriminator.
-        _require_grad(True, discriminator, heads)
-        run.opt_d.zero_grad(set_to_none=True)
-        for i, (part, fake) in enumerate(zip(parts, fakes, strict=True)):
-            if i == len(parts) - 1 and not has_r1:
-                run.reducer_d.arm()  # means of gradients leave while this backward runs
-            with autocast(config.precision, world.device):
-                terms = step.accumulate_discriminator(
-                    players, config, part, fake, auxiliary_strength=strength, share=share
-                )
-            step.add(metrics, terms, share)
-        if has_r1:
-            weight = config.optimizer.r1_weight / 2 * config.optimizer.r1_every
-            for i, part in enumerate(parts):
-                if i == len(parts) - 1:
-                    run.reducer_d.arm()
-                with uncompiled():
-                    terms = step.accumulate_r1(players, part, weight=weight * share)
+        # Discriminator: every so many steps, and not at all in a warm start.
+        if run.trains_discriminator:
+            _require_grad(True, discriminator, heads)
+            run.opt_d.zero_grad(set_to_none=True)
+            for i, (part, fake) in enumerate(zip(parts, fakes, strict=True)):
+                if i == len(parts) - 1 and not has_r1:
+                    run.reducer_d.arm()  # means of gradients leave while this backward runs
+                with autocast(config.precision, world.device):
+                    terms = step.accumulate_discriminator(
+                        players, config, part, fake, auxiliary_strength=strength, share=share
+                    )
                 step.add(metrics, terms, share)
-        run.reducer_d.finish()
-        metrics["d/gradient_norm"] = run.update("d", run.opt_d, discriminator, heads)
+            if has_r1:
+                weight = config.optimizer.r1_weight / 2 * config.optimizer.r1_every
+                for i, part in enumerate(parts):
+                    if i == len(parts) - 1:
+                        run.reducer_d.arm()
+                    with uncompiled():
+                        terms = step.accumulate_r1(players, part, weight=weight * share)
+                    step.add(metrics, terms, share)
+            run.reducer_d.finish()
+            metrics["d/gradient_norm"] = run.update("d", run.opt_d, discriminator, heads)
+            run.ada.update(metrics["d/sign_real"], world.mean)
 
         # Generator.
         _require_grad(False, discriminator, heads)
@@ -195,7 +199,13 @@ def _steps(
             with autocast(config.precision, world.device):
                 images = fake if keeps_graph else step.synthesize(generator, part)
                 terms = step.accumulate_generator(
-                    players, config, part, images, auxiliary_strength=strength, share=share
+                    players,
+                    config,
+                    part,
+                    images,
+                    auxiliary_strength=strength,
+                    phase=phase,
+                    share=share,
                 )
             step.add(metrics, terms, share)
         run.reducer_g.finish()
@@ -206,7 +216,6 @@ def _steps(
         # Bookkeeping.
         run.images_seen += config.batch_size
         run.ema.update(generator, run.images_seen, config.batch_size)
-        run.ada.update(metrics["d/sign_real"], world.mean)
         log.add(metrics)
         watch.beat()
         is_done = run.images_seen >= config.total_images
@@ -214,7 +223,10 @@ def _steps(
             line = log.line(run.images_seen, mean=world.mean)
             alarms = run.guard.check(line, run.images_seen)
             figures = {
-                "learning_rate": rate,
+                "learning_rate": run.rate_of(run.opt_g),
+                "phase/learning_rate_d": run.rate_of(run.opt_d),
+                "phase/adversarial": phase.adversarial,
+                "phase/regression": phase.regression,
                 "augment/probability": run.ada.probability if config.augment.diffaugment else 0.0,
                 "ema/half_life": run.ema.half_life_at(run.images_seen),
                 **run.guard.figures(),
@@ -253,11 +265,17 @@ def _inputs(
     images_seen: int,
     world: World,
     *,
+    has_discriminator: bool = True,
     augmented_share: float = 1.0,
 ) -> step.Inputs:
-    """Draw everything random of a step from (seed, position), for all ranks alike, and share it."""
+    """Draw everything random of a step from (seed, position), for all ranks alike, and share it.
+
+    Without a discriminator nothing meets another caption.
+    """
     random = torch.Generator().manual_seed(config.seed * 1_000_003 + images_seen)
     generator, levels = players.generator, players.discriminator.config.levels
+    if config.warm_start.images:  # the regression is on every level that is drawn
+        levels = generator.num_images
     B = config.batch_size
     z_BZ = world.share(torch.randn(B, generator.config.latent_dim, generator=random))
     is_hard_B = torch.rand(B, generator=random) < config.loss.hard_mismatches
@@ -281,6 +299,21 @@ def _inputs(
         draws.append(drawn and drawn.shared(world.share))
 
     recent.add(batch.planned_captions)
+    text = captions(batch.captions)
+    if not has_discriminator:
+        return step.Inputs(
+            real,
+            batch.captions,
+            text,
+            z_BZ,
+            small,
+            text,
+            torch.zeros(len(batch.captions), dtype=torch.bool, device=world.device),
+            crop,
+            tuple(draws),
+            images_seen,
+            world.share(torch.arange(B) >= B // 2),
+        )
     others = mismatch(
         batch.planned_captions,
         recent,
@@ -297,7 +330,7 @@ def _inputs(
     return step.Inputs(
         real,
         batch.captions,
-        captions(batch.captions),
+        text,
         z_BZ,
         small,
         other_text,

@@ -15,6 +15,7 @@ from gigagan.training.distributed import GradientReducer, World, consolidate, ma
 from gigagan.training.ema import Ema
 from gigagan.training.guard import Alarm, Divergence, Guard
 from gigagan.training.logs import Log
+from gigagan.training.phases import Phase, phase_at
 
 BETA1 = 0.0  # GigaGAN and StyleGAN2: no momentum
 
@@ -71,16 +72,24 @@ class Run:
 
     # Optimizers.
 
-    def set_rates(self) -> float:
-        """D's learning rate of the next step: linear warm-up, and what rollbacks have left."""
-        settings = self.config.optimizer
-        warmup = max(settings.warmup_images, 1)
-        ramp = min((self.images_seen + self.config.batch_size) / warmup, 1.0)
-        rate = settings.lr * ramp * self.guard.rate_factor
-        for optimizer, share in ((self.opt_g, settings.generator_rate), (self.opt_d, 1.0)):
+    def enter_phase(self) -> Phase:
+        """The phase of the next step; sets both learning rates, less what rollbacks took."""
+        phase = phase_at(self.config, self.images_seen)
+        for optimizer, rate in (
+            (self.opt_g, phase.generator_lr),
+            (self.opt_d, phase.discriminator_lr),
+        ):
             for group in optimizer.param_groups:
-                group["lr"] = share * rate
-        return rate
+                group["lr"] = rate * self.guard.rate_factor
+        seam = self.config.warm_start.images
+        if seam and self.images_seen - self.config.batch_size < seam <= self.images_seen:
+            self.log.say(f"{self.images_seen:,} images seen: the warm start ends, D comes in")
+        return phase
+
+    @staticmethod
+    def rate_of(optimizer: torch.optim.Optimizer) -> float:
+        """The learning rate of its last step."""
+        return float(optimizer.param_groups[0]["lr"])
 
     def update(self, name: str, optimizer: torch.optim.Optimizer, *modules: nn.Module) -> Tensor:
         """Clip, let the guard judge, and step; the gradients' norm before clipping.
@@ -94,6 +103,8 @@ class Run:
         nn.utils.clip_grads_with_norm_(parameters, largest, norm)
         has_r1 = name == "d" and self.has_r1
         kind = "r1" if has_r1 else "plain"
+        if self.images_seen < self.config.warm_start.images:
+            kind = "warm"
         optimizer.found_inf = self.guard.judge(name, norm, kind=kind)  # type: ignore[attr-defined]
         optimizer.step()
         return norm.detach()
@@ -107,7 +118,14 @@ class Run:
     def has_r1(self) -> bool:
         """Whether the next step has a lazy R1 penalty."""
         settings = self.config.optimizer
-        return settings.r1_weight > 0 and self.number % settings.r1_every == 0
+        is_due = settings.r1_weight > 0 and self.number % settings.r1_every == 0
+        return is_due and self.trains_discriminator
+
+    @property
+    def trains_discriminator(self) -> bool:
+        """Whether the next step is one of D, too."""
+        is_due = self.number % self.config.optimizer.discriminator_every == 0
+        return is_due and self.images_seen >= self.config.warm_start.images
 
     # Health.
 

@@ -21,7 +21,9 @@ from gigagan.models.layers import full_precision
 from gigagan.models.upsampler import Upsampler
 from gigagan.training.augment import Augment, Draws, mean_sign
 from gigagan.training.auxiliary import Auxiliary
+from gigagan.training.phases import Phase
 
+ADVERSARIAL = Phase()
 Metrics = dict[str, Tensor]  # detached, still on the device; the loop decides when to read them
 
 
@@ -219,9 +221,39 @@ def accumulate_generator(
     fakes: Sequence[Tensor],
     *,
     auxiliary_strength: float,
+    phase: Phase = ADVERSARIAL,
     share: float = 1.0,
 ) -> Metrics:
-    """Add `share` of G's gradients; D's parameters must not require any."""
+    """Add `share` of G's gradients; D's parameters must not require any.
+
+    What the phase gives no weight is not computed.
+    """
+    terms: list[Tensor] = []
+    metrics: Metrics = {}
+    if phase.adversarial > 0:
+        loss, metrics = _adversarial(players, config, inputs, fakes, auxiliary_strength)
+        terms.append(phase.adversarial * loss)
+    if phase.regression > 0:
+        gradients = config.warm_start.gradients
+        loss = losses.regression(fakes, inputs.real[: len(fakes)], gradients=gradients)
+        terms.append(phase.regression * loss)
+        metrics["g/regression"] = loss.detach()
+    if isinstance(config, TrainUpsamplerConfig):
+        loss, more = _fidelity(players, config, inputs, fakes[0])
+        terms.append(loss)
+        metrics |= more
+    (share * torch.stack(terms).sum()).backward()
+    return metrics
+
+
+def _adversarial(
+    players: Players,
+    config: TrainStage,
+    inputs: Inputs,
+    fakes: Sequence[Tensor],
+    auxiliary_strength: float,
+) -> tuple[Tensor, Metrics]:
+    """What reaches G through D and the frozen image encoder."""
     d = players.discriminator
     with torch.no_grad():
         text_BT = _read(d, inputs.text)
@@ -250,12 +282,7 @@ def accumulate_generator(
         extra = config.loss.vision * vision + config.loss.contrastive * contrastive
         loss = loss + auxiliary_strength * extra
         metrics |= {"g/vision": vision.detach(), "g/contrastive": contrastive.detach()}
-    if isinstance(config, TrainUpsamplerConfig):
-        fidelity, terms = _fidelity(players, config, inputs, fakes[0])
-        loss = loss + fidelity
-        metrics |= terms
-    (share * loss).backward()
-    return metrics
+    return loss, metrics
 
 
 def _fidelity(

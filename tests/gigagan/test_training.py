@@ -298,7 +298,7 @@ def test_the_generator_learns_at_its_own_share_of_the_rate(tmp_path):
     optimizer = BASE.optimizer.model_copy(update={"generator_rate": 0.25, "warmup_images": 0})
     config = BASE.model_copy(update={"optimizer": optimizer})
     made = Run(config, players(config), tmp_path, Log(tmp_path, 8), World())
-    assert made.set_rates() == optimizer.lr
+    assert made.enter_phase().discriminator_lr == optimizer.lr
     assert {group["lr"] for group in made.opt_d.param_groups} == {optimizer.lr}
     assert {group["lr"] for group in made.opt_g.param_groups} == {optimizer.lr / 4}
 
