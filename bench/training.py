@@ -10,6 +10,7 @@ Measured as `bench.model` measures; a step is one update of D and one of G with 
 - `profile` runs the training loop itself and times what it calls, each without what it calls in
   turn. The losses through frozen image encoders are left out, and features of text are made up, as
   training reads them from memory.
+- `neighbour` runs the same loop with threads or with ranks, alone and beside a busy process.
 
 Shape letters: B batch, Z latent, C colour, H W image.
 """
@@ -58,7 +59,7 @@ CANDIDATES = (OURS, WITHOUT_TEXT, "gigagan_pytorch", "gigagan_pytorch.alike")
 CONVOLUTION, PRODUCT = "one large convolution", "one large matrix product"
 PENALTY_EVERY = {OURS: CONFIGS[32].optimizer.r1_every, "gigagan_pytorch": 4}
 STEPS = ("train-32", "train-64")
-TASKS = {"train": STEPS, "profile": ("profile",)}
+TASKS = {"train": STEPS, "profile": ("profile",), "neighbour": ("neighbour",)}
 PROFILED = "small_32"
 
 
@@ -222,28 +223,30 @@ class _Batch(NamedTuple):
     planned_captions: list[str]
 
 
-class _Noise:
-    """In place of shards."""
+class Noise:
+    """In place of shards: a rank's part of the same batch again and again."""
 
-    def __init__(self, side: int, batch: int) -> None:
-        self.image_BCHW = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8)
+    def __init__(self, side: int, batch: int, world: World) -> None:
+        self._rows = world.rows(batch)
+        self.image_BCHW = torch.randint(0, 256, (len(self._rows), 3, side, side), dtype=torch.uint8)
         self.known = [f"caption {i}" for i in range(batch)]
 
     def batches(self, images_seen: int = 0) -> Iterator[_Batch]:
-        return itertools.repeat(_Batch(self.image_BCHW, self.known, self.known))
+        own = [self.known[row] for row in self._rows]
+        return itertools.repeat(_Batch(self.image_BCHW, own, self.known))
 
     def captions_between(self, start: int, stop: int) -> list[str]:
         return [self.known[i % len(self.known)] for i in range(start, stop)]
 
 
-class _Encoder:
+class Encoder:
     """In place of the frozen text encoder: captions of 20 tokens."""
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
         return model.features(len(captions))
 
 
-class _NoProbe:
+class NoProbe:
     def look(self, generator: nn.Module) -> Look:
         raise AssertionError("a profile ends before the first look")
 
@@ -274,23 +277,31 @@ class _Timed:
             yield batch
 
 
-def profile(shards: Path | None = None, num_steps: int = 16, name: str = PROFILED) -> None:
-    """Shares of a step's time in the training loop, R1 at its own interval."""
-    never = 1 << 40
-    config = preset(name)
+def endless(name: str) -> TrainBaseConfig:
+    """A preset that never comes to a tick, a checkpoint or its end."""
+    config, never = preset(name), 1 << 40
     assert isinstance(config, TrainBaseConfig)
     changes = {"total_images": never, "sample_images": never, "checkpoint_images": never}
-    config = config.model_copy(update=changes)
+    return config.model_copy(update=changes)
+
+
+def players(config: TrainBaseConfig) -> step.Players:
+    """New networks, the same in every process, without frozen ones."""
     torch.manual_seed(0)
     g, d = Generator(config.generator), Discriminator(config.discriminator)
     num_predictions = len(d.config.pairs)
-    players = step.Players(g, d, [1 / num_predictions] * num_predictions, None, None)
-    loader: loop.Loader = _Noise(g.config.resolution, config.batch_size)
+    return step.Players(g, d, [1 / num_predictions] * num_predictions, None, None)
+
+
+def profile(shards: Path | None = None, num_steps: int = 16, name: str = PROFILED) -> None:
+    """Shares of a step's time in the training loop, R1 at its own interval."""
+    config = endless(name)
+    loader: loop.Loader = Noise(config.generator.resolution, config.batch_size, World())
     if shards is not None:
         loader = ShardLoader(shards, batch_size=config.batch_size, seed=0)
     watch = Stopwatch()
     timed = _Timed(loader, watch, num_steps)
-    captions = CaptionFeatures(_Encoder(), torch.device("cpu"))  # type: ignore[arg-type]
+    captions = CaptionFeatures(Encoder(), torch.device("cpu"))  # type: ignore[arg-type]
     with contextlib.ExitStack() as stack, contextlib.suppress(_Enough):
         for owner, attribute, shown in (
             (loop, "_inputs", "inputs: pyramid, captions, noise"),
@@ -307,8 +318,8 @@ def profile(shards: Path | None = None, num_steps: int = 16, name: str = PROFILE
             function = watch.timed(shown, getattr(owner, attribute))
             stack.enter_context(mock.patch.object(owner, attribute, function))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        log = Log(folder, never, is_main=False)
-        loop.train(config, players, captions, timed, _NoProbe(), folder, log, World())
+        log = Log(folder, config.total_images, is_main=False)
+        loop.train(config, players(config), captions, timed, NoProbe(), folder, log, World())
     source = "made-up pictures" if shards is None else str(shards)
     print(
         f"\n{name}, batch {config.batch_size}, {num_steps} steps on {source}, R1 every "
@@ -330,11 +341,16 @@ def main(
     shards: Path | None = None,
     num_steps: int = 16,
 ) -> None:
-    """A training step with and without text against gigagan-pytorch, and where its time goes."""
+    """A training step against gigagan-pytorch, where its time goes, and what neighbours cost."""
     wanted = list(itertools.chain.from_iterable(TASKS.get(kind, (kind,)) for kind in what))
     for task in wanted:
         if task == "profile":
             profile(shards, num_steps)
+            continue
+        if task == "neighbour":
+            from bench import neighbour  # which runs what is in here
+
+            neighbour.main()
             continue
         found = model.compete(__name__, task, CANDIDATES, {OURS, *candidates}, rounds)
         side = int(task.split("-")[1])

@@ -169,15 +169,20 @@ class KubernetesResources(Frozen):
 class Resources(Frozen):
     """What a stage runs on. Never part of its key: other hardware makes the same output."""
 
-    backend: Literal["inline", "torchrun", "slurm", "kubernetes"] = "inline"
+    backend: Literal["auto", "inline", "torchrun", "slurm", "kubernetes"] = "auto"
     """How a training or an evaluation starts: one plain process, torchrun on this machine, or
-    torchrun in a job of a cluster."""
+    torchrun in a job of a cluster. `auto` looks at this machine when it starts. A training gets a
+    rank on each GPU, or, without any, a rank of one thread on each core that nobody else uses
+    where its networks are small, and one process with a thread on each where they are not. An
+    evaluation is one process."""
     processes: int = Field(1, ge=1)
-    """Processes: ranks on each node for training, workers for data stages."""
+    """Processes: ranks on each node for training, workers for data stages. With `auto`, 1 leaves
+    the number open: one process whatever there is free is `inline`."""
     nodes: int = Field(1, ge=1)
     """Nodes of a cluster's job."""
     threads: int | None = Field(None, ge=1)
-    """Threads of each process; null shares the cores out evenly."""
+    """Threads of each process; null shares the cores out evenly, with `auto` those that nobody
+    else uses."""
     max_restarts: int = Field(3, ge=0)
     """How often a training starts again from its last checkpoint: all ranks, after one died; the
     cluster's job, after a node was lost or taken away or its time was over."""
@@ -258,7 +263,7 @@ class ResourcesConfig(Frozen):
             if "backend" in used and given.backend == "inline" and given.processes > 1:
                 raise ValueError(
                     f"{stage}.processes = {given.processes} with backend inline, which is one "
-                    "process: choose torchrun, slurm or kubernetes"
+                    "process: choose auto, torchrun, slurm or kubernetes"
                 )
         if (ranks := self.evaluate.processes * self.evaluate.nodes) > 1:
             raise ValueError(

@@ -15,6 +15,7 @@ from types import ModuleType
 
 from flows import progress
 from flows.config import Resources
+from flows.launch.auto import plan
 from flows.launch.command import LOG, PREEMPTED, Job, LaunchError, Output
 from flows.stage import Context
 
@@ -36,8 +37,8 @@ def launch(
 
     It gets SIGTERM when we leave by an exception. Raises `LaunchError` when it fails.
     """
-    job = Job(module, resources, log_file, env or {})
-    _backend(resources).run(job, Output(log))
+    job = Job(module, plan(resources, None).resources, log_file, env or {})
+    _backend(job).run(job, Output(log))
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,20 @@ class Process:
     out: str
     """The option that takes the output's folder."""
 
-    def job(self, context: Context) -> Job:
+    def job(self, context: Context, resources: Resources) -> Job:
         """It, for this output on these resources."""
         config = context.path / CONFIG
         words = [*self.module, "--config", str(config), self.out, str(context.path)]
         for name, path in context.inputs.items():
             words += [f"--{name}", str(path)]
-        return Job(words, context.resources, context.path / LOG, context.env)
+        return Job(words, resources, context.path / LOG, context.env)
 
 
 def stage_process(context: Context, process: Process) -> None:
-    """Run a stage's body; a line of its output that holds `DONE/TOTAL WHAT` moves the progress."""
+    """Run a stage's body; a line of its output that holds `DONE/TOTAL WHAT` moves the progress.
+
+    What `auto` chose is said first, in the log file too, and becomes part of the figures.
+    """
     (context.path / CONFIG).write_text(context.config.model_dump_json(indent=2))
     show = progress.from_output(context.progress)
 
@@ -67,14 +71,26 @@ def stage_process(context: Context, process: Process) -> None:
         context.log(line)
         show(line)
 
-    _backend(context.resources).run(process.job(context), Output(listen))
+    planned = plan(context.resources, context.config)
+    job = process.job(context, planned.resources)
+    if planned.reason:
+        context.metrics |= planned.figures
+        with job.log_file.open("a") as file:
+            file.write(f"{planned.reason}\n")
+        listen(planned.reason)
+    _backend(job).run(job, Output(listen))
 
 
 def render(context: Context, process: Process) -> str:
-    """What `stage_process` would start: a command line, a batch script or a manifest."""
-    text: str = _backend(context.resources).render(process.job(context))
-    return text
+    """What `stage_process` would start: a command line, a batch script or a manifest.
+
+    What `auto` chooses now, and why, is a comment above it.
+    """
+    planned = plan(context.resources, context.config)
+    job = process.job(context, planned.resources)
+    text: str = _backend(job).render(job)
+    return f"# {planned.reason}\n{text}" if planned.reason else text
 
 
-def _backend(resources: Resources) -> ModuleType:
-    return importlib.import_module(f"flows.launch.{BACKENDS[resources.backend]}")
+def _backend(job: Job) -> ModuleType:
+    return importlib.import_module(f"flows.launch.{BACKENDS[job.resources.backend]}")

@@ -15,7 +15,7 @@ from flows.launch import LaunchError, launch
 from flows.launch.command import Job, Output, argv, environment
 from flows.safety.processes import is_alive
 
-INLINE = Resources()
+INLINE = Resources(backend="inline")
 
 
 @pytest.fixture
@@ -91,7 +91,8 @@ def test_a_signal_to_the_group_reaches_the_child(module, tmp_path):
             "-c",
             "import sys; from pathlib import Path; from flows.config import Resources;"
             "from flows.launch import launch;"
-            f"launch({child!r}, Resources(), log_file=Path({str(tmp_path / 'log')!r}))",
+            f"launch({child!r}, Resources(backend='inline'),"
+            f" log_file=Path({str(tmp_path / 'log')!r}))",
         ],
         env=environment(Job([], INLINE, tmp_path / "log")),
         stdout=subprocess.PIPE,
@@ -110,7 +111,8 @@ def test_a_signal_to_the_group_reaches_the_child(module, tmp_path):
 
 
 def job(tmp_path=Path("/store/train-base/0123456789abcdef"), env=(), **resources):
-    return Job(["m", "--x"], Resources(**resources), tmp_path / "log", dict(env))
+    resources = Resources(**{"backend": "inline", **resources})
+    return Job(["m", "--x"], resources, tmp_path / "log", dict(env))
 
 
 def test_torchrun_is_one_node_with_that_many_processes():

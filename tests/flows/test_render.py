@@ -19,7 +19,9 @@ def rendered(capsys, tmp_path, stage, *settings):
 def test_a_local_stage_is_a_command_line_with_inputs_that_are_not_there_yet(capsys, tmp_path):
     status, shown = rendered(capsys, tmp_path, "train-base", "threads=3")
     assert status == 0
-    assert shown.out.startswith("OMP_NUM_THREADS=3 ")
+    reason, command = shown.out.splitlines()
+    assert reason.startswith("# 1 process of 3 threads: ")
+    assert command.startswith("OMP_NUM_THREADS=3 ")
     assert f"-m gigagan.training --config {tmp_path}/store/train-base/KEY/config.json" in shown.out
     assert f"--shards {tmp_path}/store/filter/KEY/shards/032" in shown.out
     assert not (tmp_path / "store").exists()

@@ -17,7 +17,6 @@ CLUSTER = {"image": "train:1", "claim": "store", "mount_path": "/store"}
         ("filter.env.A", "b", r"filter\.env"),
         ("download.executor", "ray", r"download\.executor = 'ray' has no effect"),
         ("train_base.executor", "ray", r"train_base\.executor"),
-        ("train_base.processes", 2, "choose torchrun, slurm or kubernetes"),
         ("train_base.nodes", 2, "only a cluster's job has it"),
         ("train_base.deadline_hours", 1, "only a cluster's job has it"),
         ("train_base.backend", "kubernetes", r"needs kubernetes\.image"),
@@ -32,6 +31,12 @@ def test_what_would_have_no_effect_or_leak_is_refused(key, value, message):
     with pytest.raises(ConfigError, match=message) as error:
         PipelineConfig().override({f"resources.{key}": value})
     assert "hidden" not in str(error.value)
+
+
+def test_one_plain_process_is_not_several():
+    asked = {"resources.train_base.backend": "inline", "resources.train_base.processes": 2}
+    with pytest.raises(ConfigError, match="choose auto, torchrun, slurm or kubernetes"):
+        PipelineConfig().override(asked)
 
 
 def test_an_evaluation_works_in_one_process():

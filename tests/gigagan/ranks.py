@@ -76,6 +76,8 @@ def reducer(world, folder):
     GradientReducer(world, frozen)
     assert len(reducers[0]._buckets) > 2
     assert len(reducers[1]._buckets) == 1
+    for bucket in reducers[0]._buckets:
+        assert (bucket._shared is not None) == world.shares_memory
     x = images()
     mine = world.share(x)
 
@@ -250,9 +252,10 @@ def hangs(world, folder):
 
 def main():
     name, folder = sys.argv[1], Path(sys.argv[2])
-    world = join(timeout_s=2 if name == "hangs" else 20)
+    world = join(timeout_s=2 if name == "hangs" else 60)
     assert (world.size, world.device.type) == (2, "cpu")
     assert isinstance(world, World)
+    assert world.shares_memory == (os.environ["LOCAL_WORLD_SIZE"] == "2")
     {f.__name__: f for f in (reducer, gather, sharded, dies, hangs)}[name](world, folder)
     world.leave()
 

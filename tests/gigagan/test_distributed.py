@@ -14,6 +14,7 @@ from gigagan.training.distributed import (
     GradientReducer,
     World,
     _batched,
+    _keep_to_core,
     _owners,
     consolidate,
     join,
@@ -23,7 +24,7 @@ from gigagan.training.distributed import (
 RANKS = Path(__file__).with_name("ranks.py")
 
 
-def start_ranks(name, folder):
+def start_ranks(name, folder, num_local=2):
     """Two gloo processes, as torchrun would start them, but nobody ends one for the other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -36,11 +37,12 @@ def start_ranks(name, folder):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": str(num_local),
     }
     command = [sys.executable, str(RANKS), name, str(folder)]
     processes = []
     for rank in ("0", "1"):
-        env |= {"RANK": rank, "LOCAL_RANK": rank}
+        env |= {"RANK": rank, "LOCAL_RANK": str(int(rank) % num_local)}
         with (folder / f"{name}{rank}.txt").open("w") as output:
             processes.append(
                 subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
@@ -48,11 +50,11 @@ def start_ranks(name, folder):
     return processes
 
 
-def two_ranks(name, folder):
+def two_ranks(name, folder, num_local=2):
     """Exit statuses and last words; the second rank is ended once the first is gone."""
-    first, second = start_ranks(name, folder)
+    first, second = start_ranks(name, folder, num_local)
     try:
-        first.wait(timeout=60)
+        first.wait(timeout=120)
         second.wait(timeout=5)
     except subprocess.TimeoutExpired:
         pass
@@ -61,6 +63,45 @@ def two_ranks(name, folder):
         second.kill()
     words = [(folder / f"{name}{rank}.txt").read_text()[-3000:] for rank in (0, 1)]
     return [first.wait(), second.wait()], words
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    """Pretend that cores 2, 3 and 5 are ours; returns those that we keep to in the end."""
+    kept = {2, 3, 5}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(kept))
+    monkeypatch.setattr(
+        os, "sched_setaffinity", lambda pid, chosen: (kept.clear(), kept.update(chosen))
+    )
+    monkeypatch.delenv("GIGAGAN_CORES", raising=False)
+    return kept
+
+
+def test_a_rank_keeps_to_the_core_that_it_is_given(cores, monkeypatch):
+    monkeypatch.setenv("GIGAGAN_CORES", "5,3")
+    _keep_to_core(1, 2)
+    assert cores == {3}
+
+
+def test_ranks_share_out_the_cores_where_there_are_as_many(cores):
+    _keep_to_core(1, 3)
+    assert cores == {3}
+
+
+@pytest.mark.parametrize(("asked", "num_ranks"), [("off", 3), ("", 2)])
+def test_ranks_may_use_all_cores_where_it_is_asked_for_or_some_are_left_over(
+    cores, monkeypatch, asked, num_ranks
+):
+    monkeypatch.setenv("GIGAGAN_CORES", asked)
+    _keep_to_core(0, num_ranks)
+    assert cores == {2, 3, 5}
+
+
+@pytest.mark.parametrize("asked", ["2", "2,3,5", "2,4", "2,x"])
+def test_cores_that_do_not_fit_the_ranks_are_named(cores, monkeypatch, asked):
+    monkeypatch.setenv("GIGAGAN_CORES", asked)
+    with pytest.raises(ValueError, match=f"GIGAGAN_CORES={asked} .* each of 2 ranks.* 2,3,5"):
+        _keep_to_core(0, 2)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +116,11 @@ def ranks():
 @pytest.mark.parametrize("name", ["reducer", "gather"])
 def test_two_ranks_equal_one_process(name, tmp_path):
     status, words = two_ranks(name, tmp_path)
+    assert status == [0, 0], words
+
+
+def test_ranks_of_two_machines_share_no_memory_and_equal_one_process(tmp_path):
+    status, words = two_ranks("reducer", tmp_path, num_local=1)
     assert status == [0, 0], words
 
 

@@ -42,8 +42,9 @@ TINY = {
     "train_base.num_probe_captions": 4,
     "train_base.loss.vision": 0,
     "train_base.loss.contrastive": 0,
+    "resources.train_base.backend": "inline",
 }
-"""Some ten seconds of training with three checkpoints."""
+"""Some ten seconds of training in one process, with three checkpoints."""
 LOGGED = [32, 64, 96]
 """Its lines of metrics."""
 
