@@ -56,7 +56,7 @@ def external(config: PipelineConfig) -> Mapping[str, str]:
 
 STAGE = Stage(
     "evaluate",
-    version=2,
+    version=3,
     run=run,
     needs=needs,
     external=external,

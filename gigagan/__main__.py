@@ -7,10 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from gigagan.commands import describe, edit, evaluate, export, play, sample, upscale
+from gigagan.commands import blind, describe, edit, evaluate, export, play, sample, upscale
 
 FAILED = 1
-COMMANDS = (describe, sample, edit, upscale, play, export, evaluate)
+COMMANDS = (describe, sample, edit, upscale, play, export, evaluate, blind)
 
 
 def parser() -> argparse.ArgumentParser:

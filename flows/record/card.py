@@ -213,7 +213,8 @@ def _no_better_than_chance(results: Mapping[str, Any]) -> Iterator[str]:
         value = results["metrics"].get(name)
         if value is None:
             continue
-        is_better = value < chance if name in SMALLER_IS_BETTER else value > chance
+        is_smaller_better = name in SMALLER_IS_BETTER or "_rank_" in name
+        is_better = value < chance if is_smaller_better else value > chance
         if not is_better:
             yield f"{name} ({value:.4g}, chance {chance:.4g})"
 

@@ -416,6 +416,9 @@ class EvaluateConfig(Frozen):
     """Encoder of FD-DINOv2, as in `dinov2:vitl14`; null measures none."""
     resamples: int = Field(200, ge=0)
     """Bootstrap resamples behind each 95 % interval; 0 gives none."""
+    naming_captions: int = Field(192, ge=0)
+    """Most captions of each split of the gallery (trained, combinations, unseen) of which it is
+    measured whether the picture can be named; 0 measures none."""
     diversity_prompts: int = Field(12, ge=0)
     """Prompts on which the LPIPS diversity within a prompt is measured."""
     diversity_seeds: int = Field(4, ge=2)

@@ -45,11 +45,6 @@ def recall_at(k: int, images_ND: Tensor, texts_ND: Tensor) -> float:
     return (_own_ranks(images_ND, texts_ND) <= k).double().mean().item()
 
 
-def recall_among(k: int, queries_PD: Tensor, keys_ND: Tensor, own_P: Sequence[int]) -> float:
-    """R@k of P queries among N keys, of which number `own_P[p]` is p's; chance k / N."""
-    return (_ranks(queries_PD, keys_ND, own_P) <= k).double().mean().item()
-
-
 class ProbeRank(NamedTuple):
     """Result of `pixel_probe_rank`."""
 
@@ -96,22 +91,15 @@ def _probe(pictures_NHWC: np.ndarray) -> Tensor:
 
 
 def _own_ranks(queries_ND: Tensor, keys_ND: Tensor) -> Tensor:
-    """Rank from 1 [N] of key n for query n."""
+    """Rank from 1 [N] of key n for query n by cosine; equal keys share the mean of their ranks."""
     if len(queries_ND) != len(keys_ND):
         raise ValueError(f"{len(queries_ND)} queries and {len(keys_ND)} keys are not pairs")
-    return _ranks(queries_ND, keys_ND, range(len(keys_ND)))
-
-
-def _ranks(queries_PD: Tensor, keys_ND: Tensor, own_P: Sequence[int]) -> Tensor:
-    """Rank from 1 [P] of the own key by cosine; equal keys share the mean of their ranks."""
-    if len(queries_PD) != len(own_P):
-        raise ValueError(f"{len(queries_PD)} queries but {len(own_P)} numbers of their own keys")
-    cosine_PN = F.normalize(queries_PD.double(), dim=1) @ F.normalize(keys_ND.double(), dim=1).T
-    cosine_PN = cosine_PN.round(decimals=12)  # ties must not hang on the order of additions
-    own_P1 = cosine_PN.gather(1, torch.as_tensor(own_P, dtype=torch.int64)[:, None])
-    above_P = (cosine_PN > own_P1).sum(dim=1)
-    others_level_P = (cosine_PN == own_P1).sum(dim=1) - 1
-    return 1 + above_P + others_level_P / 2
+    cosine_NN = F.normalize(queries_ND.double(), dim=1) @ F.normalize(keys_ND.double(), dim=1).T
+    cosine_NN = cosine_NN.round(decimals=12)  # ties must not hang on the order of additions
+    own_N1 = cosine_NN.diagonal()[:, None]
+    above_N = (cosine_NN > own_N1).sum(dim=1)
+    others_level_N = (cosine_NN == own_N1).sum(dim=1) - 1
+    return 1 + above_N + others_level_N / 2
 
 
 def background_colour_accuracy(

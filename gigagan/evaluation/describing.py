@@ -11,6 +11,7 @@ from PIL import Image
 
 from gigagan.evaluation.heldout import Heldout, natural
 from gigagan.evaluation.judging import MAX_PAIRS
+from gigagan.evaluation.naming import TEXT_ENCODER
 from gigagan.evaluation.setting import INCEPTION, Setting
 from gigagan.models import pretrained
 from gigagan.models.aligner import Aligner
@@ -30,6 +31,7 @@ def describe(
     names = [INCEPTION]
     names += ["lpips-alex"] if config.diversity_prompts else []
     names += [judge.image_encoder, judge.text_encoder] if judge is not None else []
+    names += [TEXT_ENCODER] if everything.gallery is not None else []
     names += [name for name in (at.clip, config.cmmd, config.dinov2) if name is not None]
     if at.rules.name in ("embedded-heldout", "coco-captions"):
         is_embedded = everything.palette is not None

@@ -17,19 +17,22 @@ Make = Callable[[slice, int], Sequence[Image.Image]]
 """(rows of the list, seed) → a picture for each row."""
 
 
-def draw(make: Make, count: int, at: Setting) -> tuple[list[Path], float]:
-    """Write images/000000.png… ; return the files and the median seconds per picture.
+def draw(
+    make: Make, count: int, at: Setting, *, folder: Path | None = None, first: int = 0
+) -> tuple[list[Path], float]:
+    """Write 000000.png… to a folder (images/); return the files and the median seconds per picture.
 
-    What is drawn depends on batch size and seed, not on the number of devices.
+    What is drawn depends on batch size, seed and `first`, the position from which seeds are
+    counted, not on the number of devices.
     """
-    folder, size = at.out / "images", at.config.batch_size
+    folder, size = folder or at.out / "images", at.config.batch_size
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier evaluation, perhaps a larger one
     folder.mkdir(parents=True)
 
     def batch(start: int) -> tuple[list[Path], float]:
         rows = slice(start, min(start + size, count))
         began = time.perf_counter()
-        pictures = make(rows, seed_of(at.config, start))
+        pictures = make(rows, seed_of(at.config, first + start))
         seconds = (time.perf_counter() - began) / (rows.stop - start)
         if len(pictures) != rows.stop - start:
             raise ValueError(f"{len(pictures)} pictures came back for {rows.stop - start} captions")

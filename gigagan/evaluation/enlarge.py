@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import nn
 
 from gigagan.config import EvaluateConfig
 from gigagan.evaluation import drawing, fidelity, judging, looks, measure, protocol
@@ -18,6 +19,13 @@ from gigagan.evaluation.findings import Findings, assemble
 from gigagan.evaluation.heldout import Heldout, read_heldout, subset
 from gigagan.evaluation.setting import Setting, setting
 from gigagan.models import pretrained
+
+PLAIN = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+"""Enlargement without a network, by Pillow: what an upsampler has to beat."""
 
 Upscale = Callable[[list[Image.Image], list[str], int], list[Image.Image]]
 """(small pictures, captions, seed) → large ones."""
@@ -37,7 +45,8 @@ def evaluate(
     """Measure an upsampler by FID, KID, patch-FID, LPIPS, PSNR and SSIM; writes as `measure` does.
 
     Small versions are Pillow Lanczos of the centre square; each is enlarged with its own caption.
-    The same metrics of plain bicubic enlargement stand beside them as `bicubic_…`.
+    LPIPS, PSNR and SSIM of plain enlargement stand beside them as `bilinear_…`, `bicubic_…` and
+    `lanczos_…`.
 
     Raises:
         ProtocolError: settings or counts that the protocol does not allow; nothing is drawn.
@@ -91,22 +100,38 @@ def evaluate(
 def _measure_fidelity(
     findings: Findings, drawn: Sequence[Path], chosen: Heldout, small_px: int, at: Setting
 ) -> None:
-    """Pairs of output and target, a few at a time, beside bicubic enlargement."""
+    """Pairs of output and target, a few at a time, and plain enlargements of the same input."""
     network = pretrained.lpips("alex", at.device)
-    ours: dict[str, list[np.ndarray]] = {"lpips": [], "psnr": [], "ssim": []}
-    plain: dict[str, list[np.ndarray]] = {"lpips": [], "psnr": [], "ssim": []}
+    ours: dict[str, list[np.ndarray]] = {}
+    plain: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(drawn), at.config.batch_size):
         rows = slice(start, start + at.config.batch_size)
         real_NHWC = judging.pixels(chosen.pictures[rows], at.px)
-        bicubic = [
-            square(p, small_px).resize((at.px, at.px), Image.Resampling.BICUBIC)
-            for p in chosen.pictures[rows]
-        ]
-        for found, pictures in ((ours, [open_rgb(p) for p in drawn[rows]]), (plain, bicubic)):
-            made_NHWC = judging.pixels(pictures, at.px)
-            found["lpips"].append(fidelity.lpips_pairs(made_NHWC, real_NHWC, network))
-            found["psnr"].append(fidelity.psnr(made_NHWC, real_NHWC))
-            found["ssim"].append(fidelity.ssim(made_NHWC, real_NHWC))
+        small = [square(picture, small_px) for picture in chosen.pictures[rows]]
+        made_NHWC = judging.pixels([open_rgb(p) for p in drawn[rows]], at.px)
+        for name, values_N in compare(made_NHWC, real_NHWC, network).items():
+            ours.setdefault(name, []).append(values_N)
+        for method in PLAIN:
+            made_NHWC = plainly(small, at.px, method)
+            for name, values_N in compare(made_NHWC, real_NHWC, network).items():
+                plain.setdefault(f"{method}_{name}", []).append(values_N)
     for name, parts in ours.items():
         findings.add_mean(name, np.concatenate(parts), at.config)
-        findings.add(f"bicubic_{name}", float(np.concatenate(plain[name]).mean()))
+    for name, parts in plain.items():
+        findings.add(name, float(np.concatenate(parts).mean()))
+
+
+def plainly(small: Sequence[Image.Image], px: int, method: str) -> np.ndarray:
+    """Pictures enlarged to `px` by one of `PLAIN`, uint8 N H W C."""
+    return np.stack([np.asarray(picture.resize((px, px), PLAIN[method])) for picture in small])
+
+
+def compare(
+    made_NHWC: np.ndarray, real_NHWC: np.ndarray, network: nn.Module
+) -> dict[str, np.ndarray]:
+    """LPIPS by `network`, PSNR in dB and SSIM [N] of pairs of uint8 pictures, by their names."""
+    return {
+        "lpips": fidelity.lpips_pairs(made_NHWC, real_NHWC, network),
+        "psnr": fidelity.psnr(made_NHWC, real_NHWC),
+        "ssim": fidelity.ssim(made_NHWC, real_NHWC),
+    }

@@ -11,7 +11,11 @@ import numpy as np
 from gigagan.config import EvaluateConfig
 from gigagan.evaluation.statistics import bootstrap
 
-HEADLINES = ("fid", "kid", "background_colour_accuracy", "pixel_probe_median_rank", "shape_rank")
+_SPLITS = ("combination", "trained")
+HEADLINES = (
+    *(f"naming_{how}_r1_{split}" for split in _SPLITS for how in ("pixels", "judge")),
+    *("fid", "kid", "background_colour_accuracy", "pixel_probe_median_rank", "shape_rank"),
+)
 
 
 @dataclass
@@ -25,6 +29,8 @@ class Findings:
     """The same metric of real pictures: a floor or a ceiling."""
     chance: dict[str, float] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
+    rules: dict[str, Any] = field(default_factory=dict)
+    """What a metric hangs on beside the settings: a part of the result's `protocol`."""
 
     def add(
         self,
@@ -63,7 +69,7 @@ class Findings:
 def assemble(findings: Findings, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What results.json holds, with what one looks at first in front."""
     return {
-        "protocol": dict(facts),
+        "protocol": {**facts, **findings.rules},
         "metrics": dict(sorted(findings.metrics.items(), key=_headlines_first)),
         "intervals": {name: list(pair) for name, pair in findings.intervals.items()},
         "reference": {"real": findings.real, "chance": findings.chance},

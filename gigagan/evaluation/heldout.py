@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import re
 import tarfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,34 @@ import numpy as np
 from PIL import Image
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+SPLITS = ("trained", "combination", "unseen")
+"""Of the gallery's captions: trained on; of a trained concept in a style on a background that it
+was never trained in together; of a concept never trained."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One picture of the gallery, with what its caption says."""
+
+    caption: str
+    concept: str
+    style: str
+    background: str
+    split: str
+    """One of `SPLITS`."""
+    picture: Path
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Every concept in every style on every background, each with its real picture."""
+
+    works: list[Work]
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Place in `works` of each caption."""
+        return {work.caption: place for place, work in enumerate(self.works)}
 
 
 @dataclass(frozen=True)
@@ -30,16 +60,68 @@ class Heldout:
     backgrounds: list[str] | None
     """Colour name of each background, in sets that know it."""
     palette: dict[str, list[int]] | None
+    gallery: Gallery | None = None
+    """What the pictures are told apart from, in sets that know their concepts."""
 
 
 def read_heldout(path: Path) -> Heldout:
-    """Read a COCO captions file, or a folder with a captions.json.
+    """Read a COCO captions file, or a folder with a captions.json; a gallery.json beside it, too.
 
     Pictures are looked for in `images/` beside the file, beside the file itself, and in COCO's own
     layout. Raises FileNotFoundError naming the first picture that is in none of them.
     """
     file = path / "captions.json" if path.is_dir() else path
-    content = json.loads(file.read_text())
+    content, pictures, annotations = _read_coco(file)
+    palette = content.get("info", {}).get("palette")
+    has_backgrounds = palette and all("background" in a for a in annotations)
+    return Heldout(
+        captions=[" ".join(a["caption"].split()) for a in annotations],
+        pictures=[pictures[a["image_id"]] for a in annotations],
+        all_pictures=[pictures[key] for key in sorted(pictures)],
+        backgrounds=[a["background"] for a in annotations] if has_backgrounds else None,
+        palette=palette,
+        gallery=read_gallery(file.parent),
+    )
+
+
+def read_gallery(folder: Path) -> Gallery | None:
+    """The gallery.json of a held-out folder, in the order of its pictures; None without one.
+
+    Its annotations are COCO's with `concept`, `style`, `background` and `split` beside the caption.
+
+    Raises:
+        ValueError: an annotation lacks one of them, or two have one caption.
+        FileNotFoundError: a picture is not there.
+    """
+    file = folder / "gallery.json"
+    if not file.is_file():
+        return None
+    _, pictures, annotations = _read_coco(file)
+    works = [_work(annotation, pictures, file) for annotation in annotations]
+    gallery = Gallery(works)
+    if len(gallery.places) < len(works):
+        twice = next(w.caption for i, w in enumerate(works) if gallery.places[w.caption] != i)
+        raise ValueError(f"{file} has the caption {twice!r} twice: give each concept its own name")
+    return gallery
+
+
+def _work(annotation: dict[str, Any], pictures: Mapping[int, Path], file: Path) -> Work:
+    fields = ("concept", "style", "background", "split")
+    missing = [name for name in fields if name not in annotation]
+    if missing or annotation["split"] not in SPLITS:
+        what = f"lacks {', '.join(missing)}" if missing else f"has split {annotation['split']!r}"
+        raise ValueError(
+            f"annotation {annotation.get('id')} of {file} {what}: write the gallery anew by the "
+            f"download stage (splits are {', '.join(SPLITS)})"
+        )
+    caption = " ".join(annotation["caption"].split())
+    said = {name: annotation[name] for name in fields}
+    return Work(caption=caption, picture=pictures[annotation["image_id"]], **said)
+
+
+def _read_coco(file: Path) -> tuple[dict[str, Any], dict[int, Path], list[dict[str, Any]]]:
+    """A file's content, its pictures by their ids, and its annotations in their order."""
+    content = json.loads(file.read_text(encoding="utf-8"))
     images = {image["id"]: image["file_name"] for image in content["images"]}
     annotations = sorted(content["annotations"], key=lambda a: (a["image_id"], a["id"]))
     if not annotations:
@@ -49,15 +131,7 @@ def read_heldout(path: Path) -> Heldout:
     missing = next((p for p in pictures.values() if not p.is_file()), None)
     if missing is not None:
         raise FileNotFoundError(f"{missing} is listed in {file} but is not there: place it")
-    palette = content.get("info", {}).get("palette")
-    has_backgrounds = palette and all("background" in a for a in annotations)
-    return Heldout(
-        captions=[" ".join(a["caption"].split()) for a in annotations],
-        pictures=[pictures[a["image_id"]] for a in annotations],
-        all_pictures=[pictures[key] for key in sorted(pictures)],
-        backgrounds=[a["background"] for a in annotations] if has_backgrounds else None,
-        palette=palette,
-    )
+    return content, pictures, annotations
 
 
 def _picture_folder(file: Path, name: str) -> Path:
@@ -133,10 +207,9 @@ def subset(heldout: Heldout, num_images: int | None, seed: int) -> Heldout:
         return [items[i] for i in chosen]
 
     backgrounds = heldout.backgrounds
-    return Heldout(
+    return replace(
+        heldout,
         captions=pick(heldout.captions),
         pictures=pick(heldout.pictures),
-        all_pictures=heldout.all_pictures,
         backgrounds=None if backgrounds is None else pick(backgrounds),
-        palette=heldout.palette,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from gigagan.config import EvaluateConfig
-from gigagan.evaluation import alignment
+from gigagan.evaluation import alignment, naming
 from gigagan.evaluation.distances import cmmd, frechet_distance, kernel_distance, mmd2, prdc
 from gigagan.evaluation.features import (
     Extractor,
@@ -24,6 +25,7 @@ from gigagan.evaluation.features import (
 )
 from gigagan.evaluation.findings import Findings
 from gigagan.evaluation.heldout import Heldout
+from gigagan.evaluation.naming import Drawn
 from gigagan.evaluation.setting import INCEPTION, Setting, Variants, embedded
 from gigagan.evaluation.statistics import subsampled
 from gigagan.models import pretrained
@@ -45,9 +47,16 @@ def judge_all(
     chosen: Heldout,
     judge: Aligner | None,
     at: Setting,
+    drawn: Sequence[Drawn] = (),
 ) -> np.ndarray | None:
-    """Every metric of pictures and captions; returns the agreement of each picture, if measured."""
+    """Every metric of pictures and captions; returns the agreement of each picture, if measured.
+
+    `drawn` are the pictures that are to be named, in sets with a gallery.
+    """
     sets = features_of(generated, everything.all_pictures, at)
+    files = [*generated, *everything.all_pictures]
+    known = dict(zip(files, itertools.chain(*sets["inception"]), strict=True))
+    naming.measure(findings, everything, drawn, known, at)
     measure_distances(findings, sets, at)
     if chosen.pictures:
         pairs = slice(MAX_PAIRS)

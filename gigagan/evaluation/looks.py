@@ -20,6 +20,7 @@ from gigagan.evaluation.categories import CategoryRow, by_category, categories
 from gigagan.evaluation.distances import kernel_distance
 from gigagan.evaluation.features import extract, extractor, open_rgb, reference, text_vectors
 from gigagan.evaluation.heldout import Heldout, training_pictures
+from gigagan.evaluation.naming import Drawn
 from gigagan.evaluation.neighbours import Memorisation, memorisation, nearest
 from gigagan.evaluation.setting import (
     INCEPTION,
@@ -48,6 +49,34 @@ class Subject:
     agreement: np.ndarray | None
     """How well each of the first pictures agrees with its caption, by the judge there was."""
     judge: Aligner | None
+    drawn: Sequence[Drawn] = ()
+    """Pictures that are to be named, of sets with a gallery."""
+
+    @property
+    def title(self) -> str:
+        """What the captions have in common, by the gallery, and nobody trained on."""
+        gallery = self.chosen.gallery
+        splits = set()
+        if gallery is not None:
+            places = [gallery.places.get(caption) for caption in self.chosen.captions]
+            splits = {None if i is None else gallery.works[i].split for i in places}
+        return _TITLES[splits.pop()] if len(splits) == 1 else _TITLES[None]
+
+    @property
+    def unseen(self) -> list[tuple[str, Path, Path]]:
+        """Caption, generated and real picture of concepts never trained, beside the captions."""
+        if self.chosen.gallery is None or self.title == _TITLES["unseen"]:
+            return []
+        works = [(self.chosen.gallery.works[one.work], one.picture) for one in self.drawn]
+        return [(w.caption, drawn, w.picture) for w, drawn in works if w.split == "unseen"]
+
+
+_TITLES: dict[str | None, str] = {
+    None: "Held-out captions",
+    "trained": "Captions trained on",
+    "combination": "Never-trained combinations of concept, style and background",
+    "unseen": "Concepts never trained",
+}
 
 
 def write(
@@ -60,8 +89,8 @@ def write(
 ) -> None:
     """Write grid.png, latents.png and report.html; add sweep, speed and memorisation to `results`.
 
-    Without a sampler there is neither a curve nor a speed, without shards there are no neighbours:
-    `absent` says so.
+    unseen.png shows concepts never trained, of sets that know which these are. Without a sampler
+    there is neither a curve nor a speed, without shards there are no neighbours: `absent` says so.
     """
     absent: dict[str, str] = results["absent"]
     _draw_grids(subject, at)
@@ -78,6 +107,8 @@ def write(
     ]
     figures = page.Figures(
         grid=_pairs(subject, at),
+        title=subject.title,
+        unseen=_unseen(subject, at),
         latents=subject.variants[:_GRID_PROMPTS],
         curve=curve,
         speeds=speeds,
@@ -89,14 +120,8 @@ def write(
     page.write_page(at.out / "report.html", results, figures)
 
 
-def _shown(subject: Subject) -> list[int]:
-    """Rows of the grid: the first, spread evenly over the list, and none of them chosen."""
-    total = len(subject.generated)
-    count = min(_GRID_PAIRS, total)
-    return [number * total // count for number in range(count)]
-
-
-def _pairs(subject: Subject, at: Setting) -> list[tuple[str, Image.Image, Image.Image | None]]:
+def _pairs(subject: Subject, at: Setting) -> list[page.Pair]:
+    """Rows of the grid: spread evenly over the list, and none of them chosen."""
     pictures = subject.chosen.pictures
     return [
         (
@@ -104,17 +129,33 @@ def _pairs(subject: Subject, at: Setting) -> list[tuple[str, Image.Image, Image.
             open_rgb(subject.generated[i]),
             at.square(pictures[i]) if pictures else None,
         )
-        for i in _shown(subject)
+        for i in _spread(list(range(len(subject.generated))), _GRID_PAIRS)
+    ]
+
+
+def _unseen(subject: Subject, at: Setting) -> list[page.Pair]:
+    return [
+        (caption, open_rgb(drawn), at.square(real))
+        for caption, drawn, real in subject.unseen[:_GRID_PAIRS]
     ]
 
 
 def _draw_grids(subject: Subject, at: Setting) -> None:
-    """grid.png: generated beside real; latents.png: several latents of each prompt."""
-    rows = []
-    for caption, drawn, real in _pairs(subject, at):
-        rows.append((caption, [at.square(drawn), *([] if real is None else [real])]))
-    title = "Held-out captions: generated (left), real (right)"
-    report.caption_grid(rows, title=title, columns=4).save(at.out / "grid.png")
+    """grid.png and unseen.png: generated beside real; latents.png: several of each prompt."""
+    for name, title, pairs in (
+        ("grid.png", subject.title, _pairs(subject, at)),
+        ("unseen.png", _TITLES["unseen"], _unseen(subject, at)),
+    ):
+        rows = [
+            (caption, [at.square(drawn), *([] if real is None else [real])])
+            for caption, drawn, real in pairs
+        ]
+        (at.out / name).unlink(missing_ok=True)
+        if rows:
+            grid = report.caption_grid(
+                rows, title=f"{title}: generated (left), real (right)", columns=4
+            )
+            grid.save(at.out / name)
     if subject.variants:
         grid = report.caption_grid(
             subject.variants[:_GRID_PROMPTS], title="One caption, several latents", columns=2

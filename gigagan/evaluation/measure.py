@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from gigagan.config import EvaluateConfig
-from gigagan.evaluation import drawing, looks, protocol, report
+from gigagan.evaluation import drawing, looks, naming, protocol, report
 from gigagan.evaluation.describing import describe, sha256_of
 from gigagan.evaluation.devices import Device
 from gigagan.evaluation.features import Progress, silent
 from gigagan.evaluation.findings import Findings, assemble
-from gigagan.evaluation.heldout import Heldout, read_drawn, read_heldout, subset
+from gigagan.evaluation.heldout import Gallery, Heldout, read_drawn, read_heldout, subset
 from gigagan.evaluation.judging import judge_all, measure_diversity
+from gigagan.evaluation.naming import Drawn
 from gigagan.evaluation.setting import Sample, Setting, setting
 from gigagan.models.aligner import Aligner
 
@@ -41,6 +42,8 @@ def evaluate(
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Draw captions, measure, and write images/, captions.txt, grids, report.html, results.json.
+
+    A set with a gallery also gets naming/, pictures of further captions that are to be named.
 
     `aligner` is the file fitted by the filter; `shards` holds training pictures, in which nearest
     neighbours are looked for; `snapshots` are the weight files under test, recorded by hash;
@@ -71,8 +74,9 @@ def evaluate(
     lines = "".join(f"{caption}\n" for caption in chosen.captions)
     (out / "captions.txt").write_text(lines)
     findings.add("seconds_per_image", seconds)
+    drawn = _to_name(everything.gallery, generated, chosen.captions, at, sample)
     judge = None if aligner is None else Aligner.load(aligner)
-    agreement = judge_all(findings, generated, everything, chosen, judge, at)
+    agreement = judge_all(findings, generated, everything, chosen, judge, at, drawn)
     variants = drawing.variants(sample, chosen.captions, at)
     measure_diversity(findings, variants, at)
 
@@ -80,7 +84,7 @@ def evaluate(
     facts["captions_cut"] = sum(map(is_cut, chosen.captions))
     facts["snapshots_sha256"] = {name: sha256_of(path) for name, path in (snapshots or {}).items()}
     results = assemble(findings, facts)
-    looking = looks.Subject(generated, everything, chosen, variants, agreement, judge)
+    looking = looks.Subject(generated, everything, chosen, variants, agreement, judge, drawn)
     looks.write(results, looking, at, sample=sample, shards=shards)
     finish(results, at)
     return results
@@ -114,16 +118,49 @@ def score(
     chosen = _with_their_pictures(captions, everything)
     findings = Findings()
     judge = None if aligner is None else Aligner.load(aligner)
-    agreement = judge_all(findings, generated, everything, chosen, judge, at)
+    to_name = _to_name(everything.gallery, generated, captions, at)
+    agreement = judge_all(findings, generated, everything, chosen, judge, at, to_name)
     for name in ("seconds_per_image", "lpips_diversity", "z_sensitivity"):
         findings.absent[name] = "the pictures were there already: there is no sampler to ask"
     facts = describe(at, everything, chosen, generated, judge, aligner)
     facts |= {"seed": None, "truncation": None, "batch_size": None, "snapshots_sha256": {}}
     results = assemble(findings, facts)
-    looking = looks.Subject(generated, everything, chosen, [], agreement, judge)
+    looking = looks.Subject(generated, everything, chosen, [], agreement, judge, to_name)
     looks.write(results, looking, at)
     finish(results, at)
     return results
+
+
+def _to_name(
+    gallery: Gallery | None,
+    generated: Sequence[Path],
+    captions: list[str],
+    at: Setting,
+    sample: Sample | None = None,
+) -> list[Drawn]:
+    """Pictures for captions of the gallery: of those drawn anyway, and naming/ drawn beside them.
+
+    Without a sampler there are only the former.
+    """
+    shutil.rmtree(at.out / "naming", ignore_errors=True)
+    if gallery is None:
+        return []
+    anyway, beside = naming.plan(gallery, captions, count=at.config.naming_captions)
+    by_caption = dict(zip(captions, generated, strict=True))
+    drawn = [Drawn(place, by_caption[gallery.works[place].caption]) for place in anyway]
+    if sample is None or not beside:
+        return drawn
+    asked = [gallery.works[place].caption for place in beside]
+    pictures, _ = drawing.draw(
+        lambda rows, seed: sample(asked[rows], seed, at.config.truncation),
+        len(asked),
+        at,
+        folder=at.out / "naming" / "images",
+        first=len(captions) + at.config.diversity_prompts,
+    )
+    lines = "".join(f"{caption}\n" for caption in asked)
+    (at.out / "naming" / "captions.txt").write_text(lines)
+    return drawn + [Drawn(*pair) for pair in zip(beside, pictures, strict=True)]
 
 
 def finish(results: dict[str, Any], at: Setting) -> None:
@@ -151,4 +188,4 @@ def _with_their_pictures(captions: list[str], everything: Heldout) -> Heldout:
             pictures=[everything.pictures[i] for i in rows],
             backgrounds=None if names is None else [names[i] for i in rows],
         )
-    return Heldout(captions, [], everything.all_pictures, None, None)
+    return Heldout(captions, [], everything.all_pictures, None, None, everything.gallery)

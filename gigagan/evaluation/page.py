@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -18,7 +19,7 @@ from gigagan.evaluation.protocol import PROTOCOLS
 from gigagan.evaluation.sweeps import CurvePoint, Speed
 
 _CELL = 128
-_HEADLINES = 4
+_HEADLINES = 6
 _STYLE = """
 :root{color-scheme:light}*{box-sizing:border-box}
 body{font:16px/1.5 system-ui,sans-serif;color:#1d2330;background:#fff;margin:0 auto;
@@ -44,12 +45,19 @@ svg{max-width:100%;height:auto}
 """
 
 
+Pair = tuple[str, Image.Image, Image.Image | None]
+"""Caption, generated, real."""
+
+
 @dataclass(frozen=True)
 class Figures:
     """What a page shows beside the numbers; what is missing is left out."""
 
-    grid: Sequence[tuple[str, Image.Image, Image.Image | None]] = ()
-    """Caption, generated, real."""
+    grid: Sequence[Pair] = ()
+    title: str = "Pictures"
+    """What the grid shows."""
+    unseen: Sequence[Pair] = ()
+    """Concepts never trained."""
     latents: Sequence[tuple[str, Sequence[Image.Image]]] = ()
     curve: Sequence[CurvePoint] | None = None
     speeds: Sequence[Speed] | None = None
@@ -69,7 +77,9 @@ def write_page(path: Path, results: Mapping[str, Any], figures: Figures) -> Path
         f"<p class=muted>{escape(_summary(rules))}</p>",
         _cards(results),
         _published(results),
-        _grid(figures),
+        _naming(results),
+        _grid(figures.title, figures.grid, "spread evenly over the captions, none chosen"),
+        _grid("Concepts never trained", figures.unseen, "one of each in turn, none chosen"),
         _latents(figures),
         _curve(figures.curve),
         _speeds(figures.speeds),
@@ -123,6 +133,8 @@ def _cards(results: Mapping[str, Any]) -> str:
 
 
 def _title(name: str) -> str:
+    if match := re.fullmatch(r"naming_(pixels|judge)_r1_(\w+)", name):
+        return f"R@1 by {match[1]}: {_SPLITS[match[2]]}"
     return {"fid": "FID", "kid": "KID"}.get(name, name.replace("_", " "))
 
 
@@ -141,15 +153,49 @@ def _published(results: Mapping[str, Any]) -> str:
     return _section(f"Beside what is published ({rules.source})", _table(["", *names], rows))
 
 
-def _grid(figures: Figures) -> str:
-    if not figures.grid:
+def _naming(results: Mapping[str, Any]) -> str:
+    metrics, reference = results["metrics"], results["reference"]
+    rows = []
+    for split, what in _SPLITS.items():
+        for how, judge in (("pixels", "16×16 pixels"), ("judge", "the judge")):
+            name = f"naming_{how}_r1_{split}"
+            if name not in metrics:
+                continue
+            low, high = results.get("intervals", {}).get(name, ("", ""))
+            row = [what, judge, f"{metrics[name]:.1%}"]
+            row.append(f"{low:.1%} to {high:.1%}" if low != "" else "")
+            for kind in ("real", "chance"):
+                value = reference[kind].get(name)
+                row.append("" if value is None else f"{value:.1%}")
+            rows.append([*row, _number(metrics[name.replace("_r1_", "_rank_")])])
+    if not rows:
+        return ""
+    note = (
+        "R@1: how many of the drawn pictures are nearest to their own real picture (16×16 pixels) "
+        "or to their own caption (the judge, a projection from Inception's features that has seen "
+        "no picture on this background), among those of the same style on the same background."
+    )
+    head = ["captions", "by", "R@1", "95 %", "real pictures", "chance", "median rank"]
+    shown = f"<p class=muted>{note}</p>{_table(head, rows)}"
+    return _section("Can one name what was drawn?", shown)
+
+
+_SPLITS = {
+    "trained": "trained on",
+    "combination": "never-trained combinations",
+    "unseen": "concepts never trained",
+}
+
+
+def _grid(title: str, pairs: Sequence[Pair], how: str) -> str:
+    if not pairs:
         return ""
     cells = [
         _figure(caption, [("generated", drawn), *([] if real is None else [("real", real)])])
-        for caption, drawn, real in figures.grid
+        for caption, drawn, real in pairs
     ]
-    note = "Uncurated: spread evenly over the captions, none chosen. Generated left, real right."
-    return _section("Pictures", f"<p class=muted>{note}</p><div class=grid>{''.join(cells)}</div>")
+    note = f"Uncurated: {how}. Generated left, real right."
+    return _section(title, f"<p class=muted>{note}</p><div class=grid>{''.join(cells)}</div>")
 
 
 def _latents(figures: Figures) -> str:

@@ -176,7 +176,7 @@ def check_counts(protocol: Protocol, *, num_generated: int, num_real: int) -> No
 
 DECISIVE = (
     *("name", "task", "num_generated", "num_real", "input_resolution", "crop", "resize", "storage"),
-    *("captions_sha256", "reference_sha256", "kid", "patch", "clip", "weights_sha256"),
+    *("captions_sha256", "reference_sha256", "kid", "patch", "clip", "naming", "weights_sha256"),
 )
 """Fields of a result's `protocol` that must agree before two numbers stand in one table. None of
 them is what a model's owner chooses: networks, seed, truncation. Nor is the aligner one, which

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 _MARGIN = 8
 _FONT_PX = 13
-_LINE_PX = 16
+_LEADING_PX = 3
 _INK = (32, 32, 32)
 
 
@@ -28,26 +28,27 @@ def caption_grid(
     title: str,
     cell_px: int = 128,
     columns: int = 1,
+    font_px: int = _FONT_PX,
 ) -> Image.Image:
     """Draw each caption, whole, above its row of pictures; rows are set in `columns`.
 
     All rows have the same number of pictures; each is brought to `cell_px` by nearest neighbour
     where it is smaller, so that no detail is invented.
     """
-    font = ImageFont.load_default(_FONT_PX)
+    font, line_px = ImageFont.load_default(font_px), font_px + _LEADING_PX
     row_width = max((len(pictures) for _, pictures in rows), default=1) * (cell_px + 2) - 2
     texts = [_wrapped(caption, font, row_width) for caption, _ in rows]
-    text_px = max((len(lines) for lines in texts), default=1) * _LINE_PX
+    text_px = max((len(lines) for lines in texts), default=1) * line_px
     step_x, step_y = row_width + 2 * _MARGIN, text_px + cell_px + _MARGIN
-    height = _MARGIN * 2 + _LINE_PX + step_y * -(-len(rows) // columns)
+    height = _MARGIN * 2 + line_px + step_y * -(-len(rows) // columns)
     canvas = Image.new("RGB", (step_x * columns + _MARGIN, height), "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((_MARGIN, _MARGIN), title, fill=_INK, font=font)
     for index, ((_, pictures), lines) in enumerate(zip(rows, texts, strict=True)):
         left = _MARGIN + step_x * (index % columns)
-        top = 2 * _MARGIN + _LINE_PX + step_y * (index // columns)
+        top = 2 * _MARGIN + line_px + step_y * (index // columns)
         for number, line in enumerate(lines):
-            draw.text((left, top + number * _LINE_PX), line, fill=_INK, font=font)
+            draw.text((left, top + number * line_px), line, fill=_INK, font=font)
         for number, picture in enumerate(pictures):
             where = (left + number * (cell_px + 2), top + text_px)
             canvas.paste(_cell(picture, cell_px), where)

@@ -1,4 +1,4 @@
-"""Statistics over sets of features: streaming moments, and intervals by the bootstrap.
+"""Statistics: streaming moments of features, intervals by the bootstrap, and those of counts.
 
 Pure functions in float64. Shape letters: N M samples, D features.
 """
@@ -6,6 +6,8 @@ Pure functions in float64. Shape letters: N M samples, D features.
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
+from math import comb, factorial, sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -129,3 +131,33 @@ def subsampled(
     tail = (1 - level) / 2
     low, high = np.quantile(deviations, [tail, 1 - tail])
     return Interval(float(value + low), float(value + high), level)
+
+
+def share_interval(successes: int, count: int) -> Interval:
+    """95 % interval of a share of independent trials (Wilson 1927)."""
+    if not 0 <= successes <= count or not count:
+        raise ValueError(f"{successes} of {count}: give a count of 1 or more, and no more than it")
+    z, share = 1.959964, successes / count
+    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    reach = sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2) * z / (1 + z**2 / count)
+    return Interval(max(0.0, centre - reach), min(1.0, centre + reach))
+
+
+def matches_by_chance(right: int, answered: int, count: int) -> float:
+    """How likely `right` matches or more are where answers are dealt out at random.
+
+    Of `count` names, each used once, `answered` were given. By inclusion and exclusion over sets
+    of j matches: Σⱼ₌ₖ (−1)ʲ⁻ᵏ C(j−1, k−1) C(m, j) (n−j)! / n! (Riordan 1958, ch. 3).
+    """
+    if not 0 <= right <= answered <= count:
+        raise ValueError(f"{right} right of {answered} answered of {count}: each at most the next")
+    if not right:
+        return 1.0
+    terms = (
+        (-1) ** (j - right)
+        * comb(j - 1, right - 1)
+        * comb(answered, j)
+        * Fraction(factorial(count - j), factorial(count))
+        for j in range(right, answered + 1)
+    )
+    return float(sum(terms))

@@ -141,6 +141,16 @@ def panels(limits: HealthConfig) -> list[Panel]:
             "root of summed squared weights",
             {"D": "health/weight_norm_d", "G": "health/weight_norm_g"},
         ),
+        Panel(
+            "probe: pictures one can name (R@1 by pixels)",
+            {
+                "trained": "probe/naming_r1_trained",
+                "combination": "probe/naming_r1_combination",
+                "unseen": "probe/naming_r1_unseen",
+                "chance": "probe/naming_chance",
+            },
+            span=(0, 1),
+        ),
         Panel("probe: colour accuracy", {"": "probe/colour_accuracy"}, span=(0, 1)),
         Panel("probe: shape rank (0.5 = chance)", {"": "probe/shape_rank"}, span=(0, 0.5)),
         Panel(

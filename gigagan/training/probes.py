@@ -8,24 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from gigagan.evaluation import alignment
+from gigagan.evaluation import alignment, enlarge, fidelity, naming
 from gigagan.evaluation.features import square
-from gigagan.evaluation.heldout import Heldout
+from gigagan.evaluation.heldout import SPLITS, Gallery, Heldout
 from gigagan.evaluation.report import caption_grid
-from gigagan.models.encoders import TextFeatures
 from gigagan.models.generator import Generator
-from gigagan.models.layers import downsample
 from gigagan.models.upsampler import Upsampler
 from gigagan.training.captions import CaptionFeatures
 
-BATCH = 64
+BATCH, UPSAMPLER_BATCH = 64, 8
 Z_PROMPTS, Z_PER_PROMPT = 4, 8
 GRID_PROMPTS, GRID_Z = 8, 4
 
@@ -52,7 +52,8 @@ class Look:
 class BaseProbe:
     """Probes of the base generator.
 
-    Without a held-out set only the grid and the effect of z are looked at.
+    Without a held-out set only the grid and the effect of z are looked at, without a gallery the
+    own picture is looked for among all of the set by coarse layout.
     """
 
     def __init__(
@@ -65,11 +66,14 @@ class BaseProbe:
         prompts: Sequence[str],
     ) -> None:
         self.features = captions
+        self.resolution = resolution
+        self.gallery = heldout.gallery if heldout else None
         self.heldout_captions = heldout.captions[:num_captions] if heldout else []
         self.names = (heldout.backgrounds or [])[:num_captions] if heldout else []
         self.palette = heldout.palette if heldout else None
         self.prompts = list(prompts) or self.heldout_captions[:GRID_PROMPTS]
-        self.real = _read(heldout.pictures[:num_captions], resolution) if heldout else None
+        self.heldout_pictures = heldout.pictures[:num_captions] if heldout else []
+        self.real = _read(self.heldout_pictures, resolution) if self.heldout_pictures else None
 
     @torch.no_grad()
     def look(self, generator: nn.Module) -> Look:
@@ -78,9 +82,12 @@ class BaseProbe:
         scalars: dict[str, float] = {}
         if self.real is not None and len(self.heldout_captions) > 1:
             drawn = self._draw(generator, self.heldout_captions, seed=1)
-            rank = alignment.pixel_probe_rank(drawn, self.real)
-            scalars["probe/pixel_median_rank"] = rank.median_rank
-            scalars["probe/pixel_chance_rank"] = rank.chance
+            if self.gallery is None:
+                rank = alignment.pixel_probe_rank(drawn, self.real)
+                scalars["probe/pixel_median_rank"] = rank.median_rank
+                scalars["probe/pixel_chance_rank"] = rank.chance
+            else:
+                scalars |= self._named(generator, self.gallery, drawn)
             if self.palette and self.names:
                 scalars["probe/colour_accuracy"] = alignment.background_colour_accuracy(
                     drawn, self.names, self.palette
@@ -94,8 +101,46 @@ class BaseProbe:
         scalars["probe/z_sensitivity"] = alignment.z_sensitivity(
             by_prompt.reshape(-1, Z_PER_PROMPT, *by_prompt.shape[1:])
         )
-        title = "fixed prompts, four latents each"
-        return Look(_sheet(pictures, self.prompts[:GRID_PROMPTS], title), scalars)
+        return Look(self._grid(pictures), scalars)
+
+    def _named(
+        self, generator: Generator, gallery: Gallery, heldout_NHWC: np.ndarray
+    ) -> dict[str, float]:
+        """R@1 by pixels of every split; held-out captions are drawn already."""
+        anyway, beside = naming.plan(gallery, self.heldout_captions)
+        rows = [self.heldout_captions.index(gallery.works[place].caption) for place in anyway]
+        drawn = [heldout_NHWC[rows]]
+        if beside:
+            asked = [gallery.works[place].caption for place in beside]
+            drawn.append(self._draw(generator, asked, seed=5))
+        pooled_ND = naming.pooled(np.concatenate(drawn))
+        places = anyway + beside
+        ranks = naming.pixel_ranks(gallery, places, pooled_ND, self._gallery_pooled)
+        splits = np.array([gallery.works[place].split for place in places])
+        found = {
+            f"probe/naming_r1_{split}": float((ranks.rank_N[splits == split] <= 1).mean())
+            for split in SPLITS
+            if split in splits
+        }
+        return found | {"probe/naming_chance": float((1 / ranks.count_N).mean())}
+
+    @cached_property
+    def _gallery_pooled(self) -> np.ndarray:
+        """The gallery's pictures pooled [G, D]: read once, by who looks."""
+        assert self.gallery is not None
+        return naming.read_pooled([work.picture for work in self.gallery.works], self.resolution)
+
+    def _grid(self, pictures_PZHWC: np.ndarray) -> Image.Image:
+        """A row of latents per prompt, and the real picture last where it is known."""
+        known = {work.caption: work.picture for work in self.gallery.works} if self.gallery else {}
+        known = dict(zip(self.heldout_captions, self.heldout_pictures, strict=True)) | known
+        rows = []
+        for caption, tiles in zip(self.prompts[:GRID_PROMPTS], pictures_PZHWC, strict=True):
+            real = [square(known[caption], self.resolution)] if caption in known else []
+            rows.append((caption, [*map(Image.fromarray, tiles), *real]))
+        has_real = any(len(row) > GRID_Z for _, row in rows)
+        title = "fixed prompts, four latents each" + (", the real picture last" if has_real else "")
+        return caption_grid(rows, title=title, cell_px=max(96, self.resolution), columns=2)
 
     def _draw(self, generator: Generator, prompts: Sequence[str], *, seed: int) -> np.ndarray:
         random = torch.Generator().manual_seed(seed)
@@ -108,10 +153,22 @@ class BaseProbe:
         return np.concatenate(parts)
 
 
-class UpsamplerProbe:
-    """Probes of the upsampler: LPIPS and PSNR to unseen pictures, beside bilinear enlargement."""
+class Originals(NamedTuple):
+    """Pictures that the upsampler shall make again."""
 
-    NUM_IMAGES = 32
+    real_NHWC: np.ndarray
+    """uint8."""
+    captions: list[str]
+
+
+class UpsamplerProbe:
+    """Probes of the upsampler: LPIPS and PSNR to unseen pictures, beside plain enlargement.
+
+    What it enlarges are the pictures shrunk by Lanczos, as everywhere. A gallery's concepts that
+    were never trained are measured apart, as `…_unseen`.
+    """
+
+    NUM_IMAGES = 64
 
     def __init__(
         self,
@@ -128,63 +185,79 @@ class UpsamplerProbe:
         self.perceptual = perceptual
         self.input_resolution = input_resolution
         count = self.NUM_IMAGES
-        if heldout is not None:
-            self.captions = heldout.captions[:count]
-            self.real = _read(heldout.pictures[:count], resolution)
-        else:
-            self.real, self.captions = fallback[0][:count], fallback[1][:count]
+        if heldout is None:
+            self.sets = {"": Originals(fallback[0][:count], fallback[1][:count])}
+            return
+        pictures = _read(heldout.pictures[:count], resolution)
+        self.sets = {"": Originals(pictures, heldout.captions[:count])}
+        works = heldout.gallery.works if heldout.gallery else []
+        unseen = [work for work in works if work.split == "unseen"]
+        if unseen:
+            unseen = unseen[:: max(len(unseen) // count, 1)][:count]
+            pictures = _read([work.picture for work in unseen], resolution)
+            self.sets["_unseen"] = Originals(pictures, [work.caption for work in unseen])
 
-    @torch.no_grad()
     def look(self, generator: nn.Module) -> Look:
         """Enlarge shrunken pictures and compare them with the originals."""
         assert isinstance(generator, Upsampler)
-        features = self.features(self.captions)
-        device = features.pooled_BD.device
+        scalars = dict(self._plain)
+        rows = []
+        for suffix, originals in self.sets.items():
+            small = self._shrunken(originals)
+            made_NHWC = self._enlarge(generator, small, originals.captions)
+            scalars |= self._compare(made_NHWC, originals, suffix)
+            if not rows:
+                plain_NHWC = enlarge.plainly(small, made_NHWC.shape[1], "bicubic")
+                rows = [x[:GRID_PROMPTS] for x in (plain_NHWC, made_NHWC, originals.real_NHWC)]
+        title = "bicubic enlargement, ours, original"
+        captions = self.sets[""].captions[:GRID_PROMPTS]
+        return Look(_sheet(np.stack(rows, axis=1), captions, title), scalars)
+
+    @cached_property
+    def _plain(self) -> dict[str, float]:
+        """Figures of enlargement without a network, the same at every tick."""
+        found: dict[str, float] = {}
+        for suffix, originals in self.sets.items():
+            small, side = self._shrunken(originals), originals.real_NHWC.shape[1]
+            for method in enlarge.PLAIN:
+                made_NHWC = enlarge.plainly(small, side, method)
+                found |= self._compare(made_NHWC, originals, f"{suffix}_{method}")
+        return found
+
+    def _shrunken(self, originals: Originals) -> list[Image.Image]:
+        side = (self.input_resolution, self.input_resolution)
+        lanczos = Image.Resampling.LANCZOS
+        return [Image.fromarray(x).resize(side, lanczos) for x in originals.real_NHWC]
+
+    @torch.no_grad()
+    def _enlarge(
+        self, generator: Upsampler, small: Sequence[Image.Image], captions: Sequence[str]
+    ) -> np.ndarray:
         random = torch.Generator().manual_seed(4)
-        z = torch.randn(len(self.captions), generator.config.latent_dim, generator=random)
-        z = z.to(device)
-        target = from_uint8(torch.from_numpy(self.real).permute(0, 3, 1, 2)).to(device)
-        small = target
-        while small.shape[-1] > self.input_resolution:
-            small = downsample(small)
-        noise = torch.randn(small.shape, generator=random).to(device)
-        ours = torch.cat(
-            [
-                generator(*(x[i : i + 8] for x in (small, noise, z)), _rows(features, i, i + 8))[0]
-                for i in range(0, len(target), 8)
-            ]
-        ).clamp(-1, 1)
-        side = target.shape[-1]
-        bilinear = nn.functional.interpolate(small, size=(side, side), mode="bilinear").clamp(-1, 1)
-        scalars = {
-            "probe/psnr": _psnr(ours, target),
-            "probe/psnr_bilinear": _psnr(bilinear, target),
-        }
+        z_NZ = torch.randn(len(small), generator.config.latent_dim, generator=random)
+        small_NCHW = from_uint8(torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2))
+        noise_NCHW = torch.randn(small_NCHW.shape, generator=random)
+        parts = []
+        for start in range(0, len(small), UPSAMPLER_BATCH):
+            rows = slice(start, start + UPSAMPLER_BATCH)
+            features = self.features(captions[rows])
+            inputs = (x[rows].to(features.pooled_BD.device) for x in (small_NCHW, noise_NCHW, z_NZ))
+            parts.append(to_uint8(generator(*inputs, features)[0]))
+        return np.concatenate(parts)
+
+    def _compare(
+        self, made_NHWC: np.ndarray, originals: Originals, suffix: str
+    ) -> dict[str, float]:
+        real_NHWC = originals.real_NHWC
+        found = {f"probe/psnr{suffix}": float(fidelity.psnr(made_NHWC, real_NHWC).mean())}
         if self.perceptual is not None:
-            scalars["probe/lpips"] = self._lpips(ours, target)
-            scalars["probe/lpips_bilinear"] = self._lpips(bilinear, target)
-        rows = [to_uint8(x[:GRID_PROMPTS]) for x in (bilinear, ours, target)]
-        title = "bilinear enlargement, ours, original"
-        sheet = _sheet(np.stack(rows, axis=1), self.captions[:GRID_PROMPTS], title)
-        return Look(sheet, scalars)
-
-    def _lpips(self, images: Tensor, target: Tensor) -> float:
-        assert self.perceptual is not None
-        parts = [
-            self.perceptual(images[i : i + 8], target[i : i + 8]).flatten()
-            for i in range(0, len(target), 8)
-        ]
-        return torch.cat(parts).mean().item()
-
-
-def _rows(features: TextFeatures, start: int, stop: int) -> TextFeatures:
-    return type(features)(*(part[start:stop] for part in features))
-
-
-def _psnr(images: Tensor, target: Tensor) -> float:
-    """Mean peak signal-to-noise ratio in dB, the range being 2."""
-    errors = (images - target).square().flatten(1).mean(1).clamp(min=1e-10)
-    return (10 * torch.log10(4 / errors)).mean().item()
+            starts = range(0, len(real_NHWC), UPSAMPLER_BATCH)
+            rows = [slice(start, start + UPSAMPLER_BATCH) for start in starts]
+            distances = [
+                fidelity.lpips_pairs(made_NHWC[r], real_NHWC[r], self.perceptual) for r in rows
+            ]
+            found[f"probe/lpips{suffix}"] = float(np.concatenate(distances).mean())
+        return found
 
 
 def _read(pictures: Sequence[Path], resolution: int) -> np.ndarray:

@@ -8,7 +8,6 @@ from gigagan.evaluation.alignment import (
     lpips_diversity,
     mean_similarity,
     pixel_probe_rank,
-    recall_among,
     recall_at,
     shape_rank,
     z_sensitivity,
@@ -43,16 +42,6 @@ def test_equal_captions_share_their_ranks():
     images, texts = unit_vectors(5, 4), torch.ones(5, 4)
     assert recall_at(2, images, texts) == 0  # all at rank 3 of 5
     assert recall_at(3, images, texts) == 1
-
-
-def test_recall_among_more_keys_than_queries_follows_the_given_numbers():
-    keys = unit_vectors(7, 5)
-    own = [6, 2, 2]
-    assert recall_among(1, keys[own], keys, own) == 1
-    assert recall_among(1, keys[own], keys, [6, 2, 3]) == pytest.approx(2 / 3)
-    assert recall_among(7, unit_vectors(3, 5, seed=1), keys, own) == 1
-    with pytest.raises(ValueError, match="3 queries"):
-        recall_among(1, keys[:3], keys, [0, 1])
 
 
 def test_mean_similarity_is_the_mean_cosine_whatever_the_length():
