@@ -1,11 +1,12 @@
 """The text-conditioned upsampler: an asymmetric U-Net from a small image to a larger one.
 
 Shape letters in this file:
-    B batch, Z latent, S style, C maps, H W image.
+    B batch, Z latent, S style, C maps, H W image; o s pixels of a line before and after.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
@@ -22,6 +23,31 @@ from gigagan.models.layers import (
     upsample,
 )
 from gigagan.models.text import Features, Text, condition_branch
+
+LANCZOS_RADIUS = 3
+"""Zero crossings of Lanczos' kernel on each side, as in Pillow."""
+
+
+def shrink(images_BCHW: Tensor, side: int) -> Tensor:
+    """Square images in [−1, 1] → `side` px by Lanczos: what an upsampler is given to enlarge.
+
+    Pillow's antialiased filter to rounding. Training pictures, held-out ones and those of users are
+    made small by it; the soft halvings of the discriminator's pyramid are another kind of picture.
+    """
+    matrix_so = _lanczos(images_BCHW.shape[-1], side).to(images_BCHW)
+    narrow_BCHs = (images_BCHW @ matrix_so.T).clamp(-1, 1)
+    return (matrix_so @ narrow_BCHs).clamp(-1, 1)
+
+
+@functools.cache
+def _lanczos(larger: int, smaller: int) -> Tensor:
+    """Weights [smaller, larger] of a line's pixels in those of the smaller line; rows sum to 1."""
+    scale = larger / smaller
+    centre_s1 = (torch.arange(smaller)[:, None] + 0.5) * scale
+    x_so = (torch.arange(larger) + 0.5 - centre_s1) / scale
+    weights_so = torch.sinc(x_so) * torch.sinc(x_so / LANCZOS_RADIUS)
+    weights_so[x_so.abs() >= LANCZOS_RADIUS] = 0
+    return weights_so / weights_so.sum(1, keepdim=True)
 
 
 class Upsampler(nn.Module):
@@ -64,6 +90,11 @@ class Upsampler(nn.Module):
             assert level.to_rgb is not None
             nn.init.zeros_(level.to_rgb.bank)
 
+    @property
+    def num_images(self) -> int:
+        """Levels of the pyramid that it draws, the input's resolution included."""
+        return (self.config.resolution // self.config.input_resolution).bit_length()
+
     def read(self, features: Features) -> Text:
         """Frozen features (or None) → t_local and t_global."""
         text: Text = self.text(features)
@@ -85,6 +116,9 @@ class Upsampler(nn.Module):
         augmentation; the RGB skip sum starts from it without.
         """
         noisy_BCHW = small_BCHW + self.config.noise_augmentation * noise_BCHW
+        if max(self.config.kernels) == 1:
+            # Ordinary convolutions alone, which read this layout faster; banks would undo it.
+            noisy_BCHW = noisy_BCHW.contiguous(memory_format=torch.channels_last)
         skips = [activate(self.from_rgb(noisy_BCHW))]
         for block in self.down_blocks:
             skips.append(block(skips[-1]))

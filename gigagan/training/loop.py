@@ -17,7 +17,7 @@ from gigagan.config import TrainStage
 from gigagan.models import snapshot
 from gigagan.models.generator import Generator
 from gigagan.models.layers import pyramid
-from gigagan.models.upsampler import Upsampler
+from gigagan.models.upsampler import Upsampler, shrink
 from gigagan.training import step
 from gigagan.training.acceleration import autocast, uncompiled
 from gigagan.training.augment import Draws
@@ -288,7 +288,7 @@ def _inputs(
     crop = (0, 0)
     if isinstance(generator, Upsampler):
         side, target = generator.config.input_resolution, generator.config.resolution
-        small_BCHW = pyramid(real_BCHW, (target // side).bit_length())[-1]
+        small_BCHW = shrink(real_BCHW, side)
         small = small_BCHW, world.share(torch.randn(B, 3, side, side, generator=random))
         room = max(target - getattr(config, "lpips_crop", target), 0) + 1
         top, left = torch.randint(room, (2,), generator=random).tolist()

@@ -5,6 +5,7 @@ Shape letters: B batch, C colour, H W image, Z latent, T text width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -294,7 +295,9 @@ def _fidelity(
     if players.perceptual is not None and config.lpips > 0:
         top, left = inputs.crop
         side = min(config.lpips_crop, fake_BCHW.shape[-1])
-        crop = (slice(config.lpips_samples), slice(None), slice(top, top + side))
+        # This rank's share of the batch's samples.
+        count = math.ceil(config.lpips_samples * len(fake_BCHW) / config.batch_size)
+        crop = (slice(count), slice(None), slice(top, top + side))
         window = (*crop, slice(left, left + side))
         perceptual = players.perceptual(fake_BCHW[window], inputs.real[0][window]).mean()
         loss = loss + config.lpips * perceptual

@@ -1,5 +1,6 @@
 """The warm start: what each phase trains, how fast, and that nothing shows where a run was cut."""
 
+import dataclasses
 import json
 
 import pytest
@@ -326,3 +327,35 @@ def test_ranks_share_a_warm_start_with_one_process():
     found = [p.grad for p in made.generator.parameters() if p.grad is not None]
     for a, b in zip(expected, found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_rank_measures_its_share_of_the_pictures_that_lpips_is_asked_for():
+    config = TrainUpsamplerConfig.model_validate(
+        {
+            "lpips_samples": 4, "lpips_crop": 32, "batch_size": 8,
+            "upsampler": {
+                "input_resolution": 8, "down_channels": [8], "up_channels": [8, 8, 8],
+                "kernels": [1, 1, 1], "blocks": [1, 1, 1], "attention": [0, 0, 0],
+                "text": BASE.generator.text.model_dump(),
+            },
+            "discriminator": {
+                "channels": [8, 8, 8, 8], "levels": 2, "blocks": [0] * 4, "attention": [0] * 4,
+                "text": BASE.generator.text.model_dump(),
+            },
+            "loss": {"level_weights": [0.5, 0.5]},
+        }
+    )  # fmt: skip
+    counts = []
+
+    class Counting(torch.nn.Module):
+        def forward(self, x, y):
+            counts.append(len(x))
+            return (x - y).square().mean((1, 2, 3))
+
+    made = dataclasses.replace(players(config), perceptual=Counting())
+    whole = draw(config, made, ShadeBatch(0, 8, 32), 0)
+    for part in (whole, *step.split(whole, 2)):
+        fakes = step.synthesize(made.generator, part)
+        phase = Phase(True, 0.0, 0.0)
+        step.accumulate_generator(made, config, part, fakes, auxiliary_strength=0, phase=phase)
+    assert counts == [4, 2, 2]

@@ -423,6 +423,7 @@ ENLARGE = TrainUpsamplerConfig(
     lpips=3.0,
     lpips_samples=2,
     pixel=0.7,
+    batch_size=B,
 )
 
 
