@@ -201,7 +201,7 @@ class UpsamplerProbe:
         """Enlarge shrunken pictures and compare them with the originals."""
         assert isinstance(generator, Upsampler)
         scalars = dict(self._plain)
-        rows = []
+        rows: list[np.ndarray] = []
         for suffix, originals in self.sets.items():
             small = self._shrunken(originals)
             made_NHWC = self._enlarge(generator, small, originals.captions)
@@ -235,7 +235,8 @@ class UpsamplerProbe:
     ) -> np.ndarray:
         random = torch.Generator().manual_seed(4)
         z_NZ = torch.randn(len(small), generator.config.latent_dim, generator=random)
-        small_NCHW = from_uint8(torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2))
+        small_NHWC = np.stack([np.asarray(picture) for picture in small])
+        small_NCHW = from_uint8(torch.from_numpy(small_NHWC).permute(0, 3, 1, 2))
         noise_NCHW = torch.randn(small_NCHW.shape, generator=random)
         parts = []
         for start in range(0, len(small), UPSAMPLER_BATCH):
