@@ -202,8 +202,8 @@ def _limits(results: Mapping[str, Any], networks: Mapping[str, Output], kept: Ou
     beaten = list(_no_better_than_chance(results))
     if beaten:
         facts.append(f"No better than chance: {', '.join(beaten)}.")
-    if worse := list(_worse_than_bilinear(networks)):
-        facts.append(f"The upsampler is no better than bilinear in: {', '.join(worse)}.")
+    if worse := list(_worse_than_plain(networks)):
+        facts.append(f"The upsampler is no better than plain enlargement in: {', '.join(worse)}.")
     facts.append(f"Bias, safety and use outside its training captions: {UNKNOWN}.")
     return "## Limits\n\n" + "\n".join(f"- {fact}" for fact in facts)
 
@@ -219,12 +219,17 @@ def _no_better_than_chance(results: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} ({value:.4g}, chance {chance:.4g})"
 
 
-def _worse_than_bilinear(networks: Mapping[str, Output]) -> Iterator[str]:
+def _worse_than_plain(networks: Mapping[str, Output]) -> Iterator[str]:
     metrics = networks["upsampler"].manifest.metrics
     for name, sign in (("psnr", 1), ("lpips", -1)):
-        ours, plain = metrics.get(name), metrics.get(f"{name}_bilinear")
-        if ours is not None and plain is not None and sign * (ours - plain) <= 0:
-            yield f"{name} ({ours:.4g}, bilinear {plain:.4g})"
+        ours = metrics.get(name)
+        found = {m: metrics.get(f"{name}_{m}") for m in ("bilinear", "bicubic", "lanczos")}
+        plain = {m: value for m, value in found.items() if value is not None}
+        if ours is None or not plain:
+            continue
+        best = max(plain, key=lambda m: sign * plain[m])
+        if sign * (ours - plain[best]) <= 0:
+            yield f"{name} ({ours:.4g}, {best} {plain[best]:.4g})"
 
 
 def _files(networks: Mapping[str, Output]) -> str:

@@ -174,7 +174,7 @@ def run(
         probe = UpsamplerProbe(
             captions,
             heldout,
-            perceptual,
+            pretrained.lpips("alex", world.device),  # cheap, and not what training may descend on
             resolution=generator.config.resolution,
             input_resolution=generator.config.input_resolution,
             fallback=_some_pictures(loader),

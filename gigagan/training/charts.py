@@ -34,6 +34,7 @@ OTHER_COLOURS = ("#000000", "#56b4e9", "#e69f00", "#009e73", "#cc79a7")
 GREY, LIMIT_COLOUR = "#555555", "#8b0000"
 MANY_POINTS, FEW_POINTS = 120, 40
 ROLLBACKS = "health/rollbacks"
+_PLAIN = ("bilinear", "bicubic", "lanczos")
 UNSHOWN = {ROLLBACKS, "cpu_seconds", "time"}  # the first is drawn in every panel
 
 
@@ -160,9 +161,11 @@ def panels(limits: HealthConfig) -> list[Panel]:
         ),
         Panel(
             "probe: LPIPS to unseen pictures",
-            {"model": "probe/lpips", "bilinear": "probe/lpips_bilinear"},
+            {"model": "probe/lpips", **{m: f"probe/lpips_{m}" for m in _PLAIN}},
         ),
-        Panel("probe: PSNR in dB", {"model": "probe/psnr", "bilinear": "probe/psnr_bilinear"}),
+        Panel(
+            "probe: PSNR in dB", {"model": "probe/psnr", **{m: f"probe/psnr_{m}" for m in _PLAIN}}
+        ),
         Panel(
             "learning rate",
             {"D": "phase/learning_rate_d", "G": "learning_rate"},

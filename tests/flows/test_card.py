@@ -41,7 +41,7 @@ def test_results_stand_beside_real_pictures_and_chance_with_their_deviation(text
 
 def test_limits_are_recorded_numbers_compared(text):
     assert "No better than chance: recall_at_1 (0.03, chance 0.04)" in text
-    assert "no better than bilinear in: psnr (20, bilinear 21)" in text
+    assert "no better than plain enlargement in: psnr (20, bilinear 21)" in text
     assert "Not measured: clip (no weights)" in text
 
 
