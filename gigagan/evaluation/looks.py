@@ -121,15 +121,19 @@ def write(
 
 
 def _pairs(subject: Subject, at: Setting) -> list[page.Pair]:
-    """Rows of the grid: spread evenly over the list, and none of them chosen."""
+    """Rows of the grid: by lot of a fixed seed, and none of them chosen.
+
+    A list that goes over its concepts again and again would show few of them at even distances.
+    """
     pictures = subject.chosen.pictures
+    lot = np.random.default_rng(0).permutation(len(subject.generated))[:_GRID_PAIRS]
     return [
         (
             subject.chosen.captions[i],
             open_rgb(subject.generated[i]),
             at.square(pictures[i]) if pictures else None,
         )
-        for i in _spread(list(range(len(subject.generated))), _GRID_PAIRS)
+        for i in sorted(lot.tolist())
     ]
 
 
