@@ -300,33 +300,23 @@ def _inputs(
 
     recent.add(batch.planned_captions)
     text = captions(batch.captions)
-    if not has_discriminator:
-        return step.Inputs(
-            real,
-            batch.captions,
-            text,
-            z_BZ,
-            small,
-            text,
-            torch.zeros(len(batch.captions), dtype=torch.bool, device=world.device),
-            crop,
-            tuple(draws),
-            images_seen,
-            world.share(torch.arange(B) >= B // 2),
+    others: list[str | None] = [None] * len(batch.captions)
+    if has_discriminator:
+        others = mismatch(
+            batch.planned_captions,
+            recent,
+            rows=world.rows(B),
+            is_hard_B=is_hard_B.tolist(),
+            uniform_B=uniform_B.tolist(),
+            order_B=uniform_B.argsort().tolist(),
+            rotation=rotation,
         )
-    others = mismatch(
-        batch.planned_captions,
-        recent,
-        rows=world.rows(B),
-        is_hard_B=is_hard_B.tolist(),
-        uniform_B=uniform_B.tolist(),
-        order_B=uniform_B.argsort().tolist(),
-        rotation=rotation,
-    )
     # A picture that could not be read was replaced by another, perhaps of that very caption.
     others = [o if o != own else None for o, own in zip(others, batch.captions, strict=True)]
     has_other_B = torch.tensor([other is not None for other in others], device=world.device)
-    other_text = captions([o or own for o, own in zip(others, batch.captions, strict=True)])
+    other_text = text
+    if has_discriminator:
+        other_text = captions([o or own for o, own in zip(others, batch.captions, strict=True)])
     return step.Inputs(
         real,
         batch.captions,
