@@ -11,14 +11,14 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3 python,$(shel
 # As many tests at a time as there are cores; a file's tests share what they prepare.
 PYTEST := $(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile
 
-.PHONY: help demo test test-all check bench ui compare run lock clean setup
+.PHONY: help demo test test-all check bench gpu-pack ui compare run lock clean setup
 .DEFAULT_GOAL := help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
 	@echo 'Arguments: make demo ARGS="--set filter.min_similarity=0.2"; make run PRESET=smoke'
 
-demo: setup  ## the whole pipeline on real pictures, a quarter of an hour on two cores
+demo: setup  ## the whole pipeline on real pictures, some twelve minutes on two cores
 	@$(PY) -m flows run --preset $(PRESET) $(ARGS)
 
 test: setup  ## all tests but the slow ones
@@ -35,6 +35,9 @@ check: setup  ## lint, format, types, import rules
 
 bench: setup  ## measure speed and memory
 	@$(PY) -m bench $(ARGS)
+
+gpu-pack: setup  ## lay down in gpu-pack/ what a bare GPU machine needs for `python -m bench gpu`
+	@$(PY) -m bench gpu --pack-only $(ARGS)
 
 ui: setup  ## the Prefect and MLflow pages, until Ctrl-C
 	@$(PY) -m flows ui $(ARGS)

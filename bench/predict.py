@@ -282,7 +282,7 @@ def _build(
         z_BZ=torch.empty(batch, g.config.latent_dim),
         small=small,
         other_text=text,
-        has_other_B=torch.ones(batch, dtype=torch.bool, device="cpu"),  # it is looked at
+        has_other_B=(True,) * batch,
         crop=(0, 0),
     )
     return g, d, inputs

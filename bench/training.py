@@ -79,7 +79,7 @@ def train(side: int, batch: int) -> tuple[Parts, Calls]:
         z_BZ=torch.randn(batch, g.config.latent_dim),
         small=None,
         other_text=model.features(batch),
-        has_other_B=torch.ones(batch, dtype=torch.bool),
+        has_other_B=(True,) * batch,
         crop=(0, 0),
     )
     opt_g, opt_d = (torch.optim.AdamW(m.parameters(), lr=1e-4, fused=True) for m in (g, d))

@@ -213,6 +213,15 @@ class SystemConfig(Frozen):
     compile: bool = False
     """Compile the blocks of G and D: minutes at the start, then fewer passes over memory per step;
     R1 steps of D run uncompiled. For long runs on GPUs."""
+    tf32: bool = True
+    """GPUs may round the factors of float32 products to 10 bits (TF32), many times as fast: what
+    is left to float32, R1 above all, loses no more than bf16 loses elsewhere."""
+    cudnn_benchmark: bool = False
+    """GPUs try which algorithm of a convolution is fastest. A run that was interrupted then differs
+    from one that was not in its last digits; else they agree in every bit."""
+    loader_threads: int | None = Field(None, ge=1)
+    """Threads of a rank that decode pictures; null: one on CPUs, which have other work, and on
+    GPUs the rank's share of the machine's cores, 16 at most."""
     activation_checkpointing: bool = False
     """Keep only the input of each resolution and compute the rest again in the backward: about a
     third more time per step. For resolutions or batches that do not fit; try `accumulate`

@@ -5,6 +5,7 @@ Shape letters: N pictures, H W image, C colour, D features.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -15,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cleanfid.resize import build_resizer
 from PIL import Image
 
 from gigagan.evaluation.devices import Device, Team, deal
@@ -29,7 +29,18 @@ Picture = Path | Image.Image | np.ndarray
 
 log = logging.getLogger(__name__)
 
-_clean_resize = build_resizer("clean")  # Pillow's antialiased bicubic to 299, left unrounded
+
+@functools.cache
+def _clean_resizer() -> Callable[[np.ndarray], np.ndarray]:
+    """Pillow's antialiased bicubic to 299, left unrounded. Training does without its package."""
+    from cleanfid.resize import build_resizer
+
+    resizer: Callable[[np.ndarray], np.ndarray] = build_resizer("clean")
+    return resizer
+
+
+def _clean_resize(image_HWC: np.ndarray) -> np.ndarray:
+    return _clean_resizer()(image_HWC)
 
 
 def silent(what: str, done: int, total: int | None) -> None:

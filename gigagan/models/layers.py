@@ -65,17 +65,50 @@ def rms_normalize(x: Tensor, *, dim: int = -1, eps: float = 1e-8) -> Tensor:
 
 def upsample(x_BCHW: Tensor) -> Tensor:
     """Double the side with the [1, 3, 3, 1] / 4 filter."""
+    if _has_unsteady_backward(x_BCHW):
+        return resample(x_BCHW, doubling)
     return F.interpolate(x_BCHW, scale_factor=2.0, mode="bilinear", align_corners=False)
 
 
 def downsample(x_BCHW: Tensor) -> Tensor:
     """Halve the side with the [1, 3, 3, 1] / 8 filter, the transpose of `upsample`."""
+    if _has_unsteady_backward(x_BCHW):
+        return resample(x_BCHW, halving)
     # CPUs lack this in half precision.
     wide = full_precision(x_BCHW) if x_BCHW.device.type == "cpu" else x_BCHW
     halved = F.interpolate(
         wide, scale_factor=0.5, mode="bilinear", align_corners=False, antialias=True
     )
     return halved.to(x_BCHW.dtype)
+
+
+def _has_unsteady_backward(x: Tensor) -> bool:
+    """On a GPU the gradient of `interpolate` is added up in whatever order threads come."""
+    return x.device.type == "cuda" and x.requires_grad and torch.is_grad_enabled()
+
+
+def resample(x_BCHW: Tensor, matrix: Callable[[int, torch.device], Tensor]) -> Tensor:
+    """Rows and columns through `doubling` or `halving`: what `interpolate` does, and its gradients.
+
+    Products, so that two runs on one device agree in every bit.
+    """
+    H, W = x_BCHW.shape[2:]
+    rows, columns = (matrix(side, x_BCHW.device).to(x_BCHW.dtype) for side in (H, W))
+    with without_autocast(x_BCHW.device):
+        return rows @ (x_BCHW @ columns.T)
+
+
+def doubling(side: int, device: torch.device) -> Tensor:
+    """The matrix [2 · side, side] of `upsample` along one side, in float32."""
+    place = (torch.arange(2 * side, device=device) / 2 - 0.25).clamp(0, side - 1)
+    return (1 - (place[:, None] - torch.arange(side, device=device)).abs()).clamp(min=0)
+
+
+def halving(side: int, device: torch.device) -> Tensor:
+    """The matrix [side / 2, side] of `downsample` along one side, in float32: rows sum to 1."""
+    centre = 2 * torch.arange(side // 2, device=device) + 0.5
+    weights = (1 - (centre[:, None] - torch.arange(side, device=device)).abs() / 2).clamp(min=0)
+    return weights / weights.sum(1, keepdim=True)
 
 
 def halve_by_mean(x_BCHW: Tensor) -> Tensor:
@@ -187,7 +220,7 @@ def adaptive_conv2d(
     bias = None if bias_O is None else (bias_O * gain)[:, None, None].to(y_BOHW.dtype)
     if not demodulate:
         return y_BOHW if bias is None else y_BOHW + bias
-    factor_BO = gain * demodulation(filters_FOIhw, scale_BI, eps=eps)
+    factor_BO = gain * demodulation(filter_energy(bank_NOIhw, select_BN), scale_BI, eps=eps)
     factor = factor_BO[:, :, None, None].to(y_BOHW.dtype)
     return y_BOHW * factor if bias is None else torch.addcmul(bias, y_BOHW, factor)
 
@@ -206,7 +239,7 @@ def fold_filter(
     filter_OIhw = mixed_1OIhw[0] * scale_1I[0, :, None, None]
     if not demodulate:
         return filter_OIhw
-    factor_1O = gain * demodulation(mixed_1OIhw, scale_1I, eps=eps)
+    factor_1O = gain * demodulation(filter_energy(bank_NOIhw, select_1N), scale_1I, eps=eps)
     return filter_OIhw * factor_1O[0, :, None, None, None]
 
 
@@ -221,10 +254,27 @@ def mix_filters(bank_NOIhw: Tensor, select_BN: Tensor) -> Tensor:
     return (select_BN @ bank_NOIhw.reshape(N, -1)).reshape(-1, O, I, h, w)
 
 
-def demodulation(filters_FOIhw: Tensor, scale_BI: Tensor, *, eps: float = 1e-8) -> Tensor:
-    """d_bo = (Σ_ihw (K_boihw · s_bi)² + ε)^−½ in float32: B O (StyleGAN2, equation 3)."""
+def filter_energy(bank_NOIhw: Tensor, select_BN: Tensor) -> Tensor:
+    """Σ_hw K_boihw² of the mixed filters without building them: F O I, in float32.
+
+    = Σ_nm select_bn select_bm Σ_hw bank_noihw bank_moihw. Squares of mixed filters would be the
+    largest tensor of a step: nine numbers for each of these.
+    """
+    with without_autocast(bank_NOIhw.device):
+        N, O, I = bank_NOIhw.shape[:3]
+        bank = full_precision(bank_NOIhw)
+        if N == 1:
+            return bank.square().sum((3, 4))
+        select = full_precision(select_BN)
+        products_NNOI = (bank[:, None] * bank).sum((4, 5))
+        pairs_BNN = select[:, :, None] * select[:, None]
+        energy_BOI = pairs_BNN.flatten(1) @ products_NNOI.flatten(2).flatten(0, 1)
+        return energy_BOI.clamp(min=0).unflatten(1, (O, I))  # rounding may leave less than nothing
+
+
+def demodulation(energy_FOI: Tensor, scale_BI: Tensor, *, eps: float = 1e-8) -> Tensor:
+    """d_bo = (Σ_i energy_boi · s_bi² + ε)^−½ in float32: B O (StyleGAN2, equation 3)."""
     with without_autocast(scale_BI.device):
-        energy_FOI = full_precision(filters_FOIhw).square().sum((3, 4))
         power_BI = full_precision(scale_BI).square()
         if len(energy_FOI) == 1:
             return (power_BI @ energy_FOI[0].T + eps).rsqrt()

@@ -74,6 +74,18 @@ class MiniLM(TextEncoder):
     max_tokens = 256
 
     def __init__(self, weights: Path, tokenizer: Path, device: torch.device) -> None:
+        self._prepare(load_file(weights, device=str(device)), tokenizer, device)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], tokenizer: Path, device: torch.device) -> MiniLM:
+        """Of weights that are in memory already."""
+        encoder = cls.__new__(cls)
+        encoder._prepare({n: t.to(device) for n, t in tensors.items()}, tokenizer, device)
+        return encoder
+
+    def _prepare(
+        self, tensors: Mapping[str, Tensor], tokenizer: Path, device: torch.device
+    ) -> None:
         self.device = device
         self._tokenizer = Tokenizer.from_file(str(tokenizer))
         self._whole = Tokenizer.from_file(str(tokenizer))
@@ -81,7 +93,6 @@ class MiniLM(TextEncoder):
         self._whole.no_padding()
         self._tokenizer.enable_truncation(self.max_tokens)
         self._tokenizer.enable_padding()  # the file's own setting pads everything to 128
-        tensors = load_file(weights, device=str(device))
         self._words = tensors["embeddings.word_embeddings.weight"]
         # A caption is one segment, so that its embedding is a constant of every position.
         self._positions = (

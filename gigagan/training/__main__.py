@@ -31,7 +31,7 @@ from gigagan.models.openclip import OpenClipText
 from gigagan.models.text import TextBranch
 from gigagan.models.upsampler import Upsampler
 from gigagan.models.vision import VisionAidedDiscriminator
-from gigagan.training import loop, step
+from gigagan.training import acceleration, loop, step
 from gigagan.training.augment import Augment
 from gigagan.training.auxiliary import AlignerSpace, Auxiliary, ClipSpace, see
 from gigagan.training.captions import CaptionFeatures
@@ -129,12 +129,15 @@ def run(
     log.say(
         f"{config.kind} on {world.size} × {world.device.type}, {torch.get_num_threads()} threads"
     )
+    acceleration.prepare(config.system, world.device)
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     loader = ShardLoader(
         shards,
         batch_size=config.batch_size,
         seed=config.seed,
         rank=world.rank,
         world_size=world.size,
+        threads=acceleration.loader_threads(config.system, world.device, local_ranks=local_ranks),
     )
     heldout = read_heldout(heldout_path) if heldout_path else None
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 from typing import Literal, TypedDict
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from gigagan.config import SystemConfig
 from gigagan.models.attention import AttentionBlock
 from gigagan.models.discriminator import DownConv, Predictor, Reduce, Stage
 from gigagan.models.generator import SynthesisLevel
@@ -46,6 +48,25 @@ def autocast(
     """
     wanted = precision == "bf16" or (precision == "auto" and has_bfloat16(device))
     return torch.autocast(device.type, torch.bfloat16) if wanted else contextlib.nullcontext()
+
+
+def prepare(system: SystemConfig, device: torch.device) -> None:
+    """Set what PyTorch keeps for the whole process: how a GPU multiplies."""
+    if device.type != "cuda":
+        return
+    torch.set_float32_matmul_precision("high" if system.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = system.tf32
+    torch.backends.cudnn.benchmark = system.cudnn_benchmark
+    torch.backends.cudnn.deterministic = not system.cudnn_benchmark
+
+
+def loader_threads(system: SystemConfig, device: torch.device, *, local_ranks: int = 1) -> int:
+    """Threads that decode pictures for one rank."""
+    if system.loader_threads is not None:
+        return system.loader_threads
+    if device.type != "cuda":
+        return 1
+    return max(1, min(16, len(os.sched_getaffinity(0)) // local_ranks))
 
 
 def checkpoint_activations(network: nn.Module) -> int:

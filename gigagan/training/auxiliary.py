@@ -19,6 +19,7 @@ from gigagan import losses
 from gigagan.config import LossConfig
 from gigagan.models.aligner import Aligner
 from gigagan.models.encoders import ImageEncoder, ImageFeatures, TextFeatures
+from gigagan.models.layers import full_precision, without_autocast
 from gigagan.models.openclip import OpenClipText
 from gigagan.models.vision import VisionAidedDiscriminator
 from gigagan.training.distributed import World
@@ -57,7 +58,8 @@ class AlignerSpace:
 
     def embed_images(self, pooled_BD: Tensor) -> Tensor:
         """By the aligner's projection."""
-        return self.aligner.embed_images(pooled_BD)
+        with without_autocast(pooled_BD.device):
+            return self.aligner.embed_images(full_precision(pooled_BD))
 
     def embed_captions(self, captions: Sequence[str], text: TextFeatures) -> Tensor:
         """The pooled vector, centred."""

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gigagan.training.transfer import place
+
 BUCKET_MB = 25.0
 SHARED_MB = 256.0
 """Gradients of networks beyond that do not go through shared memory, of which they would need
@@ -61,7 +63,7 @@ class World:
     def share(self, batch: Tensor) -> Tensor:
         """This rank's rows of a tensor drawn for the whole batch."""
         rows = self.rows(len(batch))
-        return batch[rows.start : rows.stop].to(self.device)
+        return place(batch[rows.start : rows.stop], self.device)
 
     def mean_gradients(self, *modules: nn.Module) -> None:
         """Average gradients over ranks after backward, without overlap."""
@@ -133,7 +135,11 @@ def join(timeout_s: float = COLLECTIVE_TIMEOUT_S) -> World:
         torch.cuda.set_device(device)
     elif num_local and torch.get_num_threads() == 1:
         _keep_to_core(int(os.environ["LOCAL_RANK"]), num_local)  # before threads are started
-    dist.init_process_group("nccl" if has_cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+    dist.init_process_group(
+        "nccl" if has_cuda else "gloo",
+        timeout=timedelta(seconds=timeout_s),
+        device_id=device if has_cuda else None,  # the communicator is made now, not in a step
+    )
     return World(dist.get_rank(), size, device, shares_memory=not has_cuda and num_local == size)
 
 

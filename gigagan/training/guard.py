@@ -162,7 +162,7 @@ class Guard:
         return is_bad.float()
 
     def _number(self, value: float) -> Tensor:
-        return torch.tensor(value, device=self.device)
+        return torch.full((), value, device=self.device)  # a copy from the host would be waited for
 
     # On the host, at each line of the log and each probe.
 

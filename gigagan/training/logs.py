@@ -110,7 +110,10 @@ class Log:
     def health(self, limits: HealthConfig) -> None:
         """Draw the page of health charts anew, and show it in MLflow."""
         with self.spare("the health page"):
-            draw_health(self.run_dir / LINES, self.run_dir / HEALTH, limits)
+            try:
+                draw_health(self.run_dir / LINES, self.run_dir / HEALTH, limits)
+            except ModuleNotFoundError as error:  # a machine that only trains
+                self.say(f"warning: no health page ({error}); training goes on")
         self._wake()
 
     @contextlib.contextmanager

@@ -27,6 +27,7 @@ from gigagan.training.guard import Divergence, StallWatch
 from gigagan.training.logs import Log
 from gigagan.training.probes import Look, from_uint8
 from gigagan.training.run import Run
+from gigagan.training.transfer import place
 
 MEAN_STYLE_CAPTIONS, MEAN_STYLE_BATCH = 512, 64
 STOP_EVERY = 8
@@ -282,7 +283,7 @@ def _inputs(
     uniform_B = torch.rand(B, generator=random)
     rotation = float(torch.rand((), generator=random))
 
-    real_BCHW = from_uint8(batch.images_BCHW.to(world.device, non_blocking=True))
+    real_BCHW = from_uint8(place(batch.images_BCHW, world.device))
     real = pyramid(real_BCHW, levels)
     small: tuple[Tensor, Tensor] | None = None
     crop = (0, 0)
@@ -313,7 +314,7 @@ def _inputs(
         )
     # A picture that could not be read was replaced by another, perhaps of that very caption.
     others = [o if o != own else None for o, own in zip(others, batch.captions, strict=True)]
-    has_other_B = torch.tensor([other is not None for other in others], device=world.device)
+    has_other_B = tuple(other is not None for other in others)
     other_text = text
     if has_discriminator:
         other_text = captions([o or own for o, own in zip(others, batch.captions, strict=True)])
@@ -328,7 +329,7 @@ def _inputs(
         crop,
         tuple(draws),
         images_seen,
-        world.share(torch.arange(B) >= B // 2),
+        tuple(row >= B // 2 for row in world.rows(B)),
     )
 
 

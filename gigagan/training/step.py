@@ -18,11 +18,12 @@ from gigagan.config import AugmentConfig, TrainStage, TrainUpsamplerConfig
 from gigagan.models.discriminator import Discriminator
 from gigagan.models.encoders import TextFeatures
 from gigagan.models.generator import Generator
-from gigagan.models.layers import full_precision
+from gigagan.models.layers import full_precision, without_autocast
 from gigagan.models.upsampler import Upsampler
 from gigagan.training.augment import Augment, Draws, mean_sign
 from gigagan.training.auxiliary import Auxiliary
 from gigagan.training.phases import Phase
+from gigagan.training.transfer import place
 
 ADVERSARIAL = Phase()
 Metrics = dict[str, Tensor]  # detached, still on the device; the loop decides when to read them
@@ -42,15 +43,16 @@ class Inputs(NamedTuple):
     """The upsampler's input and its noise, both B C H W; None for the base."""
     other_text: TextFeatures
     """Another caption for every sample …"""
-    has_other_B: Tensor
-    """… where there is one: False if all captions lately were the same."""
+    has_other_B: tuple[bool, ...]
+    """… where there is one: False if all captions lately were the same. Known to the host, which
+    chooses rows by it without waiting for the device."""
     crop: tuple[int, int]
     """Top and left corner of the crop on which LPIPS is measured."""
     draws: tuple[Draws | None, ...] = (None, None, None)
     """Augmentation of real and generated images in D's step, and of generated ones in G's."""
     images_seen: int = 0
     """Position, for what fades."""
-    in_second_half_B: Tensor | None = None
+    in_second_half_B: tuple[bool, ...] | None = None
     """Whether a sample is in the second half of the global batch; None: this is all of it."""
 
 
@@ -159,9 +161,10 @@ def accumulate_discriminator(
     )
     if config.loss.matching > 0:  # ranks average these: each has them, whatever its captions are
         metrics |= dict.fromkeys(("d/mismatch", "d/logit_mismatch"), loss_real.new_zeros(()))
-    if config.loss.matching > 0 and len(rows):
-        picked = [f._replace(maps_BCHW=f.maps_BCHW[rows]) for f in features]
-        mismatched = d.predict(picked, _read(d, inputs.other_text)[samples])
+    if config.loss.matching > 0 and rows:
+        chosen = place(torch.tensor([rows, samples], device="cpu"), text_BT.device)
+        picked = [f._replace(maps_BCHW=f.maps_BCHW.index_select(0, chosen[0])) for f in features]
+        mismatched = d.predict(picked, _read(d, inputs.other_text).index_select(0, chosen[1]))
         # The mean over all samples: one without another caption adds nothing. So parts of a
         # batch, and ranks, have the mean of the whole.
         loss_match = len(rows) / B * losses.as_fake(mismatched, weights)
@@ -180,25 +183,23 @@ def accumulate_discriminator(
 
 def mismatched_rows(
     images: Literal["real", "half", "both"],
-    has_other_B: Tensor,
-    in_second_half_B: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    has_other_B: Sequence[bool],
+    in_second_half_B: Sequence[bool] | None = None,
+) -> tuple[list[int], list[int]]:
     """Which of the 2 B images (real, then generated) meet whose other caption: rows, samples.
 
     Samples without another caption take no part. Of `half`, the generated images are those of the
     second half of the global batch, so that ranks and parts choose as one process would.
     """
     B = len(has_other_B)
-    sample_B = torch.arange(B, device=has_other_B.device)
-    if in_second_half_B is None:
-        in_second_half_B = sample_B >= B // 2
-    row, sample = {
-        "real": (sample_B, sample_B),
-        "half": (sample_B + B * in_second_half_B, sample_B),
-        "both": (torch.cat([sample_B, sample_B + B]), sample_B.repeat(2)),
+    second_B = in_second_half_B or [sample >= B // 2 for sample in range(B)]
+    pairs = {
+        "real": [(sample, sample) for sample in range(B)],
+        "half": [(sample + B * second_B[sample], sample) for sample in range(B)],
+        "both": [(sample + start, sample) for start in (0, B) for sample in range(B)],
     }[images]
-    keep = has_other_B[sample]
-    return row[keep], sample[keep]
+    kept = [(row, sample) for row, sample in pairs if has_other_B[sample]]
+    return [row for row, _ in kept], [sample for _, sample in kept]
 
 
 def accumulate_r1(players: Players, inputs: Inputs, *, weight: float) -> Metrics:
@@ -267,12 +268,13 @@ def _adversarial(
     metrics = {"g/adversarial": loss_adversarial.detach()}
     if config.loss.generator_matching > 0:
         metrics["g/mismatch"] = loss_adversarial.new_zeros(())
-    if config.loss.generator_matching > 0 and bool(inputs.has_other_B.any()):
-        keep_B = inputs.has_other_B
-        picked = [f._replace(maps_BCHW=f.maps_BCHW[keep_B]) for f in features]
+    if config.loss.generator_matching > 0 and any(inputs.has_other_B):
+        there = [row for row, has_other in enumerate(inputs.has_other_B) if has_other]
+        rows = place(torch.tensor(there, device="cpu"), text_BT.device)
+        picked = [f._replace(maps_BCHW=f.maps_BCHW.index_select(0, rows)) for f in features]
         with torch.no_grad():
-            other_BT = _read(d, inputs.other_text)[keep_B]
-        present = len(other_BT) / len(keep_B)
+            other_BT = _read(d, inputs.other_text).index_select(0, rows)
+        present = len(other_BT) / len(inputs.has_other_B)
         loss_match = present * losses.as_fake(d.predict(picked, other_BT), players.weights)
         loss = loss + config.loss.generator_matching * loss_match
         metrics["g/mismatch"] = loss_match.detach()
@@ -299,7 +301,9 @@ def _fidelity(
         count = math.ceil(config.lpips_samples * len(fake_BCHW) / config.batch_size)
         crop = (slice(count), slice(None), slice(top, top + side))
         window = (*crop, slice(left, left + side))
-        perceptual = players.perceptual(fake_BCHW[window], inputs.real[0][window]).mean()
+        pair = full_precision(fake_BCHW[window]), full_precision(inputs.real[0][window])
+        with without_autocast(fake_BCHW.device):  # squares of small differences
+            perceptual = players.perceptual(*pair).mean()
         loss = loss + config.lpips * perceptual
         terms["g/lpips"] = perceptual.detach()
     return loss, terms

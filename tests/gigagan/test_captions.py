@@ -4,7 +4,8 @@ from collections import Counter
 import pytest
 import torch
 
-from gigagan.training.captions import RecentCaptions, derange, mismatch
+from gigagan.models.encoders import TextEncoder, TextFeatures
+from gigagan.training.captions import CaptionFeatures, RecentCaptions, derange, mismatch
 
 
 def drawn_batch(rng, size):
@@ -129,13 +130,97 @@ def test_hard_captions_share_as_many_of_their_words_as_any():
 
 def test_of_equally_near_captions_the_uniform_number_chooses():
     recent = remembering("red cat", "red dog", "red sun", "teal moon")
-    found = {recent.nearest("red cat", u) for u in (0.0, 0.49, 0.5, 0.999)}
-    assert found == {"red dog", "red sun"}
+    found = recent.nearest(["red cat"] * 4, [0.0, 0.49, 0.5, 0.999])
+    assert found == ["red dog", "red dog", "red sun", "red sun"]
+
+
+def test_many_are_found_as_one_at_a_time_by_counting_words():
+    words = ["red", "Blue", "pale", "cat,", "dog", "sun", "on", "in"]
+    rng = random.Random(5)
+    seen = [" ".join(rng.sample(words, rng.randint(1, 6))) for _ in range(90)] + ["", ","]
+    recent = remembering(*seen, size=64)
+    asked = [*rng.sample(seen, 40), "a word that nobody else has", ""]
+    uniform = [rng.random() for _ in asked]
+
+    def of(text):
+        return set(text.lower().replace(",", " ").split())
+
+    for caption, u, found in zip(asked, uniform, recent.nearest(asked, uniform), strict=True):
+        others = [c for c in seen[-64:] if c != caption]
+        share = [len(of(caption) & of(c)) / max(len(of(caption) | of(c)), 1) for c in others]
+        best = [c for c, part in zip(others, share, strict=True) if part == max(share)]
+        assert found == best[int(u * len(best))]
+
+
+class LetterEncoder(TextEncoder):
+    """A token per letter, made of its number and place."""
+
+    name, width, pooled_width, max_tokens = "letters", 3, 2, 99
+
+    def __init__(self):
+        self.asked = []
+
+    def count_tokens(self, caption):
+        return len(caption)
+
+    def encode(self, captions):
+        self.asked += captions
+        longest = max(map(len, captions))
+        tokens, mask = torch.zeros(len(captions), longest, 3), torch.zeros(len(captions), longest)
+        for row, caption in enumerate(captions):
+            for place, letter in enumerate(caption):
+                tokens[row, place] = torch.tensor([ord(letter) / 128, place / 8, 0.5])
+                mask[row, place] = 1
+        pooled = torch.tensor([[len(c) / 16, ord(c[0]) / 128] for c in captions])
+        return TextFeatures(tokens, mask.bool(), pooled)
+
+
+def assert_features(found, captions):
+    expected = LetterEncoder().encode(captions)
+    length = expected.tokens_BLD.shape[1]
+    assert found.tokens_BLD.shape[1] >= length
+    assert found.tokens_BLD.shape[1] % 8 == 0
+    assert torch.equal(found.mask_BL[:, :length], expected.mask_BL)
+    assert not found.mask_BL[:, length:].any()
+    assert torch.equal(found.tokens_BLD[:, :length], expected.tokens_BLD.half().float())
+    assert torch.equal(found.pooled_BD, expected.pooled_BD.half().float())
+
+
+CAPTIONS = ["a", "bb", "cat", "a longer caption than others", "dog", "e", "ff"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_captions": 2}, {"max_mb": 3 * 2 * 8 * 4 / 2**20}])
+def test_features_are_the_encoders_whether_or_not_there_is_room_for_them(settings):
+    captions = CaptionFeatures(LetterEncoder(), torch.device("cpu"), **settings)
+    rng = random.Random(0)
+    for _ in range(30):
+        batch = [rng.choice(CAPTIONS) for _ in range(5)]
+        assert_features(captions(batch), batch)
+
+
+def test_what_is_known_is_not_encoded_again_and_survives_a_file(tmp_path):
+    first = CaptionFeatures(LetterEncoder(), torch.device("cpu"))
+    assert first.warm(CAPTIONS[:4]) == 4
+    first(CAPTIONS)
+    assert sorted(first.encoder.asked) == sorted(CAPTIONS)
+    first.save(tmp_path / "features.pt")
+    second = CaptionFeatures(LetterEncoder(), torch.device("cpu"))
+    second.load(tmp_path / "features.pt")
+    assert_features(second(CAPTIONS), CAPTIONS)
+    assert second.encoder.asked == []
+
+
+def test_a_small_table_stays_within_its_memory():
+    captions = CaptionFeatures(LetterEncoder(), torch.device("cpu"), max_mb=3 * 2 * 8 * 4 / 2**20)
+    assert captions.warm(["a", "b", "c"]) == 3
+    captions(["d", "e"])
+    captions(["a long one, for which every row would have to grow"])
+    assert captions._tokens_NLD.nbytes <= captions.max_bytes
 
 
 def test_case_and_commas_do_not_make_another_word():
     recent = remembering("a cat on WHITE, please", "a dog")
-    assert recent.nearest("A cat, on white", 0.0) == "a cat on WHITE, please"
+    assert recent.nearest(["A cat, on white"], [0.0]) == ["a cat on WHITE, please"]
 
 
 def test_a_batch_of_one_caption_is_given_earlier_ones_or_none():
@@ -147,9 +232,9 @@ def test_a_batch_of_one_caption_is_given_earlier_ones_or_none():
 def test_the_oldest_captions_are_forgotten_first():
     recent = remembering("red cat old", size=2)
     recent.add(["teal moon"])
-    assert recent.nearest("red cat", 0.0) == "red cat old"
+    assert recent.nearest(["red cat"], [0.0]) == ["red cat old"]
     recent.add(["white sun"])
-    assert recent.nearest("red cat", 0.0) in {"teal moon", "white sun"}
+    assert recent.nearest(["red cat"], [0.0])[0] in {"teal moon", "white sun"}
 
 
 def test_mismatched_captions_are_a_function_of_the_arguments_alone():

@@ -158,7 +158,9 @@ def test_multiply_adds_of_a_generator_equal_a_count_by_hand():
 
     def adaptive(i, o, size, pixels, kernels, *, demodulate=True):
         mixing = kernels * i * o * size**2 + 3 * kernels if kernels > 1 else 0
-        return i * o * size**2 * pixels + 3 * i + mixing + (i * o if demodulate else 0)
+        energy = i * o * (kernels**2 if kernels > 1 else 0)  # of the filters, two by two
+        demodulation = energy + i * o if demodulate else 0
+        return i * o * size**2 * pixels + 3 * i + mixing + demodulation
 
     assert found == {
         "mapping": 2 * 3 + 3 * 3,

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
 from gigagan.config import StyleConfig, TextConfig
@@ -11,8 +12,13 @@ from gigagan.models.layers import (
     EqualLinear,
     MappingNetwork,
     adaptive_conv2d,
+    demodulation,
+    doubling,
     downsample,
+    filter_energy,
+    halving,
     pyramid,
+    resample,
     upsample,
 )
 
@@ -100,3 +106,42 @@ def test_pyramid_halves_and_keeps_the_mean():
     assert [level.shape[-1] for level in levels] == [16, 8, 4]
     flat = pyramid(torch.full((1, 3, 8, 8), 0.3), 2)[1]
     torch.testing.assert_close(flat, torch.full((1, 3, 4, 4), 0.3))
+
+
+@pytest.mark.parametrize(
+    ("size", "matrix", "settings"),
+    [
+        ((5, 8), doubling, {"scale_factor": 2.0}),
+        ((8, 4), doubling, {"scale_factor": 2.0}),
+        ((8, 4), halving, {"scale_factor": 0.5, "antialias": True}),
+        ((2, 16), halving, {"scale_factor": 0.5, "antialias": True}),
+    ],
+)
+def test_products_resample_like_interpolate_gradients_and_all(size, matrix, settings):
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    expected = F.interpolate(x, mode="bilinear", align_corners=False, **settings)
+    found = resample(x, matrix)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)  # the matrices are float32
+    weights = torch.randn_like(expected)
+    gradients = [torch.autograd.grad((y * weights).sum(), x)[0] for y in (expected, found)]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_kernels", [1, 2, 5])
+def test_the_energy_of_mixed_filters_needs_no_mixed_filters(num_kernels):
+    bank = torch.randn(num_kernels, 4, 6, 3, 3, dtype=torch.float64, requires_grad=True)
+    select = torch.randn(7, num_kernels, dtype=torch.float64).softmax(1)
+    mixed = torch.einsum("bn,noihw->boihw", select, bank)
+    expected = mixed.square().sum((3, 4))[: 1 if num_kernels == 1 else None]
+    found = filter_energy(bank, select)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(expected)
+    gradients = [torch.autograd.grad((y * weights).sum(), bank)[0] for y in (expected, found)]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-10, atol=1e-12)
+
+
+def test_filters_that_cancel_each_other_have_no_energy_below_nothing():
+    bank = torch.randn(1, 4, 6, 3, 3)
+    found = filter_energy(torch.cat([bank, -bank]), torch.full((3, 2), 0.5))
+    assert (found >= 0).all()
+    assert demodulation(found, torch.ones(3, 6)).isfinite().all()

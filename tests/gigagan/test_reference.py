@@ -479,7 +479,7 @@ def inputs_of(config, has_other=(True, True, False)):
         z_BZ=randn(B, 5),
         small=small,
         other_text=captions(3, 1, 5),
-        has_other_B=torch.tensor(has_other),
+        has_other_B=tuple(has_other),
         crop=(0, 0),
     )
 

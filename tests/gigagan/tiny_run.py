@@ -334,9 +334,10 @@ def one_step(config, world, num_parts):
         config, players, CaptionFeatures(WordEncoder(), torch.device("cpu")), RecentCaptions(9),
         batch, 0, world, augmented_share=0.6,
     )  # fmt: skip
-    assert inputs.has_other_B.all()
-    place_B = torch.arange(B)  # the second half has no other captions at all
-    inputs = inputs._replace(has_other_B=world.share((place_B % 3 < 2) & (place_B < B // 2)))
+    assert all(inputs.has_other_B)
+    # The second half has no other captions at all.
+    has_other_B = tuple(row % 3 < 2 and row < B // 2 for row in world.rows(B))
+    inputs = inputs._replace(has_other_B=has_other_B)
     inputs = doubled(inputs)
 
     parts = step.split(inputs, num_parts)
