@@ -200,7 +200,7 @@ class UpsamplerProbe:
     def look(self, generator: nn.Module) -> Look:
         """Enlarge shrunken pictures and compare them with the originals."""
         assert isinstance(generator, Upsampler)
-        scalars = dict(self._plain)
+        scalars: dict[str, float] = {}
         rows: list[np.ndarray] = []
         for suffix, originals in self.sets.items():
             small = self._shrunken(originals)
@@ -211,7 +211,8 @@ class UpsamplerProbe:
                 rows = [x[:GRID_PROMPTS] for x in (plain_NHWC, made_NHWC, originals.real_NHWC)]
         title = "bicubic enlargement, ours, original"
         captions = self.sets[""].captions[:GRID_PROMPTS]
-        return Look(_sheet(np.stack(rows, axis=1), captions, title), scalars)
+        # Its own figures come first: summaries show the first few.
+        return Look(_sheet(np.stack(rows, axis=1), captions, title), scalars | self._plain)
 
     @cached_property
     def _plain(self) -> dict[str, float]:
