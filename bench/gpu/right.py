@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from bench.gpu import emoji, learn
 from bench.gpu.record import PACK, SIZE, Record
 from gigagan import losses
-from gigagan.config import TrainBaseConfig, TrainStage, TrainUpsamplerConfig
+from gigagan.config import SystemConfig, TrainBaseConfig, TrainStage, TrainUpsamplerConfig
 from gigagan.models import layers
 from gigagan.models.attention import AttentionBlock, l2_attention
 from gigagan.models.discriminator import Discriminator
@@ -35,7 +35,7 @@ from gigagan.models.encoders import TextFeatures
 from gigagan.models.generator import Generator
 from gigagan.models.layers import AdaptiveConv, DownBlock
 from gigagan.models.upsampler import Upsampler
-from gigagan.training import loop, step
+from gigagan.training import acceleration, loop, step
 from gigagan.training.acceleration import autocast
 from gigagan.training.captions import CaptionFeatures
 
@@ -280,7 +280,7 @@ def bitwise(device: torch.device, precision: str) -> dict[str, object]:
     Raises:
         AssertionError: some do.
     """
-    torch.backends.cudnn.deterministic = True
+    acceleration.prepare(SystemConfig(tf32=False), device)
     different: dict[str, list[str]] = {}
     for what in ("d", "r1", "g"):
         subject = _step(TrainBaseConfig(), what)

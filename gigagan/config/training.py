@@ -216,9 +216,9 @@ class SystemConfig(Frozen):
     tf32: bool = True
     """GPUs may round the factors of float32 products to 10 bits (TF32), many times as fast: what
     is left to float32, R1 above all, loses no more than bf16 loses elsewhere."""
-    cudnn_benchmark: bool = False
-    """GPUs try which algorithm of a convolution is fastest. A run that was interrupted then differs
-    from one that was not in its last digits; else they agree in every bit."""
+    deterministic: bool = True
+    """GPUs add up in a fixed order, so that a run that was interrupted agrees with one that was not
+    in every bit. False: whatever is fastest, convolutions by trial, and the last digits differ."""
     loader_threads: int | None = Field(None, ge=1)
     """Threads of a rank that decode pictures; null: one on CPUs, which have other work, and on
     GPUs the rank's share of the machine's cores, 16 at most."""

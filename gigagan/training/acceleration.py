@@ -56,8 +56,11 @@ def prepare(system: SystemConfig, device: torch.device) -> None:
         return
     torch.set_float32_matmul_precision("high" if system.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = system.tf32
-    torch.backends.cudnn.benchmark = system.cudnn_benchmark
-    torch.backends.cudnn.deterministic = not system.cudnn_benchmark
+    torch.backends.cudnn.benchmark = not system.deterministic
+    torch.backends.cudnn.deterministic = system.deterministic
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.use_deterministic_algorithms(system.deterministic, warn_only=True)  # attention, too
+    torch.utils.deterministic.fill_uninitialized_memory = False  # for finding bugs; costs a pass
 
 
 def loader_threads(system: SystemConfig, device: torch.device, *, local_ranks: int = 1) -> int:

@@ -231,3 +231,44 @@ def test_system_defaults_change_nothing():
     assert not any(getattr(system, name) for name in flags)
     with pytest.raises(ValueError, match="accumulate"):
         SystemConfig(accumulate=0)
+
+
+@pytest.fixture
+def process_settings():
+    """What PyTorch keeps for the process, put back afterwards."""
+    before = (
+        torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic,
+        torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    cudnn = torch.backends.cudnn
+    cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = before[1:4]
+    torch.use_deterministic_algorithms(before[4])
+
+
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_a_gpu_repeats_itself_or_is_fast(process_settings, is_exact):
+    acceleration.prepare(SystemConfig(deterministic=is_exact), torch.device("cuda"))
+    assert torch.backends.cudnn.deterministic == is_exact
+    assert torch.backends.cudnn.benchmark != is_exact
+    assert torch.are_deterministic_algorithms_enabled() == is_exact
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_nothing_is_set_where_there_is_no_gpu(process_settings):
+    torch.set_float32_matmul_precision("medium")
+    acceleration.prepare(SystemConfig(), torch.device("cpu"))
+    assert torch.get_float32_matmul_precision() == "medium"
+
+
+def test_decoding_threads_are_a_gpus_share_of_the_cores(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(48)))
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert acceleration.loader_threads(SystemConfig(), cpu) == 1
+    assert acceleration.loader_threads(SystemConfig(), gpu) == 16
+    assert acceleration.loader_threads(SystemConfig(), gpu, local_ranks=8) == 6
+    assert acceleration.loader_threads(SystemConfig(), gpu, local_ranks=64) == 1
+    assert acceleration.loader_threads(SystemConfig(loader_threads=3), cpu) == 3
