@@ -14,7 +14,6 @@ import gc
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.gpu.record import PACK, SIZE, Record
+from bench.gpu.record import PACK, SIZE, Record, leave
 from bench.gpu.right import step_inputs, step_tensors
 from bench.predict import Count
 from gigagan.config import TrainBaseConfig, TrainStage
@@ -354,4 +353,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-import sys
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from bench.gpu import emoji
-from bench.gpu.record import PACK, SIZE, Record
+from bench.gpu.record import PACK, SIZE, Record, leave
 from gigagan import losses
 from gigagan.config import TrainBaseConfig, TrainStage
 from gigagan.evaluation import enlarge, fidelity, naming
@@ -384,8 +384,9 @@ def main() -> int:
         )
 
     done = [of("base", BASE_SHARE), of("upsampler", 1.0)]
+    shutil.rmtree(room.out, ignore_errors=True)
     return 0 if all(done) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -14,6 +14,7 @@ import copy
 import functools
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.gpu import emoji, learn
-from bench.gpu.record import PACK, SIZE, Record
+from bench.gpu.record import PACK, SIZE, Record, leave
 from gigagan import losses
 from gigagan.config import SystemConfig, TrainBaseConfig, TrainStage, TrainUpsamplerConfig
 from gigagan.models import layers
@@ -448,6 +449,7 @@ def main() -> int:
     record = Record.of_environment("right")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pack, is_small = Path(os.environ[PACK]), os.environ[SIZE] == "small"
+    scratch = tempfile.tempdir = tempfile.mkdtemp(prefix="right-")  # of all that follows
     done = [record.attempt("machine", lambda: machine(device))]
     encoder = emoji.text_encoder(pack, device)
     captions = CaptionFeatures(encoder, device)
@@ -470,8 +472,9 @@ def main() -> int:
                 continue  # training leaves autocast for it
             call = functools.partial(compare, subject, expected, device, precision)
             done.append(record.attempt(f"{name}_{precision}", call, needs=3))
+    shutil.rmtree(scratch, ignore_errors=True)
     return 0 if all(done) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
