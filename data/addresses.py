@@ -24,10 +24,21 @@ OTHER_SERVICES = frozenset(
 """Ports above 1023 that browsers refuse, too: a request could mean something to who listens."""
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 """IPv6 prefix behind which a gateway answers for an IPv4 address (RFC 6052)."""
-DOCUMENTATION = ipaddress.ip_network("3fff::/20")
-"""RFC 9637; younger than Python 3.11's lists."""
 GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
-"""All of IPv6 that is assigned to the internet; Teredo in it counts as private to `ipaddress`."""
+"""All of IPv6 that is assigned to the internet."""
+SPECIAL = tuple(
+    ipaddress.ip_network(block)
+    for block in (
+        *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16"),
+        "168.63.129.16/32",  # Azure's host, as its machines see it
+        *("172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16"),
+        *("198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
+        *("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"),
+    )
+)
+"""What is not the web's: all that IANA's registries of special-purpose addresses do not call
+globally reachable, the blocks around exceptions too, and multicast. In full, because `ipaddress`
+knows others in each version of Python; of IPv6 what is in GLOBAL_UNICAST."""
 
 
 class RefusedError(Exception):
@@ -125,9 +136,13 @@ def is_public(address: str) -> bool:
         last = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         inner = ip.ipv4_mapped or ip.sixtofour or (last if ip in NAT64 else None)
         if inner is None:
-            return ip.is_global and ip in GLOBAL_UNICAST and ip not in DOCUMENTATION
+            return ip in GLOBAL_UNICAST and not _is_special(ip)
         ip = inner
-    return ip.is_global and not ip.is_multicast
+    return not _is_special(ip)
+
+
+def _is_special(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    return any(ip in block for block in SPECIAL)
 
 
 def resolved(host: str, port: int, within_s: float) -> list[str]:

@@ -22,6 +22,8 @@ from multiprocessing import connection, util
 from pathlib import Path
 from typing import Any
 
+from fsspec.implementations.local import LocalFileSystem
+
 from data.fetch import Fetcher, FetchSettings, RefusedError
 from data.processes import VETTED, WITHOUT, Job, Pulse
 
@@ -131,6 +133,7 @@ def main(path: str) -> None:
         _join_ray(job)
     elif job.distributor == "pyspark":
         _join_spark(job)
+    _take_literally(job.images)
     # The package's attribute `main` is a function that hides the module.
     module: Any = importlib.import_module("img2dataset.main")
     module.Downloader = _downloader_of(job)
@@ -166,6 +169,18 @@ def _arguments(job: Job) -> dict[str, Any]:
         "retries": 0,  # the fetch retries by itself, where it can help
         "max_shard_retry": 1,
     }
+
+
+def _take_literally(folder: Path) -> None:
+    """Let no name of `folder` count as a pattern where img2dataset looks what it holds already."""
+    plain, name = LocalFileSystem.glob, f"{folder}/"
+
+    def found(self: LocalFileSystem, path: str, **options: Any) -> Any:
+        if path.startswith(name):
+            return sorted(map(str, folder.glob(path.removeprefix(name))))
+        return plain(self, path, **options)
+
+    LocalFileSystem.glob = found
 
 
 def _join_ray(job: Job) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -53,6 +53,13 @@ class EmbeddedConfig(Frozen):
         return self
 
 
+ListColumn = Literal[
+    "url", "caption", "width", "height", "similarity_b32", "similarity_l14", "unsafe", "watermark",
+    "aesthetic", "md5", "sha256", "phash",
+]  # fmt: skip
+"""Our columns of a list; `schema.ALIASES` has the names under which they are known."""
+
+
 class DownloadConfig(Frozen):
     """From metadata to original bytes: what is listed, what is asked for, and how politely."""
 
@@ -63,6 +70,9 @@ class DownloadConfig(Frozen):
     metadata: tuple[str, ...] = ()
     """Lists of LAION, Re-LAION, COYO, DataComp, or of url and caption: Parquet, CSV or TSV. Local
     paths, globs, or URLs that fsspec reads (`s3://`, `gs://`, `hf://`)."""
+    columns: dict[ListColumn, Annotated[str, Field(min_length=1)] | None] = {}
+    """Which column of the lists is which of ours (`{caption: re_caption}`), before the names that
+    are known; null for one to do without. Unused when `source` is `embedded`."""
     allow_withdrawn: bool = False
     """Also read LAION's releases of before 2024, which their authors have withdrawn."""
     unique: Literal["url", "url and caption"] = "url"
@@ -143,6 +153,11 @@ class DownloadConfig(Frozen):
             raise ValueError(
                 "download.source is 'metadata' but download.metadata is empty: "
                 "name at least one list, or use source: embedded"
+            )
+        if needed := [name for name in ("url", "caption") if self.columns.get(name, "") is None]:
+            raise ValueError(
+                f"download.columns.{needed[0]} is null, but a row is nothing without it: name the "
+                "column that holds it"
             )
         if self.stall_s <= 2 * self.total_deadline_s:
             raise ValueError(

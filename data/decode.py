@@ -7,20 +7,29 @@ the pixel cap, which is read from the header.
 from __future__ import annotations
 
 import io
+import struct
 import warnings
+import zlib
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "JPEG2000", "PPM", "QOI")
-"""What is opened. Others that Pillow knows run programs (EPS), or hold no photographs."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "JPEG2000", "PPM", "QOI", "ICO")
+"""Pillow's readers of what is fetched and decoded. Others run programs (EPS), or are for no
+photographs."""
 MAX_PIXELS = 100_000_000
 MAX_PROFILE_BYTES = 4_000_000
 """A longer ICC profile is ignored; those of presses have up to 3 MB."""
+MAX_NOTE_BYTES = 16_000_000
+"""Longer texts in a PNG are passed over, unpacked and all together."""
+ICON_PX = 256
+"""Longest side of a bitmap in an ICO."""
 
 Image.init()  # all codecs: those it loads on demand are missing where threads come first
+# A PNG with a text or profile longer than this is no picture to Pillow.
+PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, MAX_PROFILE_BYTES)
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata; set once: threads decode
 
 
@@ -43,6 +52,18 @@ class Picture(NamedTuple):
     height: int
 
 
+def opened(data: bytes) -> Image.Image:
+    """A picture of which only the header has been read, with one of FORMATS.
+
+    Raises:
+        UndecodableError: an icon that is none.
+        Exception: whatever Pillow's readers raise on hostile bytes.
+    """
+    if data.startswith(_ICO):
+        data = _out_of_icon(data)
+    return Image.open(io.BytesIO(_without_long_notes(data)), formats=FORMATS)
+
+
 def decode(
     data: bytes, *, max_pixels: int = MAX_PIXELS, at_least: int | None = None
 ) -> Image.Image:
@@ -62,7 +83,7 @@ def open_picture(
         UndecodableError: broken, truncated, more than `max_pixels`, or of no kind in FORMATS.
     """
     try:
-        source = Image.open(io.BytesIO(data), formats=FORMATS)
+        source = opened(data)
         width, height = source.size
         if width * height > max_pixels:
             raise UndecodableError(
@@ -207,3 +228,64 @@ def square(image: Image.Image, side: int) -> Image.Image:
     left, top = (image.width - short) // 2, (image.height - short) // 2
     middle = image.crop((left, top, left + short, top + short))
     return middle.resize((side, side), Image.Resampling.LANCZOS)
+
+
+# ---- what Pillow would trip over ---------------------------------------------------------------
+
+_PNG, _ICO = b"\x89PNG\r\n\x1a\n", b"\0\0\1\0"
+_NOTES = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+
+
+def _without_long_notes(data: bytes) -> bytes:
+    """A PNG without texts and profiles longer than Pillow reads; anything else as it is.
+
+    Editors write down a picture's whole history, and generators how they made it.
+    """
+    if not data.startswith(_PNG):
+        return data
+    kept, begin, at, left = [], 0, len(_PNG), MAX_NOTE_BYTES
+    while at + 8 <= len(data):
+        kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4])
+        if kind in _NOTES and end <= len(data):
+            limit = min(MAX_PROFILE_BYTES, left)
+            size = _note_bytes(kind, data[at + 8 : end - 4], limit)
+            left -= size
+            if size >= limit:
+                kept.append(data[begin:at])
+                begin = end
+        at = end
+    return b"".join([*kept, data[begin:]]) if kept else data
+
+
+def _note_bytes(kind: bytes, body: bytes, limit: int) -> int:
+    """Bytes of a text or a profile, unpacked as far as `limit`."""
+    rest = body.partition(b"\0")[2]
+    packed = rest[1:]
+    if kind == b"tEXt" or (kind == b"iTXt" and not rest.startswith(b"\1")):
+        return min(len(body), limit)
+    if kind == b"iTXt":
+        packed = rest[2:].split(b"\0", 2)[-1]
+    try:
+        return len(zlib.decompressobj().decompress(packed, limit)) if limit else 0
+    except zlib.error:  # a note that is broken is none
+        return 0
+
+
+def _out_of_icon(data: bytes) -> bytes:
+    """The largest picture of an ICO: its PNG, or an ICO of it alone.
+
+    Pillow decodes one as soon as it is opened, whatever its size is.
+    """
+    entries = [
+        data[at : at + 16] for at in range(6, 6 + 16 * int.from_bytes(data[4:6], "little"), 16)
+    ]
+    entry = max(entries, key=lambda e: ((e[0] or ICON_PX) * (e[1] or ICON_PX), e[6:8]))
+    size, start = struct.unpack("<II", entry[8:])
+    picture = data[start : start + size]
+    if picture.startswith(_PNG):
+        return picture
+    is_old = picture.startswith(b"\x0c\0\0\0")
+    width, height = struct.unpack_from("<HH" if is_old else "<ii", picture, 4)
+    if abs(width) > ICON_PX or abs(height) > 2 * ICON_PX:  # its mask counts
+        raise UndecodableError("broken", f"a bitmap of {width} × {height} in an icon")
+    return data[:4] + b"\1\0" + entry[:12] + struct.pack("<I", 22) + picture

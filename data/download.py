@@ -122,7 +122,7 @@ def _hold_to_plan(out: Path, config: DownloadConfig) -> None:
         partial.write_text(json.dumps(plan, indent=1))
         partial.replace(path)
         return
-    begun = json.loads(path.read_text())
+    begun = {"columns": {}, **json.loads(path.read_text())}
     if changed := sorted(name for name in plan if begun.get(name) != plan[name]):
         raise ValueError(
             f"{out} was begun with other settings ({', '.join(f'download.{n}' for n in changed)}); "

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import io
 import logging
 import random
 import socket
@@ -32,6 +31,7 @@ from urllib3.exceptions import TimeoutError as SilenceError
 from data.addresses import RefusedError, dial, is_public, vetted
 from data.config import DownloadConfig
 from data.deadlines import Deadlines
+from data.decode import opened
 from data.hosts import MAX_FILE_BYTES, Hosts, Store, Turns, opt_out
 
 __all__ = ["FetchSettings", "Fetcher", "RefusedError", "is_public", "opt_out", "vetted"]
@@ -39,8 +39,6 @@ __all__ = ["FetchSettings", "Fetcher", "RefusedError", "is_public", "opt_out", "
 VERSION = "0.1"
 FILE_REDIRECTS = 5
 """Followed on the way to a robots.txt; with more, it counts as not there (RFC 9309, 2.3.1.2)."""
-CODECS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "MPO", "ICO", "JPEG2000")
-"""Pillow's readers that a stranger's bytes are shown to: pictures with pixels, as the web has."""
 MAY_RECOVER = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Answers after which asking again can help."""
 
@@ -372,10 +370,12 @@ def _retry_after(headers: HTTPHeaderDict) -> float | None:
 
 def _checked(body: bytes, max_pixels: int) -> bytes:
     """The body, if its header is that of a picture of a bearable size; nothing is decoded."""
+    # Pillow has a limit for the whole process, at twice this: ours goes before it.
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(body), formats=CODECS) as image:
+            with opened(body) as image:
                 pixels = image.width * image.height
     except Image.DecompressionBombError as error:
         raise RefusedError("too_many_pixels", str(error)) from error

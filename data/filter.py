@@ -10,7 +10,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data import pictures, select, shards
+from data import pictures, select, shards, sql
 from data.config import FilterConfig
 from data.demo import HARMLESS
 from data.report import Progress, Report, silent
@@ -76,10 +76,11 @@ def _verdicts(out: Path, scores: Path) -> pa.Table:
     """url, caption and verdict of every picture."""
     with duckdb.connect() as database:
         database.execute("SET enable_progress_bar = false")
-        files = [str(path) for path in select.score_files(scores)]
-        database.read_parquet(files, hive_partitioning=False).create_view("scores")
-        database.read_parquet([str(out / "verdicts.parquet")]).create_view("verdicts")
-        query = "SELECT url, caption, verdict FROM verdicts JOIN scores USING (key) ORDER BY key"
+        verdicts = sql.parquet([out / "verdicts.parquet"])
+        query = (
+            f"SELECT url, caption, verdict FROM {verdicts} AS verdicts "
+            f"JOIN {sql.parquet(select.score_files(scores))} AS scores USING (key) ORDER BY key"
+        )
         return database.sql(query).to_arrow_table()
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import io
 import json
 import tarfile
 from collections import Counter
@@ -22,7 +21,7 @@ import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
 from data.console import amount
-from data.decode import FORMATS, decode
+from data.decode import decode, opened
 from data.report import Progress, silent
 from data.sheet import CELL_PX, Tile, contact_sheet
 from data.tables import describe_tables
@@ -256,7 +255,7 @@ class Findings:
             return None, "no picture", ""
         image, fault, described = None, None, ""
         try:
-            with Image.open(io.BytesIO(sample.picture), formats=FORMATS) as header:
+            with opened(sample.picture) as header:
                 codec, size = str(header.format), header.size
             described = f"{size[0]}×{size[1]} {codec}, {amount(len(sample.picture), True)}"
             if is_drawn or not self.quick:

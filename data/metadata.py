@@ -32,7 +32,16 @@ from data.sources import Source, find, fingerprint
 __all__ = ["fingerprint", "prepare"]
 
 READ_BY_US = (
-    *("allow_withdrawn", "unique", "max_rows", "seed", "rows_per_part", "min_side", "max_aspect"),
+    *(
+        "columns",
+        "allow_withdrawn",
+        "unique",
+        "max_rows",
+        "seed",
+        "rows_per_part",
+        "min_side",
+        "max_aspect",
+    ),
     *("min_caption_words", "min_caption_chars", "max_unsafe", "max_watermark"),
     *("min_similarity_b32", "min_similarity_l14", "min_aesthetic"),
 )
@@ -107,7 +116,7 @@ def _finished(lists: Path, config: DownloadConfig) -> Funnel:
     """The funnel of an earlier call."""
     index = json.loads((lists / "index.json").read_text(encoding="utf-8"))
     wanted = _settings(config)
-    made = index.get("settings", wanted)
+    made = {"columns": {}, **index.get("settings", wanted)}
     if made != wanted:
         changed = [f"{k} {made.get(k)} → {v}" for k, v in wanted.items() if made.get(k) != v]
         raise MetadataError(

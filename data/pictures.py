@@ -11,6 +11,7 @@ from typing import Any
 import duckdb
 from PIL import Image
 
+from data import sql
 from data.decode import UndecodableError, decode
 from data.layout import PART_DIGITS, SHARD_DIGITS, ImageShard, shard_of
 from data.report import Progress, Report, silent
@@ -134,13 +135,12 @@ def _chosen(
     Drawn from as few image shards as will do, since finding a picture in a tar reads through it;
     each shard is a fair sample, for the download's order is a shuffle.
     """
-    verdicts = database.read_parquet([str(out / "verdicts.parquet")])
-    verdicts.create_view("verdicts")
+    verdicts = sql.parquet([out / "verdicts.parquet"])
     shard = f"substr(key, 1, {PART_DIGITS + SHARD_DIGITS})"
     order = f"md5({shard} || '{SEED}') || md5(key || '{SEED}')"
     found = database.execute(
         f"SELECT verdict, min_by(key, {order}, {NUM_PICTURES}), count(*) "
-        "FROM verdicts GROUP BY verdict"
+        f"FROM {verdicts} GROUP BY verdict"
     ).fetchall()
     return {verdict: keys for verdict, keys, _ in found}, {name: num for name, _, num in found}
 
@@ -148,16 +148,15 @@ def _chosen(
 def _twins(
     database: duckdb.DuckDBPyConnection, out: Path, chosen: dict[str, list[str]]
 ) -> dict[str, str]:
-    database.read_parquet([str(out / "twins.parquet")]).create_view("twins")
     keys = [key for keys in chosen.values() for key in keys]
-    query = "SELECT key, twin FROM twins WHERE key IN (SELECT unnest(?))"
+    twins = sql.parquet([out / "twins.parquet"])
+    query = f"SELECT key, twin FROM {twins} WHERE key IN (SELECT unnest(?))"
     return dict(database.execute(query, [keys]).fetchall())
 
 
 def _rows(database: duckdb.DuckDBPyConnection, scores: Path, keys: Iterable[str]) -> dict[str, Row]:
-    files = [str(path) for path in score_files(scores)]
-    database.read_parquet(files, hive_partitioning=False).create_view("scores")
-    query = "SELECT * EXCLUDE (asked_from, asked_until) FROM scores WHERE key IN (SELECT unnest(?))"
+    listed = f"SELECT * EXCLUDE (asked_from, asked_until) FROM {sql.parquet(score_files(scores))}"
+    query = f"{listed} WHERE key IN (SELECT unnest(?))"
     cursor = database.execute(query, [list(keys)])
     names = [column[0] for column in cursor.description or ()]
     return {row[0]: dict(zip(names, row, strict=True)) for row in cursor.fetchall()}

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from data.columns import Column, Kind, column, expression, listed
 from data.config import DownloadConfig
 from data.schema import (
     TYPES,
     MetadataError,
-    expression,
     has_fetch_status,
     is_withdrawn,
     resolve,
@@ -92,44 +92,62 @@ class Columns(NamedTuple):
 
     sql: dict[str, str]
     """Of each of ours, and of `status`."""
-    read: list[str]
-    """The source's columns that this reads."""
+    read: dict[str, Column]
+    """The source's columns that this reads, by ours."""
+    listed: dict[str, str]
+    """SQL of `listed_md5` and the like: whether the source has such a hash, right or wrong."""
+    in_doubt: bool
+    """They are not what DuckDB would take them for."""
 
 
 def columns_of(source: Source, config: DownloadConfig) -> Columns:
     """What to read of a source.
 
     Raises:
-        MetadataError: the source is withdrawn, or lacks a column that is read, or has two for one.
+        MetadataError: the source is withdrawn, or lacks a column that is read, or has two for one,
+            or has one of a type that it cannot be.
     """
-    kinds = source.columns()
-    found = resolve([*kinds], source.path)
-    if (
-        config.source == "metadata"
-        and not config.allow_withdrawn
-        and is_withdrawn([*kinds], source.path)
-    ):
+    types = source.columns()
+    is_ours = config.source == "embedded"
+    found = resolve([*types], source.path, None if is_ours else config.columns)
+    if not is_ours and not config.allow_withdrawn and is_withdrawn([*types], source.path):
         raise MetadataError(
             f"{source.path}: looks like a LAION release of before 2024 (columns or name), which "
             "its authors have withdrawn; use relaion2B-en-research-safe, or set "
             "download.allow_withdrawn to true if you know what you do"
         )
     for rule in rules(config):
-        if lacking := [column for column in rule.read if column not in found]:
+        if lacking := [name for name in rule.read if name not in found]:
             raise MetadataError(
                 f"{source.path}: no column for {' and '.join(lacking)}, which "
                 f"download.{rule.setting} reads; set download.{rule.setting} to null or add the "
-                f"column (found {', '.join(kinds)})"
+                f"column (found {', '.join(types)})"
             )
-    ours = {
-        name: expression(name, found[name], kinds[found[name]])
-        if name in found
-        else f"NULL::{kind}"
-        for name, kind in TYPES.items()
+    status = [name for name in types if has_fetch_status([*types]) and name.lower() == "status"]
+    if status:
+        found["status"] = status[0]
+    read = {
+        ours: column(ours, theirs, types[theirs], source.path) for ours, theirs in found.items()
     }
-    status = [name for name in kinds if has_fetch_status([*kinds]) and name.lower() == "status"]
-    ours["status"] = f'"{status[0]}"::VARCHAR' if status else "NULL::VARCHAR"
-    return Columns(ours, [*found.values(), *status])
+    names = {one.theirs for one in read.values()}
+    if len({name.lower() for name in names}) < len(names):
+        raise MetadataError(
+            f"{source.path}: of the columns {', '.join(sorted(names))} two that are read differ in "
+            "case only: rename one of them"
+        )
+    ours = {
+        name: expression(name, read[name]) if name in read else f"NULL::{kind}"
+        for name, kind in {**TYPES, "status": "VARCHAR"}.items()
+    }
+    low = {name.lower() for name in types}
+    are_bytes = any(one.kind is Kind.BYTES for one in read.values())
+    return Columns(
+        ours,
+        read,
+        listed(read),
+        # DuckDB knows no upper case, and counts rows in a column of its own.
+        in_doubt=are_bytes or len(low) < len(types) or "file_row_number" in low,
+    )
 
 
 def judged(
@@ -137,19 +155,21 @@ def judged(
 ) -> Iterator[pa.RecordBatch]:
     """Each row with its `verdict`: 0, or the number from 1 of the first reason to drop it.
 
-    Beside it stand our columns, `source` and `row`, which are null in dropped rows. One reading of
+    Beside it stand our columns and `row`, which are null in dropped rows; and where the list has
+    hashes as text, `listed_md5` and the like: whether there is one, right or wrong. One reading of
     the list serves both the counts and the rows that are kept.
     """
     ours = columns_of(source, config)
-    relation = source.relation(db, ours.read, doubted=doubted)
+    relation = source.relation(db, ours.read, doubted=doubted or ours.in_doubt)
     tests = " ".join(
         f"WHEN ({claim}) IS NOT TRUE THEN {number}"
         for number, (_, claim) in enumerate(reasons(config), 1)
     )
-    columns = ", ".join(f"{sql} AS {name}" for name, sql in ours.sql.items())
-    kept = ", ".join(f"CASE WHEN verdict = 0 THEN {name} END AS {name}" for name in [*TYPES, "row"])
+    columns = ", ".join(f"{sql} AS {name}" for name, sql in {**ours.sql, **ours.listed}.items())
+    kept = [f"CASE WHEN verdict = 0 THEN {name} END AS {name}" for name in [*TYPES, "row"]]
     query = (
-        f"SELECT verdict, {kept} FROM (SELECT *, (CASE {tests} ELSE 0 END)::UTINYINT AS verdict "
+        f"SELECT {', '.join(['verdict', *kept, *ours.listed])} "
+        f"FROM (SELECT *, (CASE {tests} ELSE 0 END)::UTINYINT AS verdict "
         f"FROM (SELECT {columns}, row, readable FROM {relation}))"
     )
     yield from db.sql(query).to_arrow_reader(BATCH_ROWS)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import duckdb
 import pyarrow as pa
 
+from data import sql
 from data.config import FilterConfig
 from data.schema import SCORES
 
@@ -67,7 +68,7 @@ def rules(database: duckdb.DuckDBPyConnection, config: FilterConfig) -> list[Rul
         if (limit := getattr(config, name)) is not None:
             asked.append(_bound(name, "<=", limit))
     if config.languages is not None:
-        known = ", ".join(quoted(language) for language in config.languages)
+        known = ", ".join(sql.text(language) for language in config.languages)
         spoken = f"language IN ({known})" if known else "false"
         asked.append(Rule("languages", ("language",), spoken, ", ".join(config.languages)))
     if (bits := config.max_phash_change) is not None:
@@ -86,11 +87,6 @@ def _bound(name: str, sign: str, threshold: float | None) -> Rule:
     column = name.partition("_")[2]
     value = "NULL" if threshold is None else f"{float(threshold)!r}::FLOAT"
     return Rule(name, (column,), f"{column} {sign} {value}", threshold or 0.0)
-
-
-def quoted(text: str) -> str:
-    """A string in SQL."""
-    return "'" + text.replace("'", "''") + "'"
 
 
 def _least_of_top(database: duckdb.DuckDBPyConnection, score: str, share: float) -> float | None:

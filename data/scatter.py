@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data import sql
 from data.config import DownloadConfig
-from data.prefilter import BATCH_ROWS, judged, reasons
+from data.prefilter import BATCH_ROWS, columns_of, judged, reasons
 from data.schema import LIST, TYPES, MetadataError
 from data.sources import Source, connect
 
@@ -76,6 +77,10 @@ class _Passing:
     def __init__(self, batches: Iterator[pa.RecordBatch]) -> None:
         self._batches = batches
         self.counts: Counter[int] = Counter()
+        self.hashes: Counter[str] = Counter()
+        """Listed hashes of rows that pass, by column …"""
+        self.fitting: Counter[str] = Counter()
+        """… and those of them that are one."""
         self.error: Exception | None = None
 
     def __iter__(self) -> Iterator[pa.RecordBatch]:
@@ -83,7 +88,13 @@ class _Passing:
             for batch in self._batches:
                 for value in batch.column("verdict").value_counts():
                     self.counts[value["values"].as_py()] += value["counts"].as_py()
-                yield batch.filter(pc.equal(batch.column("verdict"), 0)).drop_columns(["verdict"])
+                kept = batch.filter(pc.equal(batch.column("verdict"), 0))
+                listed = [name for name in kept.schema.names if name.startswith("listed_")]
+                for name in listed:
+                    ours = name.removeprefix("listed_")
+                    self.hashes[ours] += pc.sum(kept.column(name)).as_py() or 0
+                    self.fitting[ours] += len(kept) - kept.column(ours).null_count
+                yield kept.drop_columns(["verdict", *listed])
         except Exception as error:
             self.error = error
             raise
@@ -112,6 +123,15 @@ def _scan(job: ScanJob, *, doubted: bool) -> dict[int, int] | None:
                 f"{job.source.path}: cannot be read to its end ({str(cause).splitlines()[0]}); "
                 "fetch it again or take it out of download.metadata"
             ) from error
+    for name, rows in passing.hashes.items():
+        if rows and not passing.fitting[name]:
+            partial.unlink()
+            theirs = columns_of(job.source, job.config).read[name].theirs
+            raise MetadataError(
+                f"{job.source.path}: the column {theirs!r} holds no {name}: none of its {rows} "
+                f"values is one in hexadecimal or bytes; name another one in "
+                f"download.columns.{name}, or set that to null to do without"
+            )
     partial.replace(target)
     return dict(passing.counts)
 
@@ -121,10 +141,10 @@ def _sorted(job: ScanJob, target: Path) -> str:
     groups = max(VECTOR, min(60 * VECTOR, job.slice_rows // VECTOR * VECTOR))
     seeded = f"'{job.config.seed} ' || url"
     return (
-        f"COPY (SELECT *, {_literal(job.source.stem)} AS source, {job.number} AS list, "
+        f"COPY (SELECT *, {sql.text(job.source.stem)} AS source, {job.number} AS list, "
         f"md5_number_upper({seeded}) AS digest, "
         f"md5_number_upper({seeded} || ' ' || caption) AS pick FROM passing ORDER BY digest) "
-        f"TO {_literal(str(target))} (FORMAT parquet, ROW_GROUP_SIZE {groups})"
+        f"TO {sql.text(str(target))} (FORMAT parquet, ROW_GROUP_SIZE {groups})"
     )
 
 
@@ -181,11 +201,11 @@ def _ranged(job: GatherJob) -> str:
     Equal URLs are neighbours, and among them equal captions; the first of equal rows is the one
     that stays. Where only hashes, sizes or scores differ, these decide, and at last the place.
     """
-    files = ", ".join(_literal(str(job.folder / f"{n:05d}.parquet")) for n in range(job.lists))
+    files = sql.parquet(job.folder / f"{n:05d}.parquet" for n in range(job.lists))
     start, stop = (DIGESTS * n // job.count for n in (job.number, job.number + 1))
     rest = [name for name in TYPES if name not in ("url", "caption")]
     return (
-        f"SELECT {', '.join(LIST.names)} FROM read_parquet([{files}]) "
+        f"SELECT {', '.join(LIST.names)} FROM {files} "
         f"WHERE digest BETWEEN {start}::UBIGINT AND {stop - 1}::UBIGINT "
         f"ORDER BY digest, url, pick, caption, {', '.join(rest)}, list, row"
     )
@@ -254,7 +274,3 @@ def commit(path: Path, document: dict[str, Any]) -> None:
     partial = path.with_suffix(f".json-{os.getpid()}")
     partial.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
     partial.replace(path)
-
-
-def _literal(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"

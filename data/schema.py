@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import pyarrow as pa
+
+from data.config import ListColumn
 
 ALIASES: dict[str, tuple[str, ...]] = {
     "url": ("url",),
@@ -44,9 +47,6 @@ TYPES: dict[str, str] = {
     "phash": "UBIGINT",
 }
 """DuckDB types of our metadata columns."""
-
-HEX_DIGITS = {"md5": "{32}", "sha256": "{64}", "phash": "{1,16}"}
-"""Columns that sources write in hexadecimal, and how many digits they have."""
 
 SHOUTED = frozenset({"URL", "TEXT"})
 WITHDRAWN_COLUMNS = frozenset(
@@ -132,49 +132,42 @@ class MetadataError(ValueError):
     """A metadata file that cannot be used: which, why, and what to do about it."""
 
 
-def resolve(columns: list[str], file: str) -> dict[str, str]:
+def resolve(
+    columns: list[str], file: str, chosen: Mapping[ListColumn, str | None] | None = None
+) -> dict[str, str]:
     """Ours → the name in `file`, for each of our columns that it carries.
 
+    What is `chosen` goes before the names that are known; null there is a column to do without.
+
     Raises:
-        MetadataError: no URL or caption column, or two that could be it.
+        MetadataError: no URL or caption column, two that could be it, or a chosen one is not there.
     """
-    found = {}
+    chosen = chosen or {}
+    if missing := [theirs for theirs in chosen.values() if theirs and theirs not in columns]:
+        name = next(ours for ours, theirs in chosen.items() if theirs == missing[0])
+        raise MetadataError(
+            f"{file}: no column {missing[0]!r}, which download.columns.{name} names; found "
+            f"{', '.join(columns)}"
+        )
+    found: dict[str, str] = {ours: theirs for ours, theirs in chosen.items() if theirs}
     for ours, aliases in ALIASES.items():
+        if ours in chosen:
+            continue
         matches = [c for alias in aliases for c in columns if c.lower() == alias]
         if len(matches) > 1 and (ours not in PREFERRED or matches[0].lower() == matches[1].lower()):
             raise MetadataError(
                 f"{file}: columns {matches} could all be the {ours}; "
-                "rename or drop all but one of them"
+                f"name one of them in download.columns.{ours}"
             )
         if matches:
             found[ours] = matches[0]
         elif ours in REQUIRED:
             raise MetadataError(
                 f"{file}: no {ours} column; looked for {' or '.join(aliases)} (in any case), "
-                f"found {', '.join(columns)}; rename the column that holds the {ours}"
+                f"found {', '.join(columns)}; name the one that holds it in "
+                f"download.columns.{ours}"
             )
     return found
-
-
-def expression(ours: str, theirs: str, kind: str) -> str:
-    """SQL of our column, from a source's column `theirs` of DuckDB type `kind`.
-
-    What does not fit becomes null: NaN and infinities, a size that is no number, a hash of another
-    length or with other digits. Hashes become lower-case.
-    """
-    name = '"' + theirs.replace('"', '""') + '"'
-    if ours in HEX_DIGITS and kind == "VARCHAR":
-        fits = f"regexp_full_match({name}, '[0-9a-fA-F]{HEX_DIGITS[ours]}')"
-        value = f"CAST('0x' || {name} AS UBIGINT)" if ours == "phash" else f"lower({name})"
-        return f"CASE WHEN {fits} THEN {value} END"
-    if ours in HEX_DIGITS and TYPES[ours] == "VARCHAR":
-        return "NULL::VARCHAR"
-    if TYPES[ours] == "INTEGER" and kind == "VARCHAR":
-        return f"TRY_CAST(TRY_CAST({name} AS DOUBLE) AS INTEGER)"
-    if TYPES[ours] == "FLOAT":
-        value = name if kind == "FLOAT" else f"TRY_CAST({name} AS FLOAT)"
-        return f"CASE WHEN isfinite({value}) THEN {value} END"
-    return name if kind == TYPES[ours] else f"TRY_CAST({name} AS {TYPES[ours]})"
 
 
 def is_withdrawn(columns: list[str], file: str) -> bool:

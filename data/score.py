@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data import sql
 from data.config import ScoreConfig
 from data.executor import Backend, each
 from data.judge import Encoders, ShardError, path_of, score_shard, write
@@ -175,7 +176,8 @@ def _fill_in(path: Path, keys: pa.ChunkedArray, similarity_M: np.ndarray) -> Non
 def _report(out: Path) -> Report:
     """Counted over the score files as a stream, so that a resumed run counts the same."""
     with duckdb.connect() as connection:
-        connection.read_parquet(f"{out}/scores/*/*.parquet").create_view("scores")
+        files = sorted((out / "scores").glob("*/*.parquet"))
+        connection.sql(f"FROM {sql.parquet(files)}").create_view("scores")
         kinds = connection.execute(
             "SELECT split_part(error, ':', 1), count(*) FROM scores GROUP BY 1 ORDER BY 2 DESC, 1"
         ).fetchall()

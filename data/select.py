@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data import duplicates, rules
+from data import duplicates, rules, sql
 from data.config import FilterConfig
 from data.report import Funnel, Progress, Step, silent
-from data.rules import MISSING, RULES, SETTINGS, UnscoredError, quoted
+from data.rules import MISSING, RULES, SETTINGS, UnscoredError
 from data.schema import MINIATURE, SCORES
 
 JUDGED = (
@@ -141,8 +141,7 @@ def _open(database: duckdb.DuckDBPyConnection, scores: Path) -> None:
     absent = {*SCORES.names} - {*pq.read_schema(files[0]).names}
     if absent:
         raise UnscoredError(f"{files[0]} has no column {min(absent)}: score the download anew")
-    view = database.read_parquet([str(path) for path in files], hive_partitioning=False)
-    view.create_view("files")
+    database.sql(f"FROM {sql.parquet(files)}").create_view("files")
     database.execute(f"CREATE TABLE scores AS SELECT {', '.join(JUDGED)} FROM files")
 
 
@@ -389,14 +388,14 @@ def _assert_something_is_kept(counts: dict[str, int]) -> None:
 def _write(database: duckdb.DuckDBPyConnection, out: Path) -> None:
     """kept, twins and verdicts, each aside and then in place."""
     _write_kept(database, out / "kept.parquet")
-    names = ", ".join(quoted(name) for name in ("ok", *RULES))
+    names = ", ".join(sql.text(name) for name in ("ok", *RULES))
     for name, query in {
         "twins": "SELECT key, twin FROM late WHERE twin IS NOT NULL ORDER BY key",
         "verdicts": f"SELECT key, [{names}][code % {MISSING} + 1] AS verdict "
         "FROM verdicts ORDER BY key",
     }.items():
         partial = out / f"{name}.partial"
-        database.execute(f"COPY ({query}) TO {quoted(str(partial))} (FORMAT parquet)")
+        database.execute(f"COPY ({query}) TO {sql.text(str(partial))} (FORMAT parquet)")
         partial.replace(out / f"{name}.parquet")
 
 

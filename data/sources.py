@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,12 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data import delimited
+from data import delimited, sql
+from data.columns import Column, plain
 from data.schema import MetadataError
 
 FOOTER_BYTES = 1 << 16
 TEXT_SUFFIXES = (".csv", ".tsv")
-PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 MEMORY_GB = 1
 """What each DuckDB may hold before it spills to disk."""
 
@@ -36,13 +37,13 @@ class Source:
     def stem(self) -> str:
         """Name of the file without suffix, by which rows remember it."""
         name = PurePosixPath(self.path.replace("\\", "/"))
-        return PurePosixPath(name.stem if name.suffix in PACKED_SUFFIXES else name).stem
+        return PurePosixPath(name.stem if name.suffix in delimited.PACKED_SUFFIXES else name).stem
 
     @property
     def is_text(self) -> bool:
         """CSV or TSV, packed or not; else it is Parquet."""
         suffixes = PurePosixPath(self.path.lower()).suffixes
-        if suffixes and suffixes[-1] in PACKED_SUFFIXES:
+        if suffixes and suffixes[-1] in delimited.PACKED_SUFFIXES:
             suffixes.pop()
         return bool(suffixes) and suffixes[-1] in TEXT_SUFFIXES
 
@@ -57,49 +58,67 @@ class Source:
         filesystem, path = fsspec.url_to_fs(self.path)
         return int(filesystem.size(path) or 0)
 
-    def columns(self) -> dict[str, str]:
-        """DuckDB type of each column.
+    def columns(self) -> dict[str, pa.DataType]:
+        """Type of each column.
 
         Raises:
             MetadataError: it cannot be opened, or is not what its suffix says.
         """
         try:
             if self.is_text:
-                names = delimited.header(self.path)
-                if len({*names}) < len(names):
-                    raise ValueError(f"two columns have one name in {', '.join(names)}")
-                return dict.fromkeys(names, "VARCHAR")
-            with fsspec.open(self.path, "rb") as file:
-                names = pq.read_schema(file).names
-            with connect([self]) as db:
-                rows = db.sql(f"DESCRIBE SELECT * FROM {self._scan()}").fetchall()
-            # DuckDB renames columns that differ in case only; its row numbers come last.
-            return {name: row[1] for name, row in zip(names, rows, strict=False)}
+                fields = [(name, pa.string()) for name in delimited.header(self.path)]
+            else:
+                with fsspec.open(self.path, "rb") as file:
+                    schema = pq.read_schema(file)
+                fields = [(field.name, field.type) for field in schema]
+            names = [name for name, _ in fields]
+            if len({*names}) < len(names):
+                raise ValueError(f"two columns have one name in {', '.join(names)}")
+            return dict(fields)
         except Exception as error:  # every fsspec implementation has errors of its own
             kind = "CSV or TSV in UTF-8 with a header" if self.is_text else "Parquet file"
             raise MetadataError(
-                f"{self.path}: not a readable {kind} ({_first_line(error)}); fetch it again, check "
-                "its rights, or take it out of download.metadata"
+                f"{self.path}: not a readable {kind} ({_first_line(error)}); {self._remedy()}, or "
+                "take it out of download.metadata"
             ) from None
 
-    def relation(self, db: duckdb.DuckDBPyConnection, columns: list[str], *, doubted: bool) -> str:
-        """SQL of a table with `columns`, `row` (from 0) and `readable`.
+    def _remedy(self) -> str:
+        """What to do about a list that cannot be opened, by how it begins."""
+        try:
+            with fsspec.open(self.path, "rb") as file:
+                start = file.read(100).lstrip()
+        except Exception:  # as above; this one is told already
+            start = b""
+        if start.startswith(b"version https://git-lfs"):
+            return "it is a pointer of Git LFS: fetch the file itself with `git lfs pull`"
+        if not self.is_text and start[:1] in (b"{", b"["):
+            return "it looks like JSON, which is not read: convert it to Parquet, CSV or TSV"
+        return "fetch it again, check its rights"
 
-        With `doubted`, text is checked to be UTF-8 row by row, which is slow; without, DuckDB gives
-        up at a Parquet file whose text is not.
+    def relation(
+        self, db: duckdb.DuckDBPyConnection, columns: Mapping[str, Column], *, doubted: bool
+    ) -> str:
+        """SQL of a table with their `columns`, `row` (from 0) and `readable`.
+
+        With `doubted`, values are converted and text is checked to be UTF-8 row by row, which is
+        slow; without, DuckDB gives up at a Parquet file whose text is not.
         """
         if not self.is_text and not doubted:
-            names = ", ".join('"' + column.replace('"', '""') + '"' for column in columns)
-            return f"(SELECT {names}, file_row_number AS row, true AS readable FROM {self._scan()})"
-        batches = delimited.batches if self.is_text else _checked
-        found = batches(self.path, columns)
-        first = next(found)
-        db.register("given", pa.RecordBatchReader.from_batches(first.schema, _chain(first, found)))
+            names = [sql.name(theirs) for theirs in _names(columns)]
+            chosen = ", ".join([*names, "file_row_number AS row", "true AS readable"])
+            options = "file_row_number = true", "binary_as_string = true"
+            return f"(SELECT {chosen} FROM {sql.parquet([self.path], *options)})"
+        batches = self._batches(columns)
+        first = next(batches)
+        db.register(
+            "given", pa.RecordBatchReader.from_batches(first.schema, _chain(first, batches))
+        )
         return "given"
 
-    def _scan(self) -> str:
-        literal = "'" + self.path.replace("'", "''") + "'"
-        return f"read_parquet([{literal}], file_row_number = true, binary_as_string = true)"
+    def _batches(self, columns: Mapping[str, Column]) -> Iterator[pa.RecordBatch]:
+        if self.is_text:
+            return delimited.batches(self.path, _names(columns), columns["url"].theirs)
+        return _checked(self.path, columns)
 
     def print(self) -> bytes:
         """Name, size and what tells its content: all bytes of text, the footer of Parquet."""
@@ -178,8 +197,10 @@ def _matches(pattern: str) -> list[str]:
     if "://" in pattern and not pattern.startswith(("file://", "local://")):
         return _remote_matches(pattern)
     path = pattern.partition("://")[2] if "://" in pattern else pattern
+    if Path(path).is_file():  # a name may hold what a pattern is made of
+        return [path]
     found = sorted(glob.glob(path, recursive=True))  # noqa: PTH207 — patterns may be absolute
-    return [path for path in found or [path] if Path(path).is_file()]
+    return [path for path in found if Path(path).is_file()]
 
 
 def _remote_matches(pattern: str) -> list[str]:
@@ -192,7 +213,8 @@ def _remote_matches(pattern: str) -> list[str]:
             f"reads {protocol}://, or give a local copy"
         ) from None
     try:
-        paths = filesystem.glob(path) if glob.has_magic(path) else [path]
+        is_pattern = glob.has_magic(path) and not filesystem.isfile(path)
+        paths = filesystem.glob(path) if is_pattern else [path]
         return sorted(filesystem.unstrip_protocol(p) for p in paths if filesystem.isfile(p))
     except Exception as error:  # every implementation has errors of its own
         raise MetadataError(
@@ -201,38 +223,28 @@ def _remote_matches(pattern: str) -> list[str]:
         ) from None
 
 
-def _checked(path: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
+def _names(columns: Mapping[str, Column]) -> list[str]:
+    """Theirs, once each: one column may serve as two of ours."""
+    return list(dict.fromkeys(one.theirs for one in columns.values()))
+
+
+def _checked(path: str, columns: Mapping[str, Column]) -> Iterator[pa.RecordBatch]:
     """Like delimited.batches, of Parquet; a row is unreadable if any of its text is not UTF-8."""
+    names = _names(columns)
+    ours = {one.theirs: name for name, one in columns.items()}
     with fsspec.open(path, "rb") as file, pq.ParquetFile(file) as parquet:
-        start = 0
-        for batch in parquet.iter_batches(delimited.BATCH_ROWS, columns=columns):
-            read, readable = [], pa.array([True] * len(batch))
-            for column in columns:
-                before = batch.column(column)
-                read.append(_text(before))
-                kept = pc.equal(before.is_null(), read[-1].is_null())
-                readable = pc.and_(readable, kept)
+        start, schema = 0, parquet.schema_arrow
+        last = pa.record_batch([pa.array([], schema.field(n).type) for n in names], names=names)
+        batches = parquet.iter_batches(delimited.BATCH_ROWS, columns=names)
+        for batch in itertools.chain(batches, [last]):  # one, too, where there are no rows
+            read, readable = [], pa.repeat(True, len(batch))
+            for name in names:
+                values, whole = plain(ours[name], columns[ours[name]], batch.column(name))
+                read.append(values)
+                readable = pc.and_(readable, whole)
             rows = pa.array(range(start, start + len(batch)), pa.int64())
             start += len(batch)
-            yield pa.record_batch([*read, rows, readable], names=[*columns, "row", "readable"])
-
-
-def _text(values: pa.Array) -> pa.Array:
-    """Bytes as text, null where they are not UTF-8; what is no text stays."""
-    if not (pa.types.is_string(values.type) or pa.types.is_binary(values.type)):
-        return values
-    values = values.cast(pa.binary())
-    try:
-        return values.cast(pa.string())
-    except pa.ArrowInvalid:
-        return pa.array([_decoded(value) for value in values.to_pylist()], pa.string())
-
-
-def _decoded(value: bytes | None) -> str | None:
-    try:
-        return None if value is None else value.decode()
-    except UnicodeDecodeError:
-        return None
+            yield pa.record_batch([*read, rows, readable], names=[*names, "row", "readable"])
 
 
 def _chain(first: pa.RecordBatch, rest: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

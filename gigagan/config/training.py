@@ -410,7 +410,7 @@ class EvaluateConfig(Frozen):
     """How many captions; null means the protocol's number, or all."""
     batch_size: int = Field(16, ge=1)
     """Images generated and scored at once."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Seed of the latents."""
     truncation: float = Field(1.0, ge=0, le=1)
     """ψ of the truncation towards the mean style; 1 is none."""

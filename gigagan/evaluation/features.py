@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from gigagan.evaluation.devices import Device, Team, deal
 from gigagan.models import pretrained
@@ -28,6 +28,12 @@ Picture = Path | Image.Image | np.ndarray
 """A file, a PIL image, or an RGB array [H, W, 3] of uint8."""
 
 log = logging.getLogger(__name__)
+
+MAX_TEXT_BYTES = 2**28
+"""Of what may be written in a PNG, unpacked: editors keep whole histories there."""
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_TEXT_BYTES
+_READING = "16 bits scaled"
+"""How files become RGB: a part of the names of what is kept of them."""
 
 
 @functools.cache
@@ -48,14 +54,39 @@ def silent(what: str, done: int, total: int | None) -> None:
 
 
 def open_rgb(picture: Picture) -> Image.Image:
-    """Load a picture as RGB; transparency is put on white, as a page would show it."""
+    """Load a picture as RGB: 16 bits scaled to 8, transparency put on white, as a page shows it."""
     if isinstance(picture, np.ndarray):
         return Image.fromarray(picture)
-    image = Image.open(picture) if isinstance(picture, Path) else picture
+    return as_rgb(Image.open(picture) if isinstance(picture, Path) else picture)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB."""
+    if image.mode.startswith(("I", "F")):
+        return Image.fromarray(_eight_bits(image)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> np.ndarray:
+    """Deep gray to uint8: 16-bit values by their range, others by the range they seem to have.
+
+    Pillow's own conversion clips at 255, which turns a 16-bit picture white. The rule is that of
+    data/decode.py, which this room does not know: what was trained on is judged as it was seen.
+    """
+    deep_HW = np.asarray(image)
+    top = float(np.max(deep_HW, initial=0, where=np.isfinite(deep_HW)))
+    if image.mode.startswith("I;16"):
+        top = 65535.0
+    elif image.mode == "F" and top <= 1:
+        top = 1.0
+    elif top <= 65535:
+        top = 255.0 if top <= 255 else 65535.0
+    with np.errstate(invalid="ignore", over="ignore"):  # of floats that are no numbers
+        scaled_HW = np.nan_to_num(deep_HW * (255 / top))
+    return np.rint(np.clip(scaled_HW, 0, 255)).astype(np.uint8)
 
 
 def square(picture: Picture, px: int) -> Image.Image:
@@ -286,7 +317,7 @@ def reference(
             digest.update(hashlib.file_digest(file, "sha256").digest())
     found: dict[str, np.ndarray] = {}
     for one in extractors:
-        described = f"{transform_name}|{one.name}|{pretrained.sha256(one.weights)}"
+        described = f"{_READING}|{transform_name}|{one.name}|{pretrained.sha256(one.weights)}"
         key = hashlib.sha256(digest.digest() + described.encode()).hexdigest()[:32]
         path = cache / f"{_file_name(one)}-{key}.npy"
         kept = _kept(path, (len(pictures), one.width))

@@ -121,17 +121,48 @@ def _work(annotation: dict[str, Any], pictures: Mapping[int, Path], file: Path) 
 
 def _read_coco(file: Path) -> tuple[dict[str, Any], dict[int, Path], list[dict[str, Any]]]:
     """A file's content, its pictures by their ids, and its annotations in their order."""
-    content = json.loads(file.read_text(encoding="utf-8"))
-    images = {image["id"]: image["file_name"] for image in content["images"]}
-    annotations = sorted(content["annotations"], key=lambda a: (a["image_id"], a["id"]))
-    if not annotations:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        listed = _entries(content, "images", {"id": int, "file_name": str})
+        notes = _entries(content, "annotations", {"id": int, "image_id": int, "caption": str})
+        images = {image["id"]: image["file_name"] for image in listed}
+        for note in notes:
+            _check_note(note, images)
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is not in COCO's captions format ({error}); it needs images[id, file_name] "
+            "and annotations[id, image_id, caption]"
+        ) from error
+    if not notes:
         raise ValueError(f"{file} holds no captions")
+    annotations = sorted(notes, key=lambda a: (a["image_id"], a["id"]))
     folder = _picture_folder(file, next(iter(images.values())))
     pictures = {key: folder / name for key, name in images.items()}
     missing = next((p for p in pictures.values() if not p.is_file()), None)
     if missing is not None:
         raise FileNotFoundError(f"{missing} is listed in {file} but is not there: place it")
     return content, pictures, annotations
+
+
+def _entries(content: Any, part: str, needed: Mapping[str, type]) -> list[dict[str, Any]]:
+    """A list of the content whose entries have what is needed; the first bad one is named."""
+    entries = content.get(part) if isinstance(content, dict) else None
+    if not isinstance(entries, list):
+        raise ValueError(f"it has no list {part!r}")
+    for number, entry in enumerate(entries):
+        for key, kind in needed.items():
+            if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
+                raise ValueError(f"{part}[{number}] has no {key!r} that is {kind.__name__}")
+    return entries
+
+
+def _check_note(note: Mapping[str, Any], images: Mapping[int, str]) -> None:
+    if note["image_id"] not in images:
+        raise ValueError(f"annotation {note['id']} is of a picture that is not listed")
+    try:
+        note["caption"].encode()
+    except UnicodeEncodeError as error:  # half of a character, which no tokenizer takes
+        raise ValueError(f"the caption of annotation {note['id']} is no text: {error}") from error
 
 
 def _picture_folder(file: Path, name: str) -> Path:
@@ -153,8 +184,9 @@ def natural(name: str) -> list[tuple[int, str]]:
 def read_drawn(folder: Path) -> tuple[list[Path], list[str]]:
     """Pictures in natural-sorted order and their captions, of the GigaGAN authors' layout.
 
-    That is `fake_images/` beside `captions.txt`, a caption a line. Raises FileNotFoundError for a
-    missing part and ValueError for other counts of pictures and captions.
+    That is `fake_images/` beside `captions.txt`, a caption a line, with single blanks as held-out
+    captions have them. Raises FileNotFoundError for a missing part and ValueError for other counts
+    of pictures and captions.
     """
     images, listed = folder / "fake_images", folder / "captions.txt"
     for part in (images, listed):
@@ -162,7 +194,7 @@ def read_drawn(folder: Path) -> tuple[list[Path], list[str]]:
             raise FileNotFoundError(
                 f"{part} is not there: {folder} needs fake_images/ and captions.txt"
             )
-    captions = listed.read_text(encoding="utf-8").splitlines()
+    captions = _lines(listed)
     pictures = sorted(pictures_in(images), key=lambda path: natural(path.name))
     if len(pictures) != len(captions):
         raise ValueError(
@@ -172,6 +204,16 @@ def read_drawn(folder: Path) -> tuple[list[Path], list[str]]:
     if not pictures:
         raise ValueError(f"{images} holds no pictures ({', '.join(sorted(SUFFIXES))})")
     return pictures, captions
+
+
+def _lines(file: Path) -> list[str]:
+    """Lines of a text, which nothing but an end of line ends, with single blanks."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 ({error}): save it as such") from error
+    lines = text.removesuffix("\n").split("\n") if text else []
+    return [" ".join(line.split()) for line in lines]
 
 
 def pictures_in(folder: Path) -> list[Path]:

@@ -48,23 +48,28 @@ def judge_all(
     judge: Aligner | None,
     at: Setting,
     drawn: Sequence[Drawn] = (),
+    pairs: tuple[Sequence[Path], Heldout] | None = None,
 ) -> np.ndarray | None:
     """Every metric of pictures and captions; returns the agreement of each picture, if measured.
 
-    `drawn` are the pictures that are to be named, in sets with a gallery.
+    `drawn` are the pictures that are to be named, in sets with a gallery. `pairs` are those that
+    have a real picture, with these; they are all where none are given.
     """
     sets = features_of(generated, everything.all_pictures, at)
     files = [*generated, *everything.all_pictures]
     known = dict(zip(files, itertools.chain(*sets["inception"]), strict=True))
     naming.measure(findings, everything, drawn, known, at)
     measure_distances(findings, sets, at)
-    if chosen.pictures:
-        pairs = slice(MAX_PAIRS)
-        drawn_NHWC = pixels(generated[pairs], at.px)
-        real_NHWC = pixels(chosen.pictures[pairs], at.px)
-        _measure_pixels(findings, drawn_NHWC, real_NHWC, chosen, at.px)
+    paired, theirs = pairs or (generated, chosen)
+    if theirs.pictures:
+        drawn_NHWC = pixels(paired[:MAX_PAIRS], at.px)
+        real_NHWC = pixels(theirs.pictures[:MAX_PAIRS], at.px)
+        _measure_pixels(findings, drawn_NHWC, real_NHWC, theirs, at.px)
     else:
-        findings.absent["pixel_probe_median_rank"] = "captions without real pictures of their own"
+        findings.absent["pixel_probe_median_rank"] = (
+            f"captions without real pictures of their own: {chosen.captions[0]!r} and all others "
+            "are none of the held-out captions"
+        )
     by_aligner = _measure_alignment(findings, judge, generated, chosen, at)
     by_clip = _measure_clip(findings, generated, chosen, at)
     return by_aligner if by_clip is None else by_clip

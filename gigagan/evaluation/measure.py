@@ -9,6 +9,7 @@ reason, never zero.
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from gigagan.evaluation.devices import Device
 from gigagan.evaluation.features import Progress, silent
 from gigagan.evaluation.findings import Findings, assemble
 from gigagan.evaluation.heldout import Gallery, Heldout, read_drawn, read_heldout, subset
-from gigagan.evaluation.judging import judge_all, measure_diversity
+from gigagan.evaluation.judging import MAX_PAIRS, judge_all, measure_diversity
 from gigagan.evaluation.naming import Drawn
 from gigagan.evaluation.setting import Sample, Setting, setting
 from gigagan.models.aligner import Aligner
@@ -58,6 +59,7 @@ def evaluate(
     """
     at = setting(config, out, devices=devices, statistics=statistics, progress=progress)
     _refuse_task(at, "text")
+    sample = drawing.within(sample)
     everything = read_heldout(heldout)
     chosen = subset(everything, at.config.num_images, config.seed)
     protocol.check_counts(
@@ -104,7 +106,9 @@ def score(
     """Measure pictures that are there already, in the layout of the GigaGAN authors' evaluator.
 
     `drawn` holds `fake_images/` and `captions.txt`, whose lines are the captions of the pictures in
-    natural-sorted order. What needs a sampler (diversity, truncation, speed) is absent.
+    natural-sorted order. What needs a sampler (diversity, truncation, speed) is absent. Captions
+    that are not held out have no real picture: what needs pairs is of the others, and real
+    pictures' agreement is absent.
     """
     at = setting(config, out, devices=devices, statistics=statistics, progress=progress)
     _refuse_task(at, "text")
@@ -115,15 +119,25 @@ def score(
     )
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").unlink(missing_ok=True)
-    chosen = _with_their_pictures(captions, everything)
+    places = _places(captions, everything)
+    rows = [row for row, place in enumerate(places) if place is not None]
+    paired = _of(everything, [place for place in places if place is not None])
+    is_whole = len(rows) == len(captions)
+    chosen = (
+        paired
+        if is_whole
+        else replace(paired, captions=captions, pictures=[], backgrounds=None, palette=None)
+    )
     findings = Findings()
     judge = None if aligner is None else Aligner.load(aligner)
     to_name = _to_name(everything.gallery, generated, captions, at)
-    agreement = judge_all(findings, generated, everything, chosen, judge, at, to_name)
+    pairs = [generated[row] for row in rows], paired
+    agreement = judge_all(findings, generated, everything, chosen, judge, at, to_name, pairs)
     for name in ("seconds_per_image", "lpips_diversity", "z_sensitivity"):
         findings.absent[name] = "the pictures were there already: there is no sampler to ask"
     facts = describe(at, everything, chosen, generated, judge, aligner)
     facts |= {"seed": None, "truncation": None, "batch_size": None, "snapshots_sha256": {}}
+    facts |= {"num_pairs": min(MAX_PAIRS, len(rows))}
     results = assemble(findings, facts)
     looking = looks.Subject(generated, everything, chosen, [], agreement, judge, to_name)
     looks.write(results, looking, at)
@@ -177,15 +191,30 @@ def _refuse_task(at: Setting, task: str) -> None:
         )
 
 
-def _with_their_pictures(captions: list[str], everything: Heldout) -> Heldout:
-    """These captions with the real picture of each, where the reference has the caption."""
-    if set(captions) <= set(everything.captions):
-        rows = [everything.captions.index(c) for c in captions]
-        names = everything.backgrounds
-        return replace(
-            everything,
-            captions=captions,
-            pictures=[everything.pictures[i] for i in rows],
-            backgrounds=None if names is None else [names[i] for i in rows],
-        )
-    return Heldout(captions, [], everything.all_pictures, None, None, everything.gallery)
+def _places(captions: list[str], everything: Heldout) -> list[int | None]:
+    """Place of each caption among the held-out ones, if it is there.
+
+    Of a caption that describes several pictures the first drawn one gets the first of these, the
+    second the second, and so on.
+    """
+    known: dict[str, list[int]] = {}
+    for place, caption in enumerate(everything.captions):
+        known.setdefault(caption, []).append(place)
+    met: Counter[str] = Counter()
+    found: list[int | None] = []
+    for caption in captions:
+        places = known.get(caption)
+        found.append(places[met[caption] % len(places)] if places else None)
+        met[caption] += 1
+    return found
+
+
+def _of(everything: Heldout, places: list[int]) -> Heldout:
+    """Some of the captions with their pictures."""
+    names = everything.backgrounds
+    return replace(
+        everything,
+        captions=[everything.captions[i] for i in places],
+        pictures=[everything.pictures[i] for i in places],
+        backgrounds=None if names is None else [names[i] for i in places],
+    )

@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+from gigagan.evaluation.features import as_rgb
+
+__all__ = ["PictureError", "as_rgb", "open_picture", "read_about", "save_picture"]
 
 MAX_PIXELS = 2**26
 """Of a picture that is opened: 67 million, 8192 × 8192."""
@@ -25,7 +28,7 @@ def open_picture(path: Path) -> Image.Image:
     """A file as RGB: turned as its EXIF says, 16 bits scaled, transparency put on white.
 
     Raises:
-        PictureError: no picture, a damaged one, or one of more than `MAX_PIXELS`.
+        PictureError: no picture, a damaged one, or more than `MAX_PIXELS`; the file is named.
     """
     try:
         with warnings.catch_warnings():
@@ -38,6 +41,8 @@ def open_picture(path: Path) -> Image.Image:
                     "smaller or cut it into parts"
                 )
             image.load()
+    except PictureError:
+        raise
     except FileNotFoundError:
         raise PictureError(f"{path}: there is no such file") from None
     except UnidentifiedImageError:
@@ -47,24 +52,17 @@ def open_picture(path: Path) -> Image.Image:
             f"{path} is far beyond the limit of {MAX_PIXELS:,} pixels: make it smaller or cut it "
             f"into parts ({error})"
         ) from error
-    except (OSError, SyntaxError, EOFError) as error:
+    except Exception as error:  # codecs raise anything
         raise PictureError(f"{path} is damaged ({error}): get it again") from error
-    return as_rgb(ImageOps.exif_transpose(image))
+    return as_rgb(_upright(image))
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as RGB."""
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image).astype(np.float64)
-        # 16 bits are the only integers beyond 8 that formats have; floats have no agreed range.
-        top = 65535.0 if image.mode.startswith("I") else max(float(values.max()), 1e-12)
-        return Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8)).convert(
-            "RGB"
-        )
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says. Broken EXIF says nothing: the picture itself may be whole."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
 
 
 def save_picture(path: Path, image: Image.Image, about: Mapping[str, Any]) -> None:
@@ -86,6 +84,6 @@ def read_about(path: Path) -> dict[str, Any] | None:
         with Image.open(path) as image:
             text = getattr(image, "text", {}).get(ENTRY)
         about = json.loads(text) if text is not None else None
-    except (OSError, SyntaxError, ValueError):
+    except Exception:  # codecs raise anything
         return None
     return about if isinstance(about, dict) else None

@@ -8,7 +8,7 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 
 from data import decode as decoding
 from data.decode import UndecodableError, decode, open_picture, square
@@ -255,6 +255,9 @@ def test_threads_share_a_profile():
 # ---- hostile bytes
 
 _PICTURE = Image.effect_noise((24, 18), 90).convert("RGB")
+NOTES = PngImagePlugin.PngInfo()
+NOTES.add_text("a", "short")
+NOTES.add_itxt("b", "long " * 2_000_000, zip=True)
 _ICC = {"icc_profile": other_profile()}
 SEEDS = {
     "jpeg": encoded(_PICTURE, "JPEG", **_ICC),
@@ -272,6 +275,9 @@ SEEDS = {
     "jpeg2000": encoded(_PICTURE, "JPEG2000"),
     "ppm": encoded(_PICTURE, "PPM"),
     "qoi": encoded(_PICTURE, "QOI"),
+    "icon": encoded(_PICTURE, "ICO", sizes=[(24, 18)]),
+    "bitmap icon": encoded(_PICTURE, "ICO", sizes=[(24, 18)], bitmap_format="bmp"),
+    "noted": encoded(_PICTURE, "PNG", pnginfo=NOTES),
 }
 
 

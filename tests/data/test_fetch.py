@@ -376,7 +376,8 @@ def test_any_text_is_refused_or_becomes_a_plain_url(text):
 
 @given(st.ip_addresses(v=4))
 def test_an_ipv4_address_is_as_public_in_any_clothes(ip):
-    public = ip.is_global and not ip.is_multicast
+    public = is_public(str(ip))
+    assert not public or (ip.is_global and not ip.is_multicast)
     number = int(ip)
     nat64 = ipaddress.IPv6Address((0x64FF9B << 96) | number)
     six_to_four = ipaddress.IPv6Address((0x2002 << 112) | (number << 80))
@@ -398,7 +399,22 @@ def test_what_ipaddress_calls_private_is_not_public(ip):
     [("8.8.8.8", True), ("2606:4700::1", True), ("10.1.2.3", False), ("100.64.0.1", False),
      ("fe80::1%eth0", False), ("fec0::1", False), ("::ffff:192.168.0.1", False),
      ("::7f00:1", False), ("3fff::1", False), ("3fff:fff::1", False),
-     ("224.0.0.1", False), ("0.0.0.0", False), ("255.255.255.255", False), ("2001:0:1::", False)],
+     ("224.0.0.1", False), ("0.0.0.0", False), ("255.255.255.255", False), ("2001:0:1::", False),
+     # of which ipaddress knows more with each version of Python
+     ("192.0.0.0", False), ("192.0.0.9", False), ("192.0.0.192", False), ("192.0.0.255", False),
+     ("191.255.255.255", True), ("192.0.1.0", True), ("192.88.99.1", False), ("198.19.0.1", False),
+     ("168.63.129.16", False), ("168.63.129.17", True), ("::ffff:192.0.0.192", False),
+     ("64:ff9b::192.0.0.192", False), ("64:ff9b:1::808:808", False), ("2002:c000:c0::", False),
+     ("100::1", False), ("2001:1::1", False), ("2001:20::1", False), ("2001:200::1", True),
+     ("5f00::1", False), ("ff0e::1", False), ("fd00:ec2::254", False), ("::8.8.8.8", False)],
 )  # fmt: skip
 def test_public_means_the_open_internet(address, public):
     assert is_public(address) == public
+
+
+def test_what_the_cluster_s_network_policy_keeps_from_a_download_is_not_public():
+    policy = Path(__file__).parents[2] / "infra" / "k8s" / "base" / "network.yaml"
+    blocks = [line.split()[1] for line in policy.read_text().splitlines() if "/" in line
+              and line.strip().startswith("- ") and line.split()[1][0].isdigit()]  # fmt: skip
+    assert "192.0.0.0/24" in blocks
+    assert {*blocks} <= {str(block) for block in addresses.SPECIAL}

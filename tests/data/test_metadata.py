@@ -225,7 +225,8 @@ def test_coyo_phash_is_read_from_hexadecimal_and_datacomp_sha256_is_kept(tmp_pat
     ],
 )
 def test_withdrawn_laion_releases_are_refused_without_the_flag(tmp_path, name, columns, withdrawn):
-    path = write(tmp_path / name, **{c: ["success" if c == "status" else "a b c"] for c in columns})
+    said = {"status": "success", "md5": "ab" * 16, "image_phash": "ff"}
+    path = write(tmp_path / name, **{column: [said.get(column, "a b c")] for column in columns})
     refusing = config(**ANY, allow_withdrawn=False)
     if withdrawn:
         with pytest.raises(MetadataError, match=r"part-0\.parquet.*withdrawn.*allow_withdrawn"):
