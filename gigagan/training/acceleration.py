@@ -60,7 +60,8 @@ def prepare(system: SystemConfig, device: torch.device) -> None:
     torch.backends.cudnn.deterministic = system.deterministic
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     torch.use_deterministic_algorithms(system.deterministic, warn_only=True)  # attention, too
-    torch.utils.deterministic.fill_uninitialized_memory = False  # for finding bugs; costs a pass
+    # Filling new memory finds bugs and costs a pass.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def loader_threads(system: SystemConfig, device: torch.device, *, local_ranks: int = 1) -> int:
