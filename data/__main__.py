@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,8 @@ From lists of URLs and captions to training shards, one step at a time:
     coco       COCO 2014 and 2017, and the captions of an evaluation
     inspect    what is in a shard or table, with a contact sheet
 
-Every step resumes: run the same command again after any interruption.
+Every step resumes: run the same command again after any interruption. Of two commands that write
+one folder the second waits.
 """
 EPILOG = """\
 example, from a list to shards:
@@ -72,12 +74,13 @@ def _metadata(options: argparse.Namespace) -> None:
     from data import metadata
     from data.config import DownloadConfig
     from data.console import shown
+    from data.processes import only_writer
 
     given = {"metadata": tuple(options.lists), "source": "metadata"} if options.lists else {}
     config = _config(DownloadConfig, "download", options, **given)
     if not config.metadata:
         raise ValueError("no lists: name them after OUT, or as --set 'metadata=[…]'")
-    with shown() as progress:
+    with only_writer(options.out), shown() as progress:
         funnel = metadata.prepare(
             config.metadata,
             options.out,
@@ -93,9 +96,10 @@ def _download(options: argparse.Namespace) -> None:
     from data import download
     from data.config import DownloadConfig
     from data.console import shown
+    from data.processes import only_writer
 
     config = _config(DownloadConfig, "download", options)
-    with shown() as progress:
+    with only_writer(options.out), shown() as progress:
         report = download.run(
             options.out,
             config,
@@ -110,12 +114,13 @@ def _score(options: argparse.Namespace) -> None:
     from data import score
     from data.config import ScoreConfig
     from data.console import shown
+    from data.processes import only_writer
     from data.settings import EncoderFactory
 
     config = _config(ScoreConfig, "score", options)
     make_encoders = EncoderFactory(options.encoders, config)
     make_encoders.function()  # a wrong name is an error now, not in every worker
-    with shown() as progress:
+    with only_writer(options.out), shown() as progress:
         report = score.run(
             options.out,
             options.download,
@@ -133,9 +138,10 @@ def _filter(options: argparse.Namespace) -> None:
     from data import filter as filtering
     from data.config import FilterConfig
     from data.console import shown
+    from data.processes import only_writer
 
     config = _config(FilterConfig, "filter", options)
-    with shown() as progress:
+    with only_writer(options.out), shown() as progress:
         report = filtering.run(
             options.out,
             options.scores,
@@ -152,12 +158,13 @@ def _shards(options: argparse.Namespace) -> None:
     from data import shards
     from data.config import FilterConfig
     from data.console import shown
+    from data.processes import only_writer
 
     config = _config(FilterConfig, "filter", options)
     kept = options.kept or options.out / "kept.parquet"
     if not kept.is_file():
         raise ValueError(f"{kept} is not there: run the filter, or name it with --kept")
-    with shown() as progress:
+    with only_writer(options.out), shown() as progress:
         shards.write(
             kept,
             options.download,
@@ -174,9 +181,10 @@ def _shards(options: argparse.Namespace) -> None:
 def _coco_fetch(options: argparse.Namespace) -> None:
     from data import coco
     from data.console import shown
+    from data.processes import only_writer
 
     base_url = options.base_url or coco.BASE_URL
-    with shown() as progress:
+    with only_writer(options.out), shown() as progress:
         captions = coco.fetch(
             options.out, options.year, options.split, base_url=base_url, progress=progress
         )
@@ -186,12 +194,15 @@ def _coco_fetch(options: argparse.Namespace) -> None:
 
 def _coco_captions(options: argparse.Namespace) -> None:
     from data import coco
+    from data.processes import only_writer
 
     chosen = coco.evaluation_captions(options.captions, options.num, options.seed)
     if options.out:
-        chosen.write(options.out)
+        with only_writer(options.out, is_file=True):
+            chosen.write(options.out)
     if options.heldout:
-        coco.write_heldout(options.captions, chosen, options.heldout)
+        with only_writer(options.heldout, is_file=True):
+            coco.write_heldout(options.captions, chosen, options.heldout)
     print(f"{len(chosen):,} captions of seed {chosen.seed}, one a picture")
     print(f"sha256 of the list      {chosen.sha256}")
     print(f"sha256 of the captions  {chosen.text_sha256}")
@@ -200,8 +211,10 @@ def _coco_captions(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     from data import inspect
     from data.console import shown
+    from data.processes import only_writer
 
-    with shown() as progress:
+    alone = only_writer(options.out, is_file=True) if options.out else nullcontext()
+    with alone, shown() as progress:
         findings = inspect.look(
             options.shard,
             sheet=options.out,

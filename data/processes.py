@@ -1,10 +1,13 @@
-"""The processes of a download: what they are told, their signs of life, and how they are ended.
+"""The processes of a download: what they are told, their signs of life, and how they are ended;
+and who alone may write a folder.
 
 The workers import this too: nothing heavy here.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import socket
@@ -13,8 +16,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import psutil
 from pydantic import BaseModel, ConfigDict
@@ -39,6 +43,8 @@ STARTUP_S = 300.0
 """Longest time from the start of the processes to the first sign of life."""
 END_S = 5.0
 """Processes asked to end are killed after this long."""
+LOCK = ".lock"
+"""Ends the name of a file that a writing command locks; the kernel lets go when it is gone."""
 
 
 class Job(BaseModel):
@@ -257,3 +263,48 @@ class Watch:
 
 TOO_MUCH = "the processes use "
 """How an ailment begins that fewer threads may cure."""
+
+
+@contextmanager
+def only_writer(out: Path, *, is_file: bool = False) -> Iterator[None]:
+    """Be the only command that writes a folder, or a file; says for whom it waits, and waits."""
+    lock = out.with_name(f".{out.name}{LOCK}") if is_file else out / LOCK
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(lock, out) as file:
+        file.truncate(0)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}")
+        file.flush()
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _locked(path: Path, out: Path) -> TextIO:
+    """The lock's file, locked: the one that lies there now, for each holder removes its own."""
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            _lock(file, out)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _lock(file: TextIO, out: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        writer = file.read() or "another process"
+        print(f"{out} is being written by {writer}: waiting", file=sys.stderr)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+        print(f"{out} cannot be locked ({error}): let one command write it", file=sys.stderr)

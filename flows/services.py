@@ -14,10 +14,11 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from flows import settings
-from flows.safety import guardian
-from flows.safety.processes import is_alive
+from flows.safety import guardian, processes
+from flows.storage.files import write_atomically
 
 HOST = "127.0.0.1"
 WORKER = ["prefect", "worker", "start", "--pool", settings.POOL, "--type", "process"]
@@ -103,41 +104,43 @@ def prefect_api(port: int | None = None) -> Iterator[str]:
 
     A new one ends with the block. Sets `PREFECT_API_URL` and `PREFECT_UI_URL`.
     """
-    given = os.environ.get("PREFECT_API_URL") or _recorded()
+    given = _given() or _recorded()
     if given:
-        if not answers(f"{given}/health"):
+        if not (found := _answering(given)):
             raise ServiceError(
                 f"PREFECT_API_URL is {given}, where no Prefect server answers: "
                 "start it, or unset PREFECT_API_URL"
             )
-        _announce(given)
-        yield given
+        _announce(found)
+        yield found
         return
     port = port or choose_port(4200)
     api = f"http://{HOST}:{port}/api"
     module = ["prefect", "server", "start", "--host", HOST, "--port", str(port)]
     pages = {"PREFECT_SERVER_UI_API_URL": api}  # they would ask port 4200, whatever ours is
     with running("prefect", module, f"{api}/health", pages) as process:
+        record = _record(api, process.pid)
         _record_file().parent.mkdir(parents=True, exist_ok=True)
-        _record_file().write_text(json.dumps({"api": api, "pid": process.pid}))
+        write_atomically(_record_file(), json.dumps(record))
         _announce(api)
         try:
             yield api
         finally:
-            _record_file().unlink(missing_ok=True)
+            if _read_record() == record:
+                _record_file().unlink(missing_ok=True)
             for name in ("PREFECT_API_URL", "PREFECT_UI_URL"):
                 os.environ.pop(name, None)
 
 
 def use_running_api() -> None:
     """Point to the server of `PREFECT_API_URL`, or of another of our commands."""
-    api = os.environ.get("PREFECT_API_URL") or _recorded()
+    api = _given() or _recorded()
     if api is None:
         raise ServiceError(
             "no Prefect server runs here: start one with `python -m flows ui`, "
             "or set PREFECT_API_URL"
         )
-    _announce(api)
+    _announce(_answering(api) or api)
 
 
 def choose_port(preferred: int) -> int:
@@ -176,14 +179,42 @@ def _record_file() -> Path:
     return settings.home() / "server.json"
 
 
-def _recorded() -> str | None:
-    """The server on our database that another of our commands runs: two would quarrel."""
+def _record(api: str, pid: int) -> dict[str, Any]:
+    """What tells a server of ours from whatever has its port or process number later."""
+    ticks = processes.start_ticks(pid)
+    return {"api": api, "pid": pid, "start_ticks": ticks, "machine": processes.here()}
+
+
+def _read_record() -> dict[str, Any]:
+    """The record of a server; empty where there is none, or where it is damaged."""
     try:
         record = json.loads(_record_file().read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _recorded() -> str | None:
+    """The server on our database that another of our commands runs: two would quarrel."""
+    record = _read_record()
+    api, pid = record.get("api"), record.get("pid")
+    if not isinstance(api, str) or not isinstance(pid, int) or record != _record(api, pid):
         return None
-    alive = is_alive(record["pid"]) and answers(f"{record['api']}/health")
-    return record["api"] if alive else None
+    return api if processes.is_alive(pid) and answers(f"{api}/health") else None
+
+
+def _given() -> str | None:
+    """`PREFECT_API_URL` as Prefect's own client takes it: a slash at its end means nothing."""
+    return os.environ.get("PREFECT_API_URL", "").strip().rstrip("/") or None
+
+
+def _answering(address: str) -> str | None:
+    """The API at an address that may lack its `/api`; None where none answers.
+
+    That one is asked first: without it a server sends its page, whatever is asked.
+    """
+    spellings = [address] if address.endswith("/api") else [f"{address}/api", address]
+    return next((api for api in spellings if answers(f"{api}/health")), None)
 
 
 def _announce(api: str) -> None:

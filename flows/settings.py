@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from flows import databases
 from flows.config import ROOT
 
 RUNS = ROOT / "runs"
@@ -34,15 +35,48 @@ DEFAULTS = {
     "PREFECT_CLI_PROMPT": "false",
     "PIPELINE_ROOT": str(ROOT),
 }
+PREFECT_DATABASE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
+DATABASES = (
+    *("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"),
+    *(PREFECT_DATABASE, "PREFECT_API_DATABASE_CONNECTION_URL"),
+)
+"""Variables that may name an SQLite file."""
+FOLDERS = ("PREFECT_HOME", "GIGAGAN_STORE_CACHE", "GIGAGAN_CACHE")
+"""Variables that name a folder."""
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def apply() -> None:
-    """Set what is not set, and make `flows` importable in child processes."""
+    """Set what is not set, and make `flows` importable in child processes.
+
+    What is relative to this folder means the same place in processes that run in another one.
+    """
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    for name in set(FOLDERS) & os.environ.keys():
+        os.environ[name] = os.environ[name] and str(Path(os.environ[name]).expanduser().absolute())
+    for name in set(DATABASES) & os.environ.keys():
+        os.environ[name] = databases.absolute(os.environ[name])
+    _name_prefects_database()
+    _spare_loopback()
     paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
     home().mkdir(parents=True, exist_ok=True)  # Prefect makes one level only
+
+
+def _name_prefects_database() -> None:
+    """Prefect puts its home into an address as it is, which fails where signs mean something."""
+    if set("%?") & set(str(home())) and not set(DATABASES[2:]) & os.environ.keys():
+        os.environ[PREFECT_DATABASE] = databases.sqlite_uri(home() / "prefect.db", "+aiosqlite")
+
+
+def _spare_loopback() -> None:
+    """Our own servers are never asked through a proxy."""
+    for name, other in (("no_proxy", "NO_PROXY"), ("NO_PROXY", "no_proxy")):
+        given = os.environ.get(name) or os.environ.get(other, "")
+        hosts = [host.strip() for host in given.split(",") if host.strip()]
+        if "*" not in hosts:
+            os.environ[name] = ",".join(dict.fromkeys([*hosts, *LOOPBACK]))
 
 
 def quiet() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from flows import services
+from flows.record import relocation
 from flows.record.tracking import tracking_uri
 
 
@@ -23,11 +24,12 @@ def mlflow_page(store: Path, port: int | None = None) -> Iterator[str]:
         yield uri
         return
     store.parent.mkdir(parents=True, exist_ok=True)
+    relocation.relocate(uri, store)
     port = port or services.choose_port(5000)
     page = f"http://{services.HOST}:{port}"
     module = ["mlflow", "server", "--host", services.HOST, "--port", str(port), "--workers", "1"]
     module += ["--backend-store-uri", uri]
-    module += ["--artifacts-destination", str(store.parent / "mlartifacts")]
+    module += ["--artifacts-destination", relocation.artifacts(store).as_uri()]
     module += ["--allowed-hosts", "localhost:*,127.0.0.1:*"]
     with services.running("mlflow", module, f"{page}/health"):
         yield page

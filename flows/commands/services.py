@@ -5,20 +5,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
 
 from flows import settings
-from flows.commands.options import UsageError, add_debug
+from flows.commands.options import UsageError, add_debug, located
 from flows.config import PipelineConfig, parse_assignments
 
 
 def add_parsers(commands: Any) -> None:
     """The commands' options."""
     ui = commands.add_parser("ui", help="open the Prefect and MLflow pages")
-    ui.add_argument("--store", help="folder of all outputs (default: runs/store)")
+    ui.add_argument("--store", help="folder or URL of all outputs (default: runs/store)")
     ui.add_argument("--prefect-port", type=int, help="default: 4200, or a free one")
     ui.add_argument("--mlflow-port", type=int, help="default: 5000, or a free one")
     ui.set_defaults(command=ui_command)
@@ -60,7 +59,8 @@ def ui_command(arguments: argparse.Namespace) -> None:
     for port in (arguments.prefect_port, arguments.mlflow_port):
         if port and not services.port_is_free(port):
             raise UsageError(f"port {port} is in use: name another, or none to get a free one")
-    store = Path(arguments.store).absolute() if arguments.store else PipelineConfig().store_path
+    given = {"store": located(arguments.store)} if arguments.store else {}
+    store = PipelineConfig().override(given).store_path
     ui.serve(store, Console(), arguments.prefect_port, arguments.mlflow_port)
 
 

@@ -128,33 +128,35 @@ def verify_command(arguments: argparse.Namespace) -> int:
 
 
 def gc_command(arguments: argparse.Namespace) -> int:
-    """Delete what nothing refers to, or say what would be."""
+    """Delete what nothing refers to, or say what would be; first the list, then what it lists."""
     from flows.record import references
-    from flows.record.tracking import Tracker
     from flows.stage import BusyError
     from flows.storage import housekeeping
 
     store, console = _store(arguments), Console()
     age = housekeeping.parse_age(arguments.older_than)
-    referred = references.references(Tracker("gigagan", store.root).client)
+    record = references.ask(store.root)
+    asked = f"asked {record.where}, which knows {len(record.runs)} runs"
+    console.print(escape(asked), soft_wrap=True, highlight=False)
+    verdicts = housekeeping.sweep(store, record, older_than=age, unfinished=arguments.unfinished)
+    for verdict in verdicts:
+        text = f"{verdict.item.name} {_size(verdict.item.bytes)}"
+        line = f"kept    {text}: {escape(verdict.kept)}" if verdict.kept else f"would go {text}"
+        console.print(line, soft_wrap=True)
+    going = [verdict.item for verdict in verdicts if not verdict.kept]
+    if not arguments.yes:
+        console.print(f"[bold]{_size(sum(i.bytes for i in going))} to free: add --yes[/]")
+        return 0
     freed, refused = 0, 0
-    options = {"older_than": age, "unfinished": arguments.unfinished}
-    for verdict in housekeeping.sweep(store, referred, **options):
-        item = verdict.item
-        text = f"{item.name} {_size(item.bytes)}"
-        if verdict.kept:
-            console.print(f"kept    {text}: {escape(verdict.kept)}", soft_wrap=True)
-            continue
+    for item in going:
         try:
-            if arguments.yes:
-                housekeeping.delete(store, item)
+            housekeeping.delete(store, item)
             freed += item.bytes
-            console.print(f"{'deleted' if arguments.yes else 'would go'} {text}", soft_wrap=True)
+            console.print(f"deleted {item.name}", soft_wrap=True)
         except BusyError as error:
             refused += 1
-            console.print(f"kept    {text}: {escape(str(error))}", soft_wrap=True)
-    done = f"{_size(freed)} freed" if arguments.yes else f"{_size(freed)} to free: add --yes"
-    console.print(f"[bold]{done}[/]")
+            console.print(f"kept    {item.name}: {escape(str(error))}", soft_wrap=True)
+    console.print(f"[bold]{_size(freed)} freed[/]")
     return 1 if refused else 0
 
 

@@ -17,7 +17,7 @@ def me() -> dict[str, str]:
     return {
         "host": socket.gethostname(),
         "pid": str(os.getpid()),
-        "process.started": f"{processes.started():.2f}",
+        "process.start_ticks": str(processes.start_ticks() or ""),
         "process.machine": processes.here(),
     }
 
@@ -29,11 +29,11 @@ def process(tags: Mapping[str, str]) -> tuple[str | None, ...]:
 
 def has_died(run: Run) -> bool:
     """Whether the process that a run names is known to be gone: it was one of this machine."""
-    host, pid, started, machine = process(run.data.tags)
+    host, pid, ticks, machine = process(run.data.tags)
     if host != socket.gethostname() or not pid:
         return False
     if machine in (None, processes.here()):
-        return not processes.is_alive(int(pid), float(started) if started else None)
+        return not processes.is_alive(int(pid), int(ticks) if ticks else None)
     # Another boot of this host is over; another container on it may well live.
     return machine.split()[:2] != processes.here().split()[:2]
 

@@ -1,48 +1,77 @@
-"""What in MLflow refers to outputs of the store: such outputs are not deleted."""
+"""What MLflow's record of runs says of outputs: those that it refers to are not deleted.
+
+It reads a record that is there and makes none.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from mlflow import MlflowClient
-from mlflow.entities import Run
+from mlflow.entities import LifecycleStage, Run, ViewType
 from mlflow.exceptions import MlflowException
 
+from flows.databases import sqlite_file
+from flows.record import outages, scrub
 from flows.record.outages import TrackingError
+from flows.record.tracking import Tracker, tracking_uri
+from flows.storage.housekeeping import Record
 
 KEYS = re.compile(r"\b([0-9a-f]{16})(?:[0-9a-f]{48})?\b")
 """Keys, whole or as folders show them, in a text."""
 
 
-def references(client: MlflowClient) -> dict[str, list[str]]:
-    """What in MLflow refers to each key (16 digits): runs that are not deleted, model versions.
+def ask(store: Path) -> Record:
+    """What the record of a store's runs knows and refers to.
 
     Raises:
-        TrackingError: it cannot be asked.
+        TrackingError: there is none, it holds no run, or it cannot be asked.
     """
-    found: dict[str, list[str]] = {}
+    uri = tracking_uri(store)
+    where, file = scrub.text(uri), sqlite_file(uri)
+    if file is not None and not file.is_file():
+        raise TrackingError(_nothing_deleted(f"there is no record at {where}"))
     try:
-        for run in _runs(client):
-            if key := run.data.tags.get("fingerprint"):
-                found.setdefault(key[:16], []).append(f"MLflow run {run.info.run_id}")
-        for model, version, text in _versions(client):
-            for key in set(KEYS.findall(text)):
-                found.setdefault(key, []).append(f"registered model {model} version {version}")
+        record = _read(Tracker("gigagan", store).client, where)
     except (MlflowException, OSError) as error:
-        raise TrackingError(
-            f"MLflow cannot be asked what it refers to ({error}), so nothing is deleted: start it, "
-            "or set MLFLOW_TRACKING_URI to where it is"
-        ) from error
-    return found
+        why = f"the record at {where} cannot be asked ({outages.brief(error)})"
+        raise TrackingError(_nothing_deleted(why)) from error
+    if not record.runs:
+        raise TrackingError(_nothing_deleted(f"the record at {where} holds no run"))
+    return record
 
 
-def _runs(client: MlflowClient) -> Iterator[Run]:
+def _nothing_deleted(why: str) -> str:
+    return f"{why}, so nothing is deleted: set MLFLOW_TRACKING_URI to where the runs were recorded"
+
+
+def _read(client: MlflowClient, where: str) -> Record:
+    referred: dict[str, list[str]] = {}
+    runs: set[str] = set()
+    keys: set[str] = set()
+    for run, is_live in _runs(client):
+        runs.add(run.info.run_id)
+        if key := run.data.tags.get("fingerprint", "")[:16]:
+            keys.add(key)
+            if is_live:
+                referred.setdefault(key, []).append(f"MLflow run {run.info.run_id}")
+    for model, version, text in _versions(client):
+        for key in set(KEYS.findall(text)):
+            referred.setdefault(key, []).append(f"registered model {model} version {version}")
+    return Record(where, referred, runs, keys)
+
+
+def _runs(client: MlflowClient) -> Iterator[tuple[Run, bool]]:
+    """All runs, and whether each is there still: neither it nor its experiment was deleted."""
     token = None
     while True:
-        page = client.search_experiments(max_results=1000, page_token=token)
+        page = client.search_experiments(ViewType.ALL, max_results=1000, page_token=token)
         for experiment in page:
-            yield from _runs_of(client, experiment.experiment_id)
+            for run in _runs_of(client, experiment.experiment_id):
+                stages = {experiment.lifecycle_stage, run.info.lifecycle_stage}
+                yield run, stages == {LifecycleStage.ACTIVE}
         token = page.token
         if not token:
             return
@@ -51,7 +80,7 @@ def _runs(client: MlflowClient) -> Iterator[Run]:
 def _runs_of(client: MlflowClient, experiment: str) -> Iterator[Run]:
     token = None
     while True:
-        page = client.search_runs([experiment], max_results=1000, page_token=token)
+        page = client.search_runs([experiment], "", ViewType.ALL, 1000, page_token=token)
         yield from page
         token = page.token
         if not token:

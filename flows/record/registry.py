@@ -107,6 +107,7 @@ def _consider(tracker: Tracker, store: Store, pair: Pair, output: StageOutput, r
         text = card.render(tracker.name, store, judged, pair.outputs)
         version = registry.register(pair, run_id, text)
         registry.note(version, protocol, score, results, run_id)
+    registry.locate(version, pair)
     said = f"{tracker.name} version {version.version}: {registry.elect(protocol)}"
     tracker.client.set_tag(run_id, "registry", said)
     return said
@@ -186,6 +187,12 @@ class Registry:
         }
         for key, value in tags.items():
             self._tag(version, key, value)
+
+    def locate(self, version: ModelVersion, pair: Pair) -> None:
+        """Let a version say where its networks are now: a store may be moved."""
+        for key, value in pair.tags.items():
+            if version.tags.get(key) != value:
+                self._tag(version, key, value)
 
     def elect(self, protocol: str) -> str:
         """Make the best version under a protocol champion; says what was decided.

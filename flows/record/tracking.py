@@ -21,7 +21,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunStatus
 from mlflow.exceptions import MlflowException
 
-from flows.record import exhibits, lineage, outages, owners, scrub
+from flows.databases import absolute, sqlite_uri
+from flows.record import exhibits, lineage, outages, owners, relocation, scrub
 from flows.record.outages import T, TrackingError
 from flows.stage import Manifest, Stage, StageOutput
 from flows.storage.place import Place
@@ -42,7 +43,8 @@ log = logging.getLogger("flows.record.tracking")
 
 def tracking_uri(store: Path) -> str:
     """`MLFLOW_TRACKING_URI`, or a database file beside the store."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.parent / 'mlflow.db'}"
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    return absolute(given) if given else sqlite_uri(relocation.own_record(store))
 
 
 class Tracker:
@@ -51,13 +53,14 @@ class Tracker:
     def __init__(self, name: str, store: Path):
         self.name = name
         self.uri = tracking_uri(store)
-        self._artifacts = None if self.is_server else (store.parent / "mlartifacts").as_uri()
+        self._artifacts = None if self.is_server else relocation.artifacts(store).as_uri()
         for variable, bound in outages.BOUNDS.items():
             os.environ.setdefault(variable, bound)
         if self.is_server:
             self._probe()
         else:
             store.parent.mkdir(parents=True, exist_ok=True)
+            relocation.relocate(self.uri, store)
         self.client = MlflowClient(self.uri)
         self.models = lineage.Models(self.client)
         if self.is_server:

@@ -1,4 +1,7 @@
-"""Which process is meant, on which machine, and whether it still lives."""
+"""Which process is meant, on which machine, and whether it still lives.
+
+Told by the kernel's own counts, never by a clock: clocks are set while processes run.
+"""
 
 from __future__ import annotations
 
@@ -9,34 +12,41 @@ from pathlib import Path
 
 import psutil
 
-SAME_START_S = 1.0
-"""How far two readings of one process's start may lie apart."""
+STARTTIME = 19
+"""Place of a process's start in /proc/PID/stat, counted from behind its name."""
 
 
-def is_alive(pid: int, started: float | None = None) -> bool:
+def is_alive(pid: int, ticks: int | None = None) -> bool:
     """Whether a process of this machine is running.
 
-    `started`, seconds since the epoch, tells it from a later one with the same number.
+    `ticks`, its `start_ticks`, tell it from a later one with the same number.
     """
     try:
-        process = psutil.Process(pid)
-        if process.status() == psutil.STATUS_ZOMBIE:
+        if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
             return False
-        return started is None or abs(process.create_time() - started) < SAME_START_S
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:
         return True
+    found = start_ticks(pid)
+    return ticks is None or found is None or found == ticks
 
 
-def started(pid: int | None = None) -> float:
-    """When a process (this one) began, seconds since the epoch."""
-    return psutil.Process(pid).create_time()
+def start_ticks(pid: int | None = None) -> int | None:
+    """Clock ticks from the boot of this machine to the start of a process (this one).
+
+    None where /proc does not say.
+    """
+    try:
+        stat = Path(f"/proc/{pid or 'self'}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    return int(stat.rpartition(")")[2].split()[STARTTIME])  # a name may hold blanks and brackets
 
 
 @cache
 def here() -> str:
-    """Where process numbers mean the same: a host's name, this boot of it, this container."""
+    """Where process numbers and ticks mean the same: a host's name, this boot, this container."""
     parts = [socket.gethostname()]
     with suppress(OSError):  # these are Linux's
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -53,6 +53,28 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Record:
+    """What the record of runs says; an output that it does not know is not for it to judge."""
+
+    where: str
+    """Its address, without credentials."""
+    referred: Mapping[str, list[str]]
+    """By key (16 digits), what refers to an output: runs that are not deleted, model versions."""
+    runs: Collection[str]
+    """Ids of all its runs, of deleted ones too."""
+    keys: Collection[str]
+    """Keys of what these runs made, or began."""
+
+    def doubt(self, item: Item) -> str | None:
+        """Why it cannot say whether an output is needed; None when it can."""
+        if item.manifest is None:
+            return None if item.key in self.keys else "the record has no run of it"
+        run = item.manifest.mlflow_run_id
+        is_known = run is None or run in self.runs
+        return None if is_known else f"the record does not know its MLflow run {run}"
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What `gc` does with an output."""
 
@@ -95,14 +117,14 @@ def used_by(found: Iterable[Item]) -> dict[str, list[str]]:
 
 def sweep(
     store: Store,
-    referred: Mapping[str, list[str]],
+    record: Record,
     *,
     older_than: timedelta = timedelta(0),
     unfinished: bool = False,
 ) -> list[Verdict]:
     """What would be deleted and what is kept, and why. Deletes nothing."""
     found = items(store)
-    kept = {i.name: _reason(i, referred.get(i.key, []), older_than, unfinished) for i in found}
+    kept = {item.name: _reason(item, record, older_than, unfinished) for item in found}
     users = used_by(found)
     # What a kept output was made from is kept, and what that was made from.
     waiting = [name for name, reason in kept.items() if reason]
@@ -116,14 +138,15 @@ def sweep(
 
 
 def delete(store: Store, item: Item) -> None:
-    """Delete an output, unless a run holds its lease by now.
+    """Delete an output as it was looked at.
 
     Raises:
-        BusyError: one does.
+        BusyError: a run holds its lease by now, or it has changed.
     """
     with store.lease(item.stage, item.key, wait=False):
         place = store.place(item.stage, item.key)
-        if place.manifest() != item.manifest:
+        now = _item(store, item.stage, item.key)
+        if (now.manifest, now.bytes, now.changed) != (item.manifest, item.bytes, item.changed):
             raise BusyError(f"{place} has changed since it was looked at: look again")
         place.discard()
         if place.folder.is_dir():
@@ -177,12 +200,14 @@ def _measure(place: Place) -> tuple[int, datetime]:
     return size, datetime.fromtimestamp(newest_s, UTC)
 
 
-def _reason(item: Item, referred: list[str], older_than: timedelta, unfinished: bool) -> str | None:
+def _reason(item: Item, record: Record, older_than: timedelta, unfinished: bool) -> str | None:
     if item.state == "in use":
         return f"in use {item.note}"
-    if referred:
+    if referred := record.referred.get(item.key):
         more = f" and {len(referred) - 1} more" if len(referred) > 1 else ""
         return referred[0] + more
+    if doubt := record.doubt(item):
+        return doubt
     if item.age < older_than:
         return "not old enough"
     if item.manifest is None and not unfinished:

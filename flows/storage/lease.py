@@ -100,7 +100,8 @@ class Holder(BaseModel):
     space: str
     """Where `pid` means this process; see `processes.here`."""
     pid: int
-    started: float
+    start_ticks: int | None = None
+    """See `processes.start_ticks`."""
     since: str
     token: str
     beat: int = 0
@@ -113,7 +114,7 @@ class Holder(BaseModel):
             host=socket.gethostname(),
             space=processes.here(),
             pid=os.getpid(),
-            started=processes.started(),
+            start_ticks=processes.start_ticks(),
             since=datetime.now(UTC).isoformat(timespec="seconds"),
             token=uuid.uuid4().hex,
         )
@@ -134,7 +135,7 @@ class Holder(BaseModel):
     @property
     def is_gone(self) -> bool:
         """Whether it is known to hold nothing any more."""
-        dead = self.is_here and not processes.is_alive(self.pid, self.started)
+        dead = self.is_here and not processes.is_alive(self.pid, self.start_ticks)
         return self.is_released or dead
 
     def __str__(self) -> str:

@@ -12,6 +12,7 @@ from flows.record.tracking import Tracker
 from flows.stage import BusyError, Context, Need, Stage, StageError
 from flows.storage.housekeeping import (
     HousekeepingError,
+    Record,
     delete,
     items,
     parse_age,
@@ -71,6 +72,10 @@ def make(store: Store, stage: Stage, seed: int = 0, run_id: str | None = None, u
 def named(found, name: str):
     (item,) = [item for item in found if item.name.startswith(name)]
     return item
+
+
+def record(referred=None, runs=(), keys=()) -> Record:
+    return Record("the record", referred or {}, runs, keys)
 
 
 def command(store: Store, *arguments: str) -> int:
@@ -197,14 +202,14 @@ def test_what_mlflow_an_input_a_lease_or_its_age_keeps_is_kept(store):
     old = make(store, DOWNLOAD, seed=0)
     loose = make(store, DOWNLOAD, seed=1)
     kept = make(store, FILTER, seed=0)
-    referred = {kept.key[:16]: ["MLflow run r"]}
+    referred = record({kept.key[:16]: ["MLflow run r"]})
     reasons = {verdict.item.key: verdict.kept for verdict in sweep(store, referred)}
     assert reasons == {
         kept.key[:16]: "MLflow run r",
         old.key[:16]: f"input of filter/{kept.key[:16]}",
         loose.key[:16]: None,
     }
-    young = sweep(store, {}, older_than=timedelta(days=1))
+    young = sweep(store, record(), older_than=timedelta(days=1))
     assert {verdict.kept for verdict in young} == {"not old enough"}
     with store.lease("download", loose.key):
         (verdict,) = [v for v in sweep(store, referred) if v.item.key == loose.key[:16]]
@@ -218,10 +223,37 @@ def test_unfinished_work_goes_only_when_asked_for(store):
     place.resume()
     write(place.folder / "checkpoints/1.pt", "half")
     place.push()
-    (verdict,) = sweep(store, {})
+    begun = record(keys={"a" * 16})
+    (verdict,) = sweep(store, begun)
     assert "--unfinished" in verdict.kept
-    (verdict,) = sweep(store, {}, unfinished=True)
+    (verdict,) = sweep(store, begun, unfinished=True)
     assert verdict.kept is None
+
+
+def test_what_the_record_has_no_run_of_is_kept_finished_or_not(store):
+    foreign = make(store, DOWNLOAD, seed=1, run_id="f" * 32)
+    known = make(store, DOWNLOAD, seed=2, run_id="e" * 32)
+    place = store.place("train-base", "a" * 64)
+    place.resume()
+    write(place.folder / "checkpoints/1.pt", "half")
+    place.push()
+    verdicts = sweep(store, record(runs={"e" * 32}), unfinished=True)
+    assert {verdict.item.key: verdict.kept for verdict in verdicts} == {
+        foreign.key[:16]: f"the record does not know its MLflow run {'f' * 32}",
+        known.key[:16]: None,
+        "a" * 16: "the record has no run of it",
+    }
+
+
+def test_unfinished_work_that_went_on_since_it_was_looked_at_is_not_deleted(folder):
+    place = folder.place("train-base", "a" * 64)
+    write(place.folder / "checkpoints/1.pt", "half")
+    (item,) = items(folder)
+    write(place.folder / "checkpoints/2.pt", "more")
+    with pytest.raises(BusyError, match="changed"):
+        delete(folder, item)
+    delete(folder, *items(folder))
+    assert items(folder) == []
 
 
 def test_an_output_that_changed_since_it_was_looked_at_is_not_deleted(folder):
@@ -245,7 +277,9 @@ def test_gc_is_a_dry_run_until_yes_and_asks_mlflow(store, capsys):
     tracker.client.create_model_version("gc", "file:///x", tags={"base.key": registered.key})
 
     assert command(store, "gc") == 0
-    printed = " ".join(capsys.readouterr().out.split())
+    said = capsys.readouterr().out
+    assert f"asked {tracker.uri}, which knows 1 runs" in said
+    printed = " ".join(said.split())
     assert f"would go download/{loose.key[:16]}" in printed
     assert f"kept download/{referred.key[:16]}" in printed
     assert f"MLflow run {run_id}" in printed
@@ -258,6 +292,47 @@ def test_gc_is_a_dry_run_until_yes_and_asks_mlflow(store, capsys):
     tracker.client.delete_run(run_id)
     assert command(store, "gc", "--yes") == 0
     assert {item.key for item in items(store)} == {registered.key[:16]}
+
+
+def test_gc_deletes_nothing_where_there_is_no_record_and_makes_none(folder, capsys):
+    make(folder, DOWNLOAD, run_id="f" * 32)
+    assert command(folder, "gc", "--yes") == 1
+    assert f"no record at sqlite:///{folder.root.parent}/mlflow.db" in capsys.readouterr().err
+    assert [item.state for item in items(folder)] == ["complete"]
+    assert not (folder.root.parent / "mlflow.db").exists()
+
+
+def test_gc_deletes_nothing_by_a_record_that_holds_no_run(folder, capsys, monkeypatch):
+    make(folder, DOWNLOAD, run_id="f" * 32)
+    empty = folder.root.parent / "made just now.db"
+    empty.touch()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{empty}")
+    assert command(folder, "gc", "--yes") == 1
+    assert f"the record at sqlite:///{empty} holds no run" in capsys.readouterr().err
+    assert [item.state for item in items(folder)] == ["complete"]
+
+
+@pytest.mark.slow
+def test_gc_by_another_record_keeps_what_that_one_does_not_know(folder, capsys, monkeypatch):
+    facts = {"parent": None, "fresh": True, "tags": {}}
+    right = f"sqlite:///{folder.root.parent}/right.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", right)
+    tracker = Tracker("gc", folder.root)
+    key = folder.resolve(DOWNLOAD, PipelineConfig()).key
+    run_id = tracker.start_stage(DOWNLOAD, key, {}, **facts)
+    output = make(folder, DOWNLOAD, run_id=run_id)
+    tracker.client.delete_run(run_id)
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    Tracker("gc", folder.root).start_stage(DOWNLOAD, "b" * 64, {}, **facts)
+    assert command(folder, "gc", "--yes", "--unfinished") == 0
+    assert f"does not know its MLflow run {run_id}" in capsys.readouterr().out
+    assert output.path.is_dir()
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", right)
+    assert command(folder, "gc", "--yes") == 0
+    assert f"asked {right}" in capsys.readouterr().out
+    assert not output.path.exists()
 
 
 def test_gc_refuses_when_mlflow_cannot_be_asked(folder, monkeypatch, capsys):

@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 
+import psutil
 import pytest
 
 from flows.config import ROOT
@@ -97,11 +98,30 @@ def test_a_holder_that_died_here_is_replaced_at_once(board):
 
 
 def test_a_later_process_with_the_number_of_the_dead_holder_is_not_taken_for_it(board):
-    started = processes.started() - 1000
-    leave(board, other(space=processes.here(), pid=os.getpid(), started=started))
+    ticks = processes.start_ticks() - 1000
+    leave(board, other(space=processes.here(), pid=os.getpid(), start_ticks=ticks))
     lease = Lease(board, "x", stale_s=3600.0)
     lease.acquire()
     lease.release()
+
+
+@pytest.mark.parametrize("step_s", [-3600, -30, 2, 5, 3600])
+def test_a_holder_lives_on_when_the_clock_is_set(board, monkeypatch, step_s):
+    leave(board, Holder.me())
+    clock = psutil._pslinux.boot_time
+    before = psutil.Process().create_time()
+    monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: clock() + step_s)
+    assert psutil.Process().create_time() == pytest.approx(before + step_s, abs=0.5)
+    assert holder(board).pid == os.getpid()
+    with pytest.raises(BusyError, match="is being written by process"):
+        Lease(board, "x", stale_s=3600.0).acquire(wait=False)
+
+
+def test_a_holder_that_does_not_say_when_it_started_is_told_by_its_number_alone(board):
+    leave(board, other(space=processes.here(), pid=os.getpid(), start_ticks=None))
+    assert holder(board).pid == os.getpid()
+    leave(board, other(space=processes.here(), pid=dead_pid(), start_ticks=None), 2)
+    assert holder(board) is None
 
 
 def test_a_process_number_of_another_container_says_nothing_here(board):
@@ -282,4 +302,4 @@ def test_what_a_lease_says_is_plain_json(board):
     lease.acquire()
     said = json.loads(board.read(1))
     lease.release()
-    assert {"host", "pid", "started", "since", "beat"} <= said.keys()
+    assert {"host", "pid", "start_ticks", "since", "beat"} <= said.keys()

@@ -1,10 +1,16 @@
 """Servers that we start: who can reach them, and with what."""
 
+import http.server
+import json
+import os
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -62,3 +68,111 @@ with services.running("pages", ["http.server", "{port}", "--bind", "127.0.0.1"],
         wait_for(lambda: services.answers(page), 60)
         command.kill()
     wait_for(lambda: not services.answers(page), 30)
+
+
+@pytest.fixture
+def prefect():
+    """Address of what answers as Prefect does: its page, but below /api only what is there."""
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            is_there = self.path == "/api/health" or not self.path.startswith("/api/")
+            self.send_response(200 if is_there else 404)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def record_file(tmp_path):
+    """Where a command writes which server it runs."""
+    (tmp_path / "prefect").mkdir()
+    return tmp_path / "prefect" / "server.json"
+
+
+@pytest.mark.parametrize("spelling", ["{}/api", "{}/api/", "{}/api//", " {}/api ", "{}", "{}/"])
+def test_an_api_is_found_by_any_spelling_of_its_address(prefect, monkeypatch, spelling):
+    monkeypatch.setenv("PREFECT_API_URL", spelling.format(prefect))
+    with services.prefect_api() as api:
+        assert api == os.environ["PREFECT_API_URL"] == f"{prefect}/api"
+        assert os.environ["PREFECT_UI_URL"] == prefect
+    monkeypatch.setenv("PREFECT_API_URL", spelling.format(prefect))
+    services.use_running_api()
+    assert os.environ["PREFECT_API_URL"] == f"{prefect}/api"
+    os.environ.pop("PREFECT_UI_URL")
+
+
+def test_an_address_where_no_server_answers_is_named(monkeypatch):
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api/")
+    with (
+        pytest.raises(services.ServiceError, match=r"is http://127\.0\.0\.1:9/api, where no"),
+        services.prefect_api(),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"null", b"[]", b"7", b"{}", b'{"pid": 1}', b'{"api": 1, "pid": "x"}', b"\xff\0"],
+)
+def test_a_record_of_a_server_that_is_damaged_counts_as_none(record_file, content):
+    record_file.write_bytes(content)
+    with pytest.raises(services.ServiceError, match="no Prefect server runs here"):
+        services.use_running_api()
+
+
+def test_a_server_of_another_command_is_used_while_its_process_lives(prefect, record_file):
+    record = services._record(f"{prefect}/api", os.getpid())
+    record_file.write_text(json.dumps(record))
+    services.use_running_api()
+    assert os.environ.pop("PREFECT_API_URL") == f"{prefect}/api"
+    os.environ.pop("PREFECT_UI_URL")
+    for change in ({"start_ticks": 7}, {"machine": "another boot"}):
+        record_file.write_text(json.dumps(record | change))
+        with pytest.raises(services.ServiceError, match="no Prefect server runs here"):
+            services.use_running_api()
+
+
+def test_the_record_of_a_server_is_whole_and_goes_with_it_alone(record_file, monkeypatch):
+    @contextmanager
+    def running(*_):
+        yield SimpleNamespace(pid=os.getpid())
+
+    monkeypatch.setattr(services, "running", running)
+    with services.prefect_api(4217) as api:
+        assert json.loads(record_file.read_text())["api"] == api
+        assert [path.name for path in record_file.parent.iterdir()] == ["server.json"]
+    assert not record_file.exists()
+    with services.prefect_api(4217):
+        record_file.write_text("that of another command")
+    assert record_file.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["feature%2Fx", "my data #1 ?x"])
+def test_a_prefect_server_starts_in_a_home_of_any_name(tmp_path, monkeypatch, name):
+    home = tmp_path / name
+    code = """
+from flows import services, settings
+settings.apply()
+with services.prefect_api(services.free_port()) as api:
+    print(api)
+"""
+    environment = {name: value for name, value in os.environ.items() if "DATABASE" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=settings.ROOT,
+        env={**environment, "PREFECT_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (home / "prefect.db").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -224,7 +224,7 @@ def test_running_runs_of_dead_processes_are_ended(tracker):
 
 def test_a_process_id_that_is_used_again_does_not_keep_a_run_alive(tracker):
     reused, alive = start(tracker, fresh=True), start(tracker, fresh=True)
-    tracker.client.set_tag(reused, "process.started", "1000.00")
+    tracker.client.set_tag(reused, "process.start_ticks", "1000")
     tracker.reconcile(tracker.experiment("download"))
     assert tracker.client.get_run(reused).info.status == "KILLED"
     assert tracker.client.get_run(alive).info.status == "RUNNING"
