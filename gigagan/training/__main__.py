@@ -139,6 +139,14 @@ def run(
         world_size=world.size,
         threads=acceleration.loader_threads(config.system, world.device, local_ranks=local_ranks),
     )
+    network = config.generator if isinstance(config, TrainBaseConfig) else config.upsampler
+    if loader.resolution != network.resolution:
+        raise ValueError(
+            f"{shards} holds pictures of {loader.resolution} px, but the {config.kind} that the "
+            f"settings describe draws {network.resolution} px: give the folder "
+            f"{network.resolution:03d} beside it (filter.resolutions says which are written), or "
+            "another network"
+        )
     heldout = read_heldout(heldout_path) if heldout_path else None
 
     # Networks: the same initial weights on every rank.

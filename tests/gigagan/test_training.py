@@ -376,3 +376,17 @@ def test_training_refuses_networks_without_text_and_widths_that_are_not_the_enco
     wide = TEXT.model_copy(update={"pooled_width": 13})
     with pytest.raises(ValueError, match=r"text\.pooled_width = 13 .*test:words: it gives 11"):
         training_main._text_encoder(wide, World())
+
+
+def test_shards_of_another_size_are_refused_by_both_sizes_before_anything_is_loaded(
+    tmp_path, monkeypatch
+):
+    class Shards64:
+        resolution = 64
+
+        def __init__(self, *arguments, **settings):
+            pass
+
+    monkeypatch.setattr(training_main, "ShardLoader", Shards64)
+    with pytest.raises(ValueError, match=r"shards/064 holds .* 64 px, .* 32 px: give .*032"):
+        training_main.run(TrainBaseConfig(), tmp_path, "shards/064", None, World())
