@@ -49,8 +49,8 @@ def open_picture(path: Path) -> Image.Image:
         raise PictureError(f"{path} is not a picture that can be read") from None
     except Image.DecompressionBombError as error:
         raise PictureError(
-            f"{path} is far beyond the limit of {MAX_PIXELS:,} pixels: make it smaller or cut it "
-            f"into parts ({error})"
+            f"{path} is too large ({error}), the limit is {MAX_PIXELS:,} pixels: make it smaller "
+            "or cut it into parts"
         ) from error
     except Exception as error:  # codecs raise anything
         raise PictureError(f"{path} is damaged ({error}): get it again") from error

@@ -53,7 +53,7 @@ def test_what_is_no_picture_is_named(tmp_path):
 
 def test_a_picture_of_too_many_pixels_is_refused_by_its_header(tmp_path, monkeypatch):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
-    with pytest.raises(PictureError, match=r"huge\.png is far beyond the limit of 67,108,864"):
+    with pytest.raises(PictureError, match=r"huge\.png is .*the limit is 67,108,864 pixels"):
         open_picture(tmp_path / "huge.png")
     monkeypatch.setattr(pictures, "MAX_PIXELS", 10)
     Image.new("RGB", (11, 1)).save(tmp_path / "x.png")
