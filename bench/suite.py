@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bench import (
     adaptive,
+    captions,
     data,
     initial,
     model,
@@ -24,6 +25,7 @@ from bench import (
 
 BENCHMARKS = {
     "adaptive": adaptive.main,
+    "captions": captions.main,
     "data": data.main,
     "initial": initial.main,
     "model": model.main,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 from data import archives
 from data.archives import Archive
+from data.entries import entries
 from data.report import Progress, silent
 
 Colour = tuple[int, int, int]
@@ -96,8 +97,8 @@ class _Document:
     def load(cls, captions: Path) -> _Document:
         try:
             document = json.loads(captions.read_text(encoding="utf-8"))
-            images = list(_entries(document, "images", {"id": int, "file_name": str}))
-            notes = list(_entries(document, "annotations", {"image_id": int, "caption": str}))
+            images = entries(document, "images", {"id": int, "file_name": str})
+            notes = entries(document, "annotations", {"image_id": int, "caption": str})
             files = {image["id"]: _plain(image["file_name"]) for image in images}
             if strays := [n for n, note in enumerate(notes) if note["image_id"] not in files]:
                 raise ValueError(f"annotations[{strays[0]}] is of a picture that is not listed")
@@ -107,18 +108,6 @@ class _Document:
                 f"{captions} is not in COCO's captions format ({error}); "
                 "it needs images[id, file_name] and annotations[image_id, caption]"
             ) from error
-
-
-def _entries(document: Any, part: str, needed: dict[str, type]) -> Iterator[dict[str, Any]]:
-    """Entries of a list in the document that have what is needed; the first bad one is named."""
-    entries = document.get(part) if isinstance(document, dict) else None
-    if not isinstance(entries, list):
-        raise ValueError(f"it has no list {part!r}")
-    for number, entry in enumerate(entries):
-        for key, kind in needed.items():
-            if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
-                raise ValueError(f"{part}[{number}] has no {key!r} that is {kind.__name__}")
-        yield entry
 
 
 def _plain(name: str) -> str:

@@ -29,7 +29,6 @@ ASIDE = 4
 """Of a thing's combinations of style and background, a quarter: every fourth is never trained."""
 UNSEEN = 16
 """Of the things every sixteenth is never trained."""
-TEMPLATE_SHARES = (0.7, 0.8, 0.9, 1.0)
 
 
 class Look(NamedTuple):
@@ -150,9 +149,8 @@ def _looks(number: int, thing: dict[str, str], about: dict[str, Any]) -> Iterato
     aside = set(rng.permutation(count)[: count // ASIDE].tolist())
     for k in range(count):
         style, background = divmod(k, len(names))
-        chance = rng.random()
+        which = int(rng.choice(len(about["templates"]), p=about["template_shares"]))
         split = "unseen" if is_unseen else "combination" if k in aside else "trained"
-        which = next(i for i, most in enumerate(TEMPLATE_SHARES) if chance < most)
         template = about["templates"][which if split == "trained" else 0]
         caption = template.format(
             style=styles[style], name=thing["phrase"], background=names[background]

@@ -158,16 +158,15 @@ def whole_step(
     made = Step(config, batch, device, **how)
     try:
         found = timed(made.plain, device)
-        r1_batch = made.inputs
         r1 = timed(made.r1, device, rounds=2)
         every = config.optimizer.r1_every
         total_ms = found["ms"] + r1["ms"] / every
         gmac = count.gmac + (count.forward_gmac if how.get("checkpointed") else 0.0)
-        flops = 2e9 * (gmac + count.r1_gmac / every) * len(r1_batch.z_BZ)
+        flops = 2e9 * (gmac + count.r1_gmac / every) * batch
         per_image = count.checkpointed_gb if how.get("checkpointed") else count.kept_gb
         return {
             "batch": batch,
-            **dict(found.items()),
+            **found,
             "r1_ms": r1["ms"],
             "r1_peak_gb": r1["peak_gb"],
             "images_per_second": batch / total_ms * 1e3,

@@ -374,16 +374,17 @@ def main() -> int:
     wanted = sorted({look.caption for look in base.looks}) if not is_small else []
     record.line("prepared", pictures=len(base.looks), captions=captions.warm(wanted))
 
-    def of(kind: str, share: float) -> bool:
+    def of(kind: str, share: float) -> dict[str, object]:
         made = base if kind == "base" else emoji.load(pack, size["upsampler"]["px"], device)
         make = base_config if kind == "base" else upsampler_config
         config = make(size[kind], presets[f"train_{kind}"])
-        seconds = share * (record.left - 5)
-        return record.attempt(
-            kind, lambda: one_training(room, kind, config, made, seconds), needs=20
-        )
+        return one_training(room, kind, config, made, share * (record.left - 5))
 
-    done = [of("base", BASE_SHARE), of("upsampler", 1.0)]
+    shares = {"base": BASE_SHARE, "upsampler": 1.0}
+    done = [
+        record.attempt(kind, lambda k=kind, s=share: of(k, s), needs=20)
+        for kind, share in shares.items()
+    ]
     shutil.rmtree(room.out, ignore_errors=True)
     return 0 if all(done) else 1
 

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 
 from bench import predict
 from data.concepts import STYLES, Concept, concepts, nameable
-from data.demo import PALETTE, SCALE, TEMPLATES, render
+from data.demo import PALETTE, SCALE, TEMPLATE_SHARES, TEMPLATES, render
 from flows.config import PipelineConfig
 from gigagan.config.presets import preset as preset_of
 from gigagan.models import pretrained
@@ -69,6 +69,7 @@ def lay_down(folder: Path, *, num_things: int | None = None) -> None:
         "styles": STYLES,
         "palette": PALETTE,
         "templates": TEMPLATES,
+        "template_shares": TEMPLATE_SHARES,
         "presets": {
             "train_base": preset.train_base.model_dump(mode="json"),
             "train_upsampler": preset.train_upsampler.model_dump(mode="json"),

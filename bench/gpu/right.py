@@ -264,6 +264,11 @@ def compare(
     return shown
 
 
+def _reference(make: Callable[[], Subject]) -> tuple[Subject, tuple[Tensor, dict[str, Tensor]]]:
+    subject = make()
+    return subject, gradients(subject, torch.device("cpu"), torch.float64, "fp32")
+
+
 @contextlib.contextmanager
 def _tf32(allowed: bool) -> Iterator[None]:
     torch.set_float32_matmul_precision("high" if allowed else "highest")
@@ -451,26 +456,30 @@ def main() -> int:
     pack, is_small = Path(os.environ[PACK]), os.environ[SIZE] == "small"
     scratch = tempfile.tempdir = tempfile.mkdtemp(prefix="right-")  # of all that follows
     done = [record.attempt("machine", lambda: machine(device))]
-    encoder = emoji.text_encoder(pack, device)
-    captions = CaptionFeatures(encoder, device)
-    room = learn.Room(record, pack, record.out, device, captions, is_small, ends=float("inf"))
-    made = emoji.load(pack, 64, device)
-    captions.warm(emoji.EmojiLoader(made, batch_size=16).captions_between(0, 1_024))
+
+    @functools.cache
+    def prepared() -> tuple[learn.Room, emoji.Emoji]:
+        captions = CaptionFeatures(emoji.text_encoder(pack, device), device)
+        made = emoji.load(pack, 64, device)
+        captions.warm(emoji.EmojiLoader(made, batch_size=16).captions_between(0, 1_024))
+        room = learn.Room(record, pack, record.out, device, captions, is_small, float("inf"))
+        return room, made
+
     for on_host in (False, True):
         name = f"no_waiting_{'host' if on_host else 'device'}"
-        done.append(record.attempt(name, lambda h=on_host: no_waiting(room, made, on_host=h)))
-    done.append(record.attempt("resume", lambda: resume(room, made)))
+        done.append(record.attempt(name, lambda h=on_host: no_waiting(*prepared(), on_host=h)))
+    done.append(record.attempt("resume", lambda: resume(*prepared())))
     done.append(record.attempt("attention_kernels", lambda: attention_kernels(device)))
     for precision in ("fp32", "bf16"):
         name = f"bitwise_{precision}"
         done.append(record.attempt(name, lambda p=precision: bitwise(device, p), needs=5))
     for name, make in subjects().items():
-        subject = make()
-        expected = gradients(subject, torch.device("cpu"), torch.float64, "fp32")
+        # Each is built, and its reference computed, inside the first check that needs it.
+        reference = functools.cache(functools.partial(_reference, make))
         for precision in LIMITS:
             if name == "r1" and precision == "bf16":
                 continue  # training leaves autocast for it
-            call = functools.partial(compare, subject, expected, device, precision)
+            call = lambda r=reference, p=precision: compare(*r(), device, p)  # noqa: E731
             done.append(record.attempt(f"{name}_{precision}", call, needs=3))
     shutil.rmtree(scratch, ignore_errors=True)
     return 0 if all(done) else 1

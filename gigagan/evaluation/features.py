@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
+from data.gray import eight_bits
 from gigagan.evaluation.devices import Device, Team, deal
 from gigagan.models import pretrained
 
@@ -63,30 +64,11 @@ def open_rgb(picture: Picture) -> Image.Image:
 def as_rgb(image: Image.Image) -> Image.Image:
     """A picture of any mode as RGB."""
     if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_eight_bits(image)).convert("RGB")
+        return Image.fromarray(eight_bits(image)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> np.ndarray:
-    """Deep gray to uint8: 16-bit values by their range, others by the range they seem to have.
-
-    Pillow's own conversion clips at 255, which turns a 16-bit picture white. The rule is that of
-    data/decode.py, which this room does not know: what was trained on is judged as it was seen.
-    """
-    deep_HW = np.asarray(image)
-    top = float(np.max(deep_HW, initial=0, where=np.isfinite(deep_HW)))
-    if image.mode.startswith("I;16"):
-        top = 65535.0
-    elif image.mode == "F" and top <= 1:
-        top = 1.0
-    elif top <= 65535:
-        top = 255.0 if top <= 255 else 65535.0
-    with np.errstate(invalid="ignore", over="ignore"):  # of floats that are no numbers
-        scaled_HW = np.nan_to_num(deep_HW * (255 / top))
-    return np.rint(np.clip(scaled_HW, 0, 255)).astype(np.uint8)
 
 
 def square(picture: Picture, px: int) -> Image.Image:

@@ -1,7 +1,4 @@
-"""Captions with real pictures in COCO's format: what a generator is evaluated against.
-
-The format is read here once more, because this room does not know the data half.
-"""
+"""Captions with real pictures in COCO's format: what a generator is evaluated against."""
 
 from __future__ import annotations
 
@@ -16,6 +13,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from data.entries import entries
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 SPLITS = ("trained", "combination", "unseen")
@@ -123,8 +122,8 @@ def _read_coco(file: Path) -> tuple[dict[str, Any], dict[int, Path], list[dict[s
     """A file's content, its pictures by their ids, and its annotations in their order."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        listed = _entries(content, "images", {"id": int, "file_name": str})
-        notes = _entries(content, "annotations", {"id": int, "image_id": int, "caption": str})
+        listed = entries(content, "images", {"id": int, "file_name": str})
+        notes = entries(content, "annotations", {"id": int, "image_id": int, "caption": str})
         images = {image["id"]: image["file_name"] for image in listed}
         for note in notes:
             _check_note(note, images)
@@ -142,18 +141,6 @@ def _read_coco(file: Path) -> tuple[dict[str, Any], dict[int, Path], list[dict[s
     if missing is not None:
         raise FileNotFoundError(f"{missing} is listed in {file} but is not there: place it")
     return content, pictures, annotations
-
-
-def _entries(content: Any, part: str, needed: Mapping[str, type]) -> list[dict[str, Any]]:
-    """A list of the content whose entries have what is needed; the first bad one is named."""
-    entries = content.get(part) if isinstance(content, dict) else None
-    if not isinstance(entries, list):
-        raise ValueError(f"it has no list {part!r}")
-    for number, entry in enumerate(entries):
-        for key, kind in needed.items():
-            if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
-                raise ValueError(f"{part}[{number}] has no {key!r} that is {kind.__name__}")
-    return entries
 
 
 def _check_note(note: Mapping[str, Any], images: Mapping[int, str]) -> None:
