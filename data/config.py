@@ -173,6 +173,28 @@ class DownloadConfig(Frozen):
         return self
 
 
+LIMITS = frozenset(
+    {
+        "max_bytes",
+        "max_pixels",
+        "timeout_s",
+        "total_deadline_s",
+        "max_redirects",
+        "retries",
+        "allow_private_addresses",
+        "connect_to",
+        "verify_hashes",
+        "host_connections",
+        "host_delay_s",
+        "user_agent",
+        "contact",
+        "distributor",
+        "max_memory_gb",
+        "stall_s",
+    }
+)
+"""Settings that a download may go on with changed: keys name the same rows."""
+
 SHIPPED = ("similarity_b32", "similarity_l14", "unsafe", "watermark", "aesthetic")
 """Scores that metadata may bring along."""
 

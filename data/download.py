@@ -20,7 +20,7 @@ from pathlib import Path
 from shutil import disk_usage, rmtree
 
 from data import demo, metadata
-from data.config import DownloadConfig
+from data.config import LIMITS, DownloadConfig
 from data.fetch import FetchSettings
 from data.layout import PART_DIGITS, SHARD_DIGITS
 from data.parts import Part, Shelf, Summary
@@ -35,27 +35,6 @@ LOG_BYTES = 50_000_000
 """A longer log of img2dataset is set aside, and the one before it forgotten."""
 TICK_S = 0.2
 """Between two looks at the files."""
-LIMITS = frozenset(
-    {
-        "max_bytes",
-        "max_pixels",
-        "timeout_s",
-        "total_deadline_s",
-        "max_redirects",
-        "retries",
-        "allow_private_addresses",
-        "connect_to",
-        "verify_hashes",
-        "host_connections",
-        "host_delay_s",
-        "user_agent",
-        "contact",
-        "distributor",
-        "max_memory_gb",
-        "stall_s",
-    }
-)
-"""Settings that a begun download may go on with changed: keys name the same rows."""
 
 _log = logging.getLogger(__name__)
 

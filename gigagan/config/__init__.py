@@ -11,6 +11,7 @@ from gigagan.config.networks import (
     UpsamplerConfig,
 )
 from gigagan.config.training import (
+    FREE_TO_CHANGE,
     AugmentConfig,
     EvaluateConfig,
     HealthConfig,
@@ -25,6 +26,7 @@ from gigagan.config.training import (
 )
 
 __all__ = [
+    "FREE_TO_CHANGE",
     "AugmentConfig",
     "BlockConfig",
     "ClassConfig",

@@ -231,6 +231,23 @@ class SystemConfig(Frozen):
     than the pictures, probes and checkpoints that rank 0 makes alone."""
 
 
+FREE_TO_CHANGE = (
+    "total_images",
+    "checkpoint_images",
+    "keep_checkpoints",
+    "milestone_images",
+    "sample_images",
+    "snapshot_images",
+    "log_images",
+    "num_probe_captions",
+    "prompts",
+    "health",
+    "system",
+)
+"""Settings, or sections, that a resumed run may change: they say how long a run is, what is
+looked at, and on what it runs, not what is learned."""
+
+
 class TrainConfig(Frozen):
     """What the two training stages have in common."""
 

@@ -19,26 +19,12 @@ from typing import Any, Protocol
 
 import torch
 
+from gigagan.config import FREE_TO_CHANGE
+
 FULL_BYTES = 2**20
 """A disk with less room counts as full: what failed there took all of it but scraps."""
 
 _NAME = re.compile(r"images-(\d{10})\.pt")
-
-FREE_TO_CHANGE = (
-    "total_images",
-    "checkpoint_images",
-    "keep_checkpoints",
-    "milestone_images",
-    "sample_images",
-    "snapshot_images",
-    "log_images",
-    "num_probe_captions",
-    "prompts",
-    "health",
-    "system",
-)
-"""Settings, or sections, that a resumed run may change: they say how long a run is, what is
-looked at, and on what it runs, not what is learned."""
 
 
 class CheckpointError(ValueError):
@@ -114,10 +100,15 @@ def latest(directory: Path, *, until: int | None = None) -> Path | None:
     return max((p for p in _all(directory) if until is None or _at(p) <= until), default=None)
 
 
-def discard(directory: Path, *, after: int) -> None:
-    """Delete the checkpoints beyond `after` images."""
+def discard(
+    directory: Path,
+    *,
+    after: int,
+    but: Callable[[Mapping[str, Any]], bool] = lambda about: False,
+) -> None:
+    """Delete the checkpoints beyond `after` images, `but` those whose description says so."""
     for path in _all(directory):
-        if _at(path) > after:
+        if _at(path) > after and not but(_described(path)):
             path.unlink()
             path.with_suffix(".json").unlink(missing_ok=True)
 
@@ -128,17 +119,18 @@ def restore_newest(
     config: Mapping[str, Any],
     *,
     warn: Callable[[str], None] = print,
+    is_preferred: Callable[[Mapping[str, Any]], bool] = lambda about: True,
 ) -> dict[str, Any] | None:
     """Load the newest readable checkpoint and return its description; None if there is none.
 
     One whose bytes are not those that were written is passed over with a warning, for the one
-    before it.
+    before it. Those whose description `is_preferred` go before the others.
 
     Raises:
         CheckpointError: all are unreadable, or the newest readable one is of another configuration.
     """
     paths = sorted(_all(directory), reverse=True)
-    for path in paths:
+    for path in sorted(paths, key=lambda p: not is_preferred(_described(p))):
         try:
             return restore(path, parts, config)
         except UnreadableError as error:

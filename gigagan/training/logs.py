@@ -20,6 +20,8 @@ from gigagan.config import HealthConfig
 from gigagan.training.charts import draw_health
 from gigagan.training.relay import HEALTH, LINES, SAMPLES, TIME, Relay
 
+SNAPSHOTS = "snapshots"
+
 CLOSE_S = 30.0
 """How long the end of a run waits for MLflow; what it lacks then is sent later from the folder."""
 
@@ -37,8 +39,13 @@ class Log:
         self._relay = Relay.from_environment(run_dir, self.say) if is_main else None
 
     def start(self, images_seen: int) -> None:
-        """Forget lines of a previous attempt beyond this position, and start the clock."""
+        """Forget what a previous attempt wrote beyond this position, and start the clock."""
         path = self.run_dir / LINES
+        if self.is_main:
+            for folder in (SAMPLES, SNAPSHOTS):
+                for written in (self.run_dir / folder).glob("*-[0-9]*.*"):
+                    if _number(written) > images_seen:
+                        written.unlink()
         if self.is_main and path.exists():
             with self._relay.lock if self._relay else contextlib.nullcontext():
                 kept = _cut(path, images_seen)
@@ -150,6 +157,12 @@ def _cut(path: Path, images_seen: int) -> int:
     partial.write_text(text)
     partial.replace(path)
     return len(text.encode())
+
+
+def _number(written: Path) -> int:
+    """Images seen, by the name of a picture or snapshot; -1 for other files."""
+    digits = written.stem.rpartition("-")[2]
+    return int(digits) if digits.isdecimal() else -1
 
 
 def _position(line: str) -> int:

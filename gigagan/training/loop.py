@@ -24,7 +24,7 @@ from gigagan.training.augment import Draws
 from gigagan.training.captions import CaptionFeatures, RecentCaptions, mismatch
 from gigagan.training.distributed import World
 from gigagan.training.guard import Divergence, StallWatch
-from gigagan.training.logs import Log
+from gigagan.training.logs import SNAPSHOTS, Log
 from gigagan.training.probes import Look, from_uint8
 from gigagan.training.run import Run
 from gigagan.training.transfer import place
@@ -242,7 +242,8 @@ def _steps(
                 found |= _look(run, probe, captions, loader)
             watch.beat()
         is_stopping = is_asking and world.any(is_asked_to_stop())
-        if is_done or is_stopping or run.crosses(config.checkpoint_images):
+        is_kept = run.begins_to_cool or run.crosses(config.checkpoint_images)
+        if is_done or is_stopping or is_kept:
             run.save(is_final=is_done or is_stopping)
         if is_stopping and not is_done:
             raise Preempted(f"asked to stop: wrote a checkpoint at {run.images_seen:,} images")
@@ -354,7 +355,7 @@ def _look(run: Run, probe: Probe, captions: CaptionFeatures, loader: Loader) -> 
     log.health(run.config.health)
     every = run.config.snapshot_images
     if every is not None and run.crosses(every):
-        path = run.run_dir / "snapshots" / f"images-{seen:010d}.safetensors"
+        path = run.run_dir / SNAPSHOTS / f"images-{seen:010d}.safetensors"
         with log.spare("a snapshot"):
             path.parent.mkdir(exist_ok=True)
             _save_snapshot(run, captions, loader, path)

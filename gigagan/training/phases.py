@@ -6,7 +6,8 @@ never interrupted, on every rank.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from gigagan.config import TrainStage
 
@@ -55,6 +56,25 @@ def phase_at(config: TrainStage, images_seen: int) -> Phase:
         cooling * g_ramp * follows,
         cooling * ramp * optimizer.lr,
     )
+
+
+def begins_to_cool(config: TrainStage, images_seen: int) -> bool:
+    """Whether the step that ended here was the last one at full rates; never without a cool-down.
+
+    What was learned until then does not depend on how long the run is.
+    """
+    seam = config.total_images - config.optimizer.cooldown_images
+    return seam < config.total_images and images_seen - config.batch_size <= seam < images_seen
+
+
+def is_on_the_way(config: Mapping[str, Any], images_seen: int, total_images: int) -> bool:
+    """Whether a run of `total_images` comes by the state that one of `config` had at `images_seen`.
+
+    It does not where rates were falling already, towards another end.
+    """
+    end, cooldown = config["total_images"], config["optimizer"].get("cooldown_images", 0)
+    is_cooled = cooldown > 0 and images_seen - config["batch_size"] > end - cooldown
+    return end == total_images or not is_cooled
 
 
 def _ramp(config: TrainStage, since: int) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from gigagan.training.distributed import GradientReducer, World, consolidate, ma
 from gigagan.training.ema import Ema
 from gigagan.training.guard import Alarm, Divergence, Guard
 from gigagan.training.logs import Log
-from gigagan.training.phases import Phase, phase_at
+from gigagan.training.phases import Phase, begins_to_cool, is_on_the_way, phase_at
 
 BETA1 = 0.0  # GigaGAN and StyleGAN2: no momentum
 
@@ -217,7 +218,7 @@ class Run:
                 self._parts,
                 {"config": config.model_dump(mode="json"), "ranks": self.world.size},
                 keep=config.keep_checkpoints,
-                is_milestone=every is not None and self.crosses(every),
+                is_milestone=self.begins_to_cool or (every is not None and self.crosses(every)),
             )
         except checkpoint.WriteError as error:
             self._num_failed_saves += 1
@@ -228,21 +229,45 @@ class Run:
             self.images_seen, {"health/failed_checkpoints": float(self._num_failed_saves)}
         )
 
+    @property
+    def begins_to_cool(self) -> bool:
+        """Whether this is the last state that a longer run comes by, too."""
+        return begins_to_cool(self.config, self.images_seen)
+
     def crosses(self, every: int) -> bool:
         """Whether the last step passed a multiple of `every`."""
         return self.images_seen // every > (self.images_seen - self.config.batch_size) // every
 
     def _restore(self) -> bool:
-        """Take back the newest readable checkpoint; whether there is one."""
+        """Take back the newest readable checkpoint; whether there is one.
+
+        Of a shorter run that has cooled down it is the one before that, if it was kept.
+        """
+        folder, total = self.run_dir / "checkpoints", self.config.total_images
+
+        def is_ours(about: Mapping[str, Any]) -> bool:
+            return not about or is_on_the_way(about["config"], about["images_seen"], total)
+
         about = checkpoint.restore_newest(
-            self.run_dir / "checkpoints",
+            folder,
             self._parts,
             self.config.model_dump(mode="json"),
             warn=self.log.say,
+            is_preferred=is_ours,
         )
-        if about is not None:
-            self.images_seen = int(about["images_seen"])
-        return about is not None
+        if about is None:
+            return False
+        self.images_seen = int(about["images_seen"])
+        if not is_ours(about):
+            self.log.say(
+                f"warning: at {self.images_seen:,} images learning rates had fallen towards the "
+                f"end at {about['config']['total_images']:,}, and no checkpoint of before is "
+                "left: this run will differ from one that was meant to be as long from its start"
+            )
+        self.world.barrier()
+        if self.world.is_main:  # those beyond would pass for newer ones
+            checkpoint.discard(folder, after=self.images_seen, but=is_ours)
+        return True
 
 
 def adamw(config: TrainStage, world: World, *modules: nn.Module) -> torch.optim.Optimizer:

@@ -141,6 +141,41 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path)
     assert a == b
 
 
+COOLED = BASE.model_copy(
+    update={
+        "optimizer": BASE.optimizer.model_copy(update={"cooldown_images": 10}),
+        "checkpoint_images": 24, "keep_checkpoints": 1, "sample_images": 14, "snapshot_images": 14,
+    }
+)  # fmt: skip
+
+
+def test_a_run_made_longer_ends_bit_for_bit_like_one_that_was_as_long_from_its_start(tmp_path):
+    run(COOLED, tmp_path / "whole")
+    short = COOLED.model_copy(update={"total_images": 30})
+    run(short, tmp_path / "parts")
+    assert [p.name for p in sorted((tmp_path / "parts/checkpoints").glob("*.pt"))] == [
+        "images-0000000024.pt",  # the last at full rates, kept for this
+        "images-0000000032.pt",
+    ]
+    run(COOLED, tmp_path / "parts")
+    a, b = ((tmp_path / d / "snapshot.safetensors").read_bytes() for d in ("whole", "parts"))
+    assert a == b
+    for folder in ("samples", "snapshots"):
+        a, b = (
+            sorted(p.name for p in (tmp_path / d / folder).iterdir()) for d in ("whole", "parts")
+        )
+        assert a == b
+
+
+def test_a_run_made_longer_from_where_rates_had_fallen_says_so(tmp_path, capsys):
+    run(COOLED.model_copy(update={"total_images": 30}), tmp_path)
+    checkpoint.discard(
+        tmp_path / "checkpoints", after=0, but=lambda about: about["images_seen"] > 30
+    )
+    run(COOLED, tmp_path)
+    assert "learning rates had fallen towards the end at 30" in capsys.readouterr().out
+
+
 def test_a_run_writes_lines_pictures_checkpoints_and_a_snapshot(tmp_path):
     run(BASE, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
