@@ -130,7 +130,7 @@ class _Attempt:
             self.tracker.inputs(run_id, self.resolved, settings)
             self._link(run_id)
             context = self._context(run_id, lease)
-            self._work(context, run_id, lease)
+            self._work(context, run_id, lease, fresh)
             output = self.store.commit(
                 self.stage,
                 self.key,
@@ -156,9 +156,13 @@ class _Attempt:
             log=get_run_logger().info,
         )
 
-    def _work(self, context: Context, run_id: str, lease: Lease) -> None:
+    def _work(self, context: Context, run_id: str, lease: Lease, fresh: bool) -> None:
         """Run the stage's body with what it reads at hand and all that watches over it."""
         self.store.begin(self.stage, self.key, context.progress)
+        if not fresh and (
+            said := self.store.go_on(self.stage, self.config, self.resolved, context.progress)
+        ):
+            context.log(said)
         self.store.fetch(self.resolved, context.progress)
         every_s = self.config.save_every_s
         with (

@@ -7,6 +7,7 @@ from typing import Any
 
 from prefect import flow
 
+from data.config import LIMITS
 from flows.conductor import Outcome, conduct
 from flows.config import PipelineConfig
 from flows.stage import Context, Stage
@@ -34,12 +35,19 @@ def external(config: PipelineConfig) -> Mapping[str, str]:
     return {"metadata": fingerprint(config.download.metadata)}
 
 
+def unkeyed(config: PipelineConfig) -> set[str]:
+    """Limits and politeness, with which a download goes on; where its lists lie, for their content
+    counts; and what its source does not read."""
+    is_embedded = config.download.source == "embedded"
+    return {*LIMITS, "metadata", *(["columns", "allow_withdrawn"] if is_embedded else ["embedded"])}
+
+
 STAGE = Stage(
     "download",
     version=2,
     run=run,
     external=external,
-    unkeyed=("distributor", "max_memory_gb", "stall_s", "host_connections", "host_delay_s"),
+    unkeyed=unkeyed,
     # The fates have each picture's sha256, and what comes after depends on those.
     vouched=("images",),
     scratch=("img2dataset.log", "work"),

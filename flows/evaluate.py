@@ -54,12 +54,18 @@ def external(config: PipelineConfig) -> Mapping[str, str]:
         return {"captions": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
+def unkeyed(config: PipelineConfig) -> tuple[str, ...]:
+    """Where its captions lie, for their content counts."""
+    return ("captions",) if external(config) else ()
+
+
 STAGE = Stage(
     "evaluate",
     version=3,
     run=run,
     needs=needs,
     external=external,
+    unkeyed=unkeyed,
     scratch=("features", launch.LOG),
     gpu=True,
 )

@@ -73,14 +73,20 @@ def needs(config: PipelineConfig) -> Mapping[str, Need]:
 def external(config: PipelineConfig) -> Mapping[str, str]:
     """The evaluation captions that training must not contain."""
     found = {}
-    for name in config.filter.decontaminate:
+    for number, name in enumerate(config.filter.decontaminate):
         if Path(name).is_file():
             with Path(name).open("rb") as file:
-                found[f"decontaminate:{name}"] = hashlib.file_digest(file, "sha256").hexdigest()
+                found[f"decontaminate:{number}"] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 
 
-STAGE = Stage("filter", version=2, run=run, needs=needs, external=external)
+def unkeyed(config: PipelineConfig) -> tuple[str, ...]:
+    """Where those captions lie, for their content counts; a file that is not there has none."""
+    is_all_there = len(external(config)) == len(config.filter.decontaminate)
+    return ("decontaminate",) if is_all_there else ()
+
+
+STAGE = Stage("filter", version=2, run=run, needs=needs, external=external, unkeyed=unkeyed)
 
 
 @flow(name=STAGE.name, persist_result=True)

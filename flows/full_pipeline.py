@@ -15,7 +15,7 @@ from flows.conductor import prefect_tags
 from flows.config import PipelineConfig, StageName
 from flows.record.tracking import PIPELINE, Tracker
 from flows.safety.aftermath import spare
-from flows.stage import MissingInputError, Stage, StageOutput
+from flows.stage import Manifest, MissingInputError, Stage, StageOutput
 from flows.storage.store import Store, Upstream
 from flows.storage.upstream import locate
 
@@ -139,19 +139,36 @@ def _step(
         reason = f"its key follows from the output of {', '.join(waits_for)}"
         return Step(this.name, "force" if force else "run", None, reason)
     try:
-        key = store.resolve(this, config, upstream=given).key
+        resolved = store.resolve(this, config, upstream=given)
     except MissingInputError as error:
         return Step(this.name, "missing", None, str(error))
-    folder = store.place(this.name, key)
+    key, folder = resolved.key, store.place(this.name, resolved.key)
     if force:
         return Step(this.name, "force", key, f"discards {folder}")
-    if store.manifest(this, key) is None:
+    manifest = store.manifest(this, key)
+    if manifest is None:
+        if found := store.shorter(this, config, resolved):
+            return Step(this.name, "resume", key, f"goes on from {found[1]:,} in {found[0]}")
         if folder.has_work():
             return Step(this.name, "resume", key, f"unfinished in {folder}")
         return Step(this.name, "run", key, "never run with this configuration and input")
     if damage := store.damage(this, key):
         return Step(this.name, "run", key, damage)
-    return Step(this.name, "skip", key, f"up to date in {folder}")
+    return Step(
+        this.name, "skip", key, f"up to date in {folder}{_made_with(this, config, manifest)}"
+    )
+
+
+def _made_with(this: Stage, config: PipelineConfig, manifest: Manifest) -> str:
+    """Which settings an output was made with that are others now, and do not decide it."""
+    now = getattr(config, this.section).model_dump(mode="json")
+    free = sorted({*this.unkeyed(config)} & manifest.config.keys())
+    other = [
+        f"{this.section}.{name}" + ("" if isinstance(was, dict) else f" {was}")
+        for name in free
+        if (was := manifest.config[name]) != now[name]
+    ]
+    return f" (made with another {', '.join(other)}: --force makes it anew)" if other else ""
 
 
 def _summary(outputs: dict[str, StageOutput], tracker: Tracker, run_id: str) -> str:

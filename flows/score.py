@@ -143,7 +143,12 @@ def needs(config: PipelineConfig) -> Mapping[str, Need]:
     return {"fates": Need(download.STAGE, "fates", beside=("images", "lists"))}
 
 
-STAGE = Stage("score", version=1, run=run, needs=needs, unkeyed=("devices", "batch_size"), gpu=True)
+def unkeyed(config: PipelineConfig) -> tuple[str, ...]:
+    """How the models are spread over devices."""
+    return ("devices", "batch_size")
+
+
+STAGE = Stage("score", version=1, run=run, needs=needs, unkeyed=unkeyed, gpu=True)
 
 
 @flow(name=STAGE.name, persist_result=True)

@@ -1,7 +1,9 @@
 """The stage contract: a name, a config and inputs lead to one directory with a manifest.
 
-    key      = sha256(stage, version, config without resources, {input: content digest})
+    key      = sha256(stage, version, settings that decide the output, {input: content digest})
     dir      = STORE/<stage>/<key[:16]>/, the same after a crash: stages resume in it
+    length   = the setting that says how long a run is: the same run, further, goes on from what a
+               shorter one of otherwise equal settings and inputs left
     commit   = manifest.json, written last and atomically
     skip     = manifest present and its files match
     content  = digest of a file list; of a sub-folder when a need names one
@@ -11,7 +13,7 @@ What the words mean; `store.py` does it. Neither Prefect nor MLflow in here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -170,6 +172,20 @@ def _no_external(config: PipelineConfig) -> dict[str, str]:
     return {}
 
 
+def _all_keyed(config: PipelineConfig) -> Collection[str]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Length:
+    """How a stage's runs may differ and yet be one run, of which one went further."""
+
+    setting: str
+    """Of its section: how long a run is."""
+    reached: Callable[[Iterable[str]], int]
+    """Names of files of unfinished or finished work → how far it is, in the setting's unit."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """One step of the pipeline."""
@@ -188,8 +204,11 @@ class Stage:
     digests of what is in them, and terabytes need not be read again."""
     gpu: bool = False
     """Whether runs of it queue for the `gpu` concurrency limit."""
-    unkeyed: tuple[str, ...] = ()
-    """Settings of its section that, like resources, do not decide what the output is."""
+    unkeyed: Callable[[PipelineConfig], Collection[str]] = _all_keyed
+    """Settings of its section that, like resources, do not decide what the output is: those under
+    which unfinished work goes on, and those that are not read."""
+    length: Length | None = None
+    """What makes a longer run of a shorter one; null where there is no such thing."""
 
     @property
     def section(self) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from prefect import flow
@@ -11,12 +12,12 @@ from prefect import flow
 from flows import download, filter, launch
 from flows.conductor import Outcome, conduct
 from flows.config import PipelineConfig
-from flows.stage import Context, Need, Stage
+from flows.stage import Context, Length, Need, Stage
+from gigagan.config import FREE_TO_CHANGE
 
 PROCESS = launch.Process(("gigagan.training",), out="--run-dir")
 SCRATCH = ("checkpoints", "text-features.pt", launch.LOG)
-UNKEYED = ("health", "system", "keep_checkpoints", "milestone_images", "checkpoint_images")
-"""A run goes on in its folder with other limits of health, or laid out differently."""
+CHECKPOINT = re.compile(r"checkpoints/images-(\d+)\.pt")
 
 
 def train(context: Context) -> None:
@@ -34,13 +35,28 @@ def needs(config: PipelineConfig) -> Mapping[str, Need]:
     }
 
 
+def unkeyed(config: PipelineConfig) -> set[str]:
+    """With what else than its length a run goes on in its folder."""
+    return {*FREE_TO_CHANGE} - {LENGTH.setting}
+
+
+def reached(names: Iterable[str]) -> int:
+    """Images seen, by the newest checkpoint's name."""
+    found = (CHECKPOINT.fullmatch(name) for name in names)
+    return max((int(match[1]) for match in found if match), default=0)
+
+
+LENGTH = Length("total_images", reached)
+
+
 STAGE = Stage(
     "train-base",
     version=3,
     run=train,
     needs=needs,
     scratch=SCRATCH,
-    unkeyed=UNKEYED,
+    unkeyed=unkeyed,
+    length=LENGTH,
     gpu=True,
 )
 

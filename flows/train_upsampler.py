@@ -31,7 +31,8 @@ STAGE = Stage(
     run=train_base.train,
     needs=needs,
     scratch=train_base.SCRATCH,
-    unkeyed=train_base.UNKEYED,
+    unkeyed=train_base.unkeyed,
+    length=train_base.LENGTH,
     gpu=True,
 )
 

@@ -82,8 +82,11 @@ def made(manifest: Manifest, place: Place) -> Iterator[DatasetInput]:
 
 
 def _external(name: str, digest: str, config: Mapping[str, Any]) -> Iterator[DatasetInput]:
-    """`metadata` and `captions` are settings; `decontaminate:FILE` names its file itself."""
-    setting = name.partition(":")[2] or config.get(name) or name
+    """`metadata` and `captions` are settings, `decontaminate:0` is the first file of one."""
+    key, _, number = name.partition(":")
+    setting = config.get(key) or name
+    if number and setting != name:
+        setting = setting[int(number)]
     places = [setting] if isinstance(setting, str) else [str(place) for place in setting]
     for place in places:
         suffix = f"/{posixpath.basename(place)}" if len(places) > 1 else ""

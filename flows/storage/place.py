@@ -22,6 +22,8 @@ from flows.storage.remote import Remote, each
 RECORD = ".mirror.json"
 WORK = ".work.json"
 """Lists the files of unfinished work that were sent; it is written after them."""
+LINE = ".line.json"
+"""Of a stage whose runs have a length: which run this is, and how long."""
 UNFINISHED = (".partial", ".tmp", ".part")
 """Endings of files that their writer has not named yet."""
 
@@ -41,6 +43,13 @@ class Record(BaseModel):
     """By name: size and time of change of unfinished work when it was sent."""
     work: str | None = None
     """Which state of the unfinished work this folder goes on from."""
+
+
+class Line(BaseModel):
+    """Which run this is, whatever its length, and how long it shall be."""
+
+    id: str
+    length: int
 
 
 class Work(BaseModel):
@@ -105,6 +114,43 @@ class Place:
         if self.remote and self.remote.read(WORK) is not None:
             return True
         return self.folder.is_dir() and any(self.folder.iterdir())
+
+    def line(self) -> Line | None:
+        """What `mark` wrote; None where nothing is known."""
+        try:
+            return Line.model_validate_json(self._read(LINE) or b"")
+        except ValidationError:
+            return None
+
+    def mark(self, line: Line) -> None:
+        """Write down which run this is."""
+        text = line.model_dump_json()
+        if self.remote:
+            self.remote.write(LINE, text.encode())
+        write_atomically(self.folder / LINE, text)
+
+    def names(self) -> list[str]:
+        """Names of the files that are here, or behind the URL, without hidden ones."""
+        if self.remote:
+            found = self.remote.sizes()
+            return sorted(n for n in found if not any(p.startswith(".") for p in n.split("/")))
+        return [name for name, _ in listing(self.folder)] if self.folder.is_dir() else []
+
+    def take_over(self, other: Place, progress: Progress = silent) -> None:
+        """Bring the work of another output into this folder, its newest files last."""
+        names = [n for n in other.names() if n != MANIFEST and not n.endswith(UNFINISHED)]
+
+        def bring(name: str) -> None:
+            target = inside(self.folder, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            aside = target.with_name(f"{target.name}.partial")
+            if other.remote:
+                other.remote.download(name, aside)
+            else:
+                shutil.copy2(inside(other.folder, name), aside)
+            aside.replace(target)
+
+        each("taking over earlier work", bring, names, progress)
 
     def discard(self, keep: Sequence[str] = ()) -> None:
         """Delete everything, manifest first, but the top-level names in `keep`."""
@@ -237,13 +283,16 @@ class Place:
         record.sent |= stamps
         self._save(record)
 
-    def seal(self, manifest: Manifest) -> None:
-        """Write the manifest, then remove what only served to get here."""
+    def seal(self, manifest: Manifest, keep: Sequence[str] = ()) -> None:
+        """Write the manifest, then remove what only served to get here, but the names in `keep`."""
         text = manifest.model_dump_json(indent=1)
         if self.remote:
             self.remote.write(MANIFEST, text.encode())
             named = {MANIFEST, *(entry.path for entry in manifest.files)}
-            self.remote.delete([WORK, *(name for name in self.remote.sizes() if name not in named)])
+            rest = [
+                n for n in self.remote.sizes() if n not in named and n.split("/")[0] not in keep
+            ]
+            self.remote.delete([WORK, *rest])
             known = {e.path: _known(e, manifest, self.folder) for e in manifest.files}
             self._save(Record(known=known))
         write_atomically(self.folder / MANIFEST, text)

@@ -12,10 +12,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from flows.config import PipelineConfig
 from flows.stage import (
     MANIFEST,
+    BusyError,
     Context,
     DamagedError,
     FileEntry,
@@ -31,7 +33,7 @@ from flows.stage import (
 from flows.storage import lease as leases
 from flows.storage.files import UnsafeNameError, digest, listing, sha256
 from flows.storage.lease import Lease, LocalBoard
-from flows.storage.place import Place, silent
+from flows.storage.place import Line, Place, silent
 from flows.storage.remote import Remote, RemoteBoard
 
 LEASES = ".leases"
@@ -126,8 +128,8 @@ class Store:
 
     def key(self, stage: Stage, config: PipelineConfig, contents: Mapping[str, str]) -> str:
         """Identity of an output: all that decides what it holds."""
-        section = getattr(config, stage.section).model_dump(mode="json", exclude={*stage.unkeyed})
-        return digest([stage.name, stage.version, section, dict(contents)])
+        section = getattr(config, stage.section).model_dump(mode="json")
+        return _identity(stage, config, section, contents)
 
     def resolve(
         self,
@@ -180,6 +182,71 @@ class Store:
                 )
         paths = {name: found.place.folder / found.need.under for name, found in inputs.items()}
         return Resolved(self.key(stage, config, contents), paths, contents, inputs)
+
+    def shorter(
+        self, stage: Stage, config: PipelineConfig, resolved: Resolved
+    ) -> tuple[Place, int] | None:
+        """Where the same run lies that was to be shorter and went furthest, and how far it is.
+
+        None where the stage has no length, where the output has come some way by itself, or where
+        no other has.
+        """
+        if stage.length is None:
+            return None
+        own = self.place(stage.name, resolved.key)
+        if stage.length.reached(own.names()) > 0:
+            return None
+        wanted = _line(stage, config, resolved)
+        found: list[tuple[int, str]] = []
+        for key in self.keys(stage.name):
+            place = self.place(stage.name, key)
+            line = self._line_of(stage, config, place)
+            if line and line.id == wanted.id and line.length < wanted.length:
+                found.append((stage.length.reached(place.names()), key))
+        reached, key = max(found, default=(0, ""))
+        return (self.place(stage.name, key), reached) if reached > 0 else None
+
+    def _line_of(self, stage: Stage, config: PipelineConfig, place: Place) -> Line | None:
+        """Which run an output is of; of finished ones the manifest says it."""
+        assert stage.length is not None
+        try:
+            manifest = place.manifest()
+        except DamagedError:
+            return None
+        if manifest is None:
+            return place.line()
+        length = manifest.config.get(stage.length.setting)
+        if manifest.version != stage.version or not isinstance(length, int):
+            return None
+        told = _identity(stage, config, manifest.config, manifest.inputs, stage.length.setting)
+        return Line(id=told, length=length)
+
+    def go_on(
+        self,
+        stage: Stage,
+        config: PipelineConfig,
+        resolved: Resolved,
+        progress: Progress = silent,
+    ) -> str | None:
+        """Begin with what a shorter run of the same settings left, if there is one; says which.
+
+        The caller holds the lease of this output; another that is being written is let alone.
+        """
+        if stage.length is None:
+            return None
+        own = self.place(stage.name, resolved.key)
+        found = self.shorter(stage, config, resolved)
+        own.mark(_line(stage, config, resolved))
+        if found is None:
+            return None
+        other, reached = found
+        setting, name = f"{stage.section}.{stage.length.setting}", other.folder.name
+        try:
+            with self.lease(stage, name, wait=False):
+                own.take_over(other, progress)
+        except BusyError as error:
+            return f"begins anew, for the shorter run to go on from is in use: {error}"
+        return f"goes on from {stage.name}/{name}, which came to {reached:,} of {setting}"
 
     def fetch(self, resolved: Resolved, progress: Progress = silent) -> None:
         """Bring what a stage reads to this machine."""
@@ -268,9 +335,12 @@ class Store:
             files=files,
         )
         place = self.place(stage.name, key)
+        keep = stage.scratch if stage.length else ()  # a longer run may go on from it
+        if keep:
+            place.push(context.progress)
         place.publish(manifest, context.progress)
         check()
-        place.seal(manifest)
+        place.seal(manifest, keep)
         return self._output(manifest)
 
     def _output(self, manifest: Manifest) -> StageOutput:
@@ -316,6 +386,28 @@ class Store:
             yield lease
         finally:
             lease.release()
+
+
+def _identity(
+    stage: Stage,
+    config: PipelineConfig,
+    section: Mapping[str, Any],
+    contents: Mapping[str, str],
+    *without: str,
+) -> str:
+    """Digest of all that decides an output, `without` some settings."""
+    left_out = {*stage.unkeyed(config), *without}
+    settings = {name: value for name, value in section.items() if name not in left_out}
+    return digest([stage.name, stage.version, settings, dict(contents)])
+
+
+def _line(stage: Stage, config: PipelineConfig, resolved: Resolved) -> Line:
+    """The run that a configuration leads to."""
+    assert stage.length is not None
+    setting = stage.length.setting
+    section = getattr(config, stage.section).model_dump(mode="json")
+    told = _identity(stage, config, section, resolved.contents, setting)
+    return Line(id=told, length=section[setting])
 
 
 def _complete(stage: Stage, maker: Stage, place: Place) -> Manifest:

@@ -125,6 +125,7 @@ def test_settings_that_do_not_decide_the_output_are_no_part_of_a_key(bench):
 
     plain = key()
     assert key(**{"train_base.health.patience": 3, "train_base.system.accumulate": 2}) == plain
+    assert key(**{"train_base.log_images": 7, "train_base.prompts": ["a bell"]}) == plain
     assert key(**{"train_base.optimizer.lr": 0.001}) != plain
 
 
@@ -264,9 +265,9 @@ def test_a_failed_stage_goes_on_in_its_folder_when_an_unkeyed_setting_changes(be
         raise OSError("no network")
 
     with pytest.raises(OSError, match="no network"):
-        bench.up_to_date(Stage("download", 1, half, unkeyed=("stall_s",)))
+        bench.up_to_date(Stage("download", 1, half, unkeyed=lambda config: ("stall_s",)))
     bench.config = bench.config.override({"download.stall_s": 7000})
-    again = Stage("download", 1, bench.download.run, unkeyed=("stall_s",))
+    again = Stage("download", 1, bench.download.run, unkeyed=lambda config: ("stall_s",))
     bench.store.resolve(again, bench.config)
     folder = bench.store.directory(again, bench.store.resolve(again, bench.config).key)
     assert (folder / "checkpoints/1.pt").read_text() == "half"
@@ -371,3 +372,111 @@ def test_a_figure_that_is_no_number_does_not_spoil_the_manifest(bench):
     metrics = bench.store.manifest(diverged, key).metrics
     assert math.isnan(metrics["loss"])
     assert metrics["ratio"] == math.inf
+
+
+def test_limits_and_manners_of_a_download_are_no_part_of_its_key(bench):
+    from flows.download import STAGE
+
+    def key(**overrides):
+        return bench.store.key(STAGE, bench.config.override(overrides), {"metadata": "content"})
+
+    plain = key(**{"download.source": "metadata", "download.metadata": ["lists/*.parquet"]})
+    same = {"download.source": "metadata", "download.metadata": ["/elsewhere/a.parquet"]}
+    manners = {"contact": "you@example.org", "timeout_s": 11, "retries": 3, "max_bytes": 7_000}
+    for name, value in manners.items():
+        assert key(**same, **{f"download.{name}": value}) == plain, name
+    assert key(**same, **{"download.embedded.seed": 5}) == plain, "which is not read"
+    for name, value in {"seed": 1, "min_side": 99, "columns": {"caption": "alt"}}.items():
+        assert key(**same, **{f"download.{name}": value}) != plain, name
+
+
+@pytest.mark.parametrize("setting", ["evaluate.captions", "filter.decontaminate"])
+def test_captions_count_by_their_content_wherever_they_lie(bench, tmp_path, setting):
+    from flows import evaluate, filter
+
+    stage = {"evaluate": evaluate, "filter": filter}[setting.partition(".")[0]].STAGE
+
+    def key(name):
+        value = name if setting == "evaluate.captions" else [name]
+        config = bench.config.override({setting: value})
+        return bench.store.key(stage, config, stage.external(config))
+
+    for name, text in (("a.json", "{}"), ("other/b.json", "{}"), ("c.json", "[]")):
+        write(tmp_path / name, text)
+    a, b, c = (key(str(tmp_path / name)) for name in ("a.json", "other/b.json", "c.json"))
+    assert a == b != c
+    assert key(str(tmp_path / "absent.json")) not in (a, c)
+
+
+class Training:
+    """A stage that counts to its length, from where its folder or a shorter run left off."""
+
+    def __init__(self, bench):
+        self.bench, self.begun = bench, []
+        reached = lambda names: max(  # noqa: E731
+            (int(n.split("-")[1]) for n in names if n.startswith("checkpoints/at-")), default=0
+        )
+        self.stage = Stage(
+            "train-base", 1, self._run, scratch=("checkpoints",),
+            length=contract.Length("total_images", reached),
+        )  # fmt: skip
+        self.reached, self.stops_at = reached, None
+
+    def _run(self, context):
+        files = [p.relative_to(context.path).as_posix() for p in context.path.rglob("*-*")]
+        at = self.reached(files)
+        self.begun.append(at)
+        for images in range(at + 1, context.config.total_images + 1):
+            write(context.path / f"checkpoints/at-{images}", "state")
+            if images == self.stops_at:
+                raise KeyboardInterrupt
+        write(context.path / "snapshot", f"{context.config.total_images} {context.config.seed}")
+
+    def to(self, images, *, fresh=False, **overrides):
+        bench = self.bench
+        overrides = {f"train_base.{name}": value for name, value in overrides.items()}
+        config = bench.config.override({"train_base.total_images": images, **overrides})
+        found = bench.store.resolve(self.stage, config)
+        with bench.store.lease(self.stage, found.key, stale_s=1.0):
+            bench.store.begin(self.stage, found.key)
+            said = None if fresh else bench.store.go_on(self.stage, config, found)
+            context = Context(bench.store.directory(self.stage, found.key), config.train_base)
+            self.stage.run(context)
+            bench.store.commit(self.stage, found.key, context, inputs=found.contents)
+        return said
+
+
+def test_a_longer_run_goes_on_from_what_a_shorter_one_left(bench):
+    training = Training(bench)
+    assert training.to(3) is None
+    assert "came to 3 of train_base.total_images" in training.to(5)
+    assert "came to 5" in training.to(9)
+    assert training.begun == [0, 3, 5]
+    assert training.to(4) is not None
+    assert training.begun[-1] == 3, "nothing goes on from a longer one"
+    assert training.to(11, seed=1) is None
+    training.to(12, fresh=True)
+    assert training.begun[-2:] == [0, 0]
+
+
+def test_a_longer_run_goes_on_from_an_unfinished_shorter_one_that_went_further(bench):
+    training = Training(bench)
+    training.to(3)
+    training.stops_at = 7
+    with pytest.raises(KeyboardInterrupt):
+        training.to(8)
+    training.stops_at = None
+    training.to(10)
+    assert training.begun == [0, 3, 7]
+
+
+def test_a_longer_run_leaves_alone_a_shorter_one_that_is_being_written(bench):
+    training = Training(bench)
+    training.to(3)
+    shorter = bench.store.keys("train-base")[0]
+    with bench.store.lease(training.stage, shorter):
+        assert "begins anew" in training.to(5)
+    assert training.begun == [0, 0]
+    assert bench.store.place("train-base", shorter).names() == sorted(
+        [*(f"checkpoints/at-{n}" for n in (1, 2, 3)), "manifest.json", "snapshot"]
+    )

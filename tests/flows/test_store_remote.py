@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import s3fs
 
-from flows import download, filter
+from flows import download, filter, train_base
 from flows.config import PipelineConfig, StageName
 from flows.full_pipeline import full_pipeline, plan
-from flows.stage import DamagedError, Manifest, MissingInputError
+from flows.stage import Context, DamagedError, Manifest, MissingInputError
 from flows.storage.place import RECORD, WORK, Place
 from flows.storage.remote import Remote, RemoteError
 from flows.storage.store import Store
@@ -71,7 +71,9 @@ def test_a_second_machine_skips_everything_and_fetches_only_what_is_looked_at(
     for output in first.values():
         assert f"{output.stage}/{output.key[:16]}/manifest.json" in objects
         assert output.url == f"{url}/{output.stage}/{output.key[:16]}"
-    assert not [name for name in objects if "checkpoints" in name or WORK in name]
+    assert not [name for name in objects if WORK in name]
+    kept = {name.partition("/")[0] for name in objects if "checkpoints" in name}
+    assert kept == {"train-base", "train-upsampler"}, "from which a longer run goes on"
 
     second = on_machine("b")
     ran.clear()
@@ -149,6 +151,34 @@ KEY = "0123456789abcdef" * 4
 
 def place(url: str, folder: Path) -> Place:
     return Place(folder, Remote(url).below("download/0123456789abcdef"))
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_longer_run_goes_on_on_another_machine(bucket, tmp_path, is_finished):
+    _, url = bucket
+    config = PipelineConfig()
+    stage = dataclasses.replace(train_base.STAGE, needs=lambda config: {})
+    work = "checkpoints/images-0000000007.pt"
+
+    store, longer = Store(tmp_path / "a", Remote(url)), {"train_base.total_images": 9}
+    short = config.override({"train_base.total_images": 8})
+    found = store.resolve(stage, short)
+    with store.lease(stage, found.key):
+        store.begin(stage, found.key)
+        assert store.go_on(stage, short, found) is None
+        context = Context(store.directory(stage, found.key), short.train_base)
+        write(context.path / work, "state")
+        if is_finished:
+            store.commit(stage, found.key, context, inputs=found.contents)
+        else:
+            store.place(stage.name, found.key).push()
+
+    elsewhere, config = Store(tmp_path / "b", Remote(url)), config.override(longer)
+    found = elsewhere.resolve(stage, config)
+    with elsewhere.lease(stage, found.key):
+        elsewhere.begin(stage, found.key)
+        assert "came to 7" in elsewhere.go_on(stage, config, found)
+    assert (elsewhere.directory(stage, found.key) / work).read_text() == "state"
 
 
 def test_unfinished_work_that_changed_is_sent_and_what_is_gone_is_gone_there_too(bucket, tmp_path):
