@@ -34,7 +34,7 @@ ROUNDS = 3
 
 def main() -> None:
     """Print pictures a second of each way."""
-    from flows.score import encoders
+    from gigagan.scoring import encoders
 
     config = ScoreConfig()
     models = encoders(config)

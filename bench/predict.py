@@ -43,6 +43,7 @@ from gigagan.models.layers import AdaptiveBlock, DownBlock, ResidualBlock
 from gigagan.models.summary import NUM_TOKENS
 from gigagan.models.upsampler import Upsampler
 from gigagan.training import step
+from gigagan.training.inputs import Inputs
 
 PRESETS = ("paper_64", "paper_64_to_512")
 UTILISATION = 0.35  # of the dense bf16 peak, assumed
@@ -206,12 +207,14 @@ def _raw(config: TrainStage, batch: int) -> dict[str, float]:
 
         def of_d() -> None:
             fakes = step.synthesize(g, inputs)
-            step.accumulate_discriminator(players, config, inputs, fakes, auxiliary_strength=0.0)
+            loss = step.discriminator_loss(players, config, inputs, fakes, auxiliary_strength=0.0)
+            loss.loss.backward()
 
         def of_g() -> None:
             d.requires_grad_(False)
             fakes = step.synthesize(g, inputs)
-            step.accumulate_generator(players, config, inputs, fakes, auxiliary_strength=0.0)
+            loss = step.generator_loss(players, config, inputs, fakes, auxiliary_strength=0.0)
+            loss.loss.backward()
             d.requires_grad_(True)
 
         def synthesize() -> None:
@@ -221,7 +224,7 @@ def _raw(config: TrainStage, batch: int) -> dict[str, float]:
             d(inputs.real, inputs.text)
 
         def r1() -> None:
-            step.accumulate_r1(players, inputs, weight=1.0)
+            step.r1_loss(players, inputs).loss.backward()
 
         found: dict[str, float] = {
             "traffic": _traffic(of_d) + _traffic(of_g) - _traffic(synthesize),
@@ -256,9 +259,7 @@ def _traffic(call: Callable[[], object]) -> int:
     return traffic.numbers
 
 
-def _build(
-    config: TrainStage, batch: int
-) -> tuple[Generator | Upsampler, Discriminator, step.Inputs]:
+def _build(config: TrainStage, batch: int) -> tuple[Generator | Upsampler, Discriminator, Inputs]:
     """Networks and a batch without storage."""
     is_base = isinstance(config, TrainBaseConfig)
     g = Generator(config.generator) if is_base else Upsampler(config.upsampler)
@@ -275,7 +276,7 @@ def _build(
     if isinstance(g, Upsampler):
         side = g.config.input_resolution
         small = (torch.empty(batch, 3, side, side), torch.empty(batch, 3, side, side))
-    inputs = step.Inputs(
+    inputs = Inputs(
         real=[torch.empty(batch, 3, side, side) for side in sides],
         captions=[""] * batch,
         text=text,

@@ -50,6 +50,7 @@ from gigagan.training import loop, step
 from gigagan.training.captions import CaptionFeatures
 from gigagan.training.distributed import World
 from gigagan.training.ema import Ema
+from gigagan.training.inputs import Inputs
 from gigagan.training.logs import Log
 from gigagan.training.probes import Look
 from gigagan.training.run import Run
@@ -72,7 +73,7 @@ def train(side: int, batch: int) -> tuple[Parts, Calls]:
     g, d = Generator(config.generator), Discriminator(config.discriminator)
     levels, num_predictions = d.config.levels, len(d.config.pairs)
     players = step.Players(g, d, [1 / num_predictions] * num_predictions, None, None)
-    inputs = step.Inputs(
+    inputs = Inputs(
         real=pyramid(torch.rand(batch, 3, side, side), levels),
         captions=[""] * batch,
         text=model.features(batch),
@@ -88,14 +89,15 @@ def train(side: int, batch: int) -> tuple[Parts, Calls]:
         fakes = step.synthesize(g, inputs)
         d.requires_grad_(True)
         opt_d.zero_grad(set_to_none=True)
-        step.accumulate_discriminator(players, config, inputs, fakes, auxiliary_strength=0.0)
+        settings: dict[str, Any] = {"auxiliary_strength": 0.0}
+        step.discriminator_loss(players, config, inputs, fakes, **settings).loss.backward()
         if penalize:
-            step.accumulate_r1(players, inputs, weight=1.0)
+            step.r1_loss(players, inputs).loss.backward()
         nn.utils.clip_grad_norm_(d.parameters(), config.optimizer.max_grad_norm)
         opt_d.step()
         d.requires_grad_(False)
         opt_g.zero_grad(set_to_none=True)
-        step.accumulate_generator(players, config, inputs, fakes, auxiliary_strength=0.0)
+        step.generator_loss(players, config, inputs, fakes, **settings).loss.backward()
         nn.utils.clip_grad_norm_(g.parameters(), config.optimizer.max_grad_norm)
         opt_g.step()
 
@@ -304,13 +306,14 @@ def profile(shards: Path | None = None, num_steps: int = 16, name: str = PROFILE
     captions = CaptionFeatures(Encoder(), torch.device("cpu"))  # type: ignore[arg-type]
     with contextlib.ExitStack() as stack, contextlib.suppress(_Enough):
         for owner, attribute, shown in (
-            (loop, "_inputs", "inputs: pyramid, captions, noise"),
+            (loop, "draw", "inputs: pyramid, captions, noise"),
             (step, "synthesize", "G, forward"),
-            (step, "accumulate_discriminator", "D, forward and losses"),
-            (step, "accumulate_r1", "R1"),
-            (step, "accumulate_generator", "loss of G through D"),
+            (step, "discriminator_loss", "D, forward and losses"),
+            (step, "r1_loss", "R1"),
+            (step, "generator_loss", "loss of G through D"),
             (Tensor, "backward", "backward"),
-            (Run, "update", "clipping and optimizers"),
+            (Run, "judge", "clipping and the guard"),
+            (torch.optim.AdamW, "step", "optimizers"),
             (Ema, "update", "EMA"),
             (Log, "add", "logging"),
             (Log, "line", "logging"),

@@ -49,13 +49,15 @@ def _save_aligner(out: Path, scores: Path) -> None:
     """Losses and the evaluation measure with what is fitted to the pairs that were kept."""
     import pyarrow.parquet as pq
 
+    from gigagan.scoring import aligner
+
     kept = pq.ParquetFile(out / "kept.parquet")
     keys: list[str] = []
     for batch in kept.iter_batches(columns=["key"]):
         keys += batch.column(0).to_pylist()
         if len(keys) >= MAX_ALIGNER_PAIRS:
             break
-    score.aligner(scores, keys[:MAX_ALIGNER_PAIRS], out / ALIGNER)
+    aligner(scores, keys[:MAX_ALIGNER_PAIRS], out / ALIGNER)
 
 
 def needs(config: PipelineConfig) -> Mapping[str, Need]:

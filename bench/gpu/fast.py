@@ -93,12 +93,16 @@ class Step:
         self.d.requires_grad_(True)
         self.opt_d.zero_grad(set_to_none=True)
         with autocast("auto", self.device):
-            step.accumulate_discriminator(self.players, self.config, self.inputs, fakes, **settings)
+            found = step.discriminator_loss(
+                self.players, self.config, self.inputs, fakes, **settings
+            )
+        found.loss.backward()
         self.opt_d.step()
         self.d.requires_grad_(False)
         self.opt_g.zero_grad(set_to_none=True)
         with autocast("auto", self.device):
-            step.accumulate_generator(self.players, self.config, self.inputs, fakes, **settings)
+            found = step.generator_loss(self.players, self.config, self.inputs, fakes, **settings)
+        found.loss.backward()
         self.opt_g.step()
 
     def r1(self) -> None:
@@ -106,7 +110,7 @@ class Step:
         self.d.requires_grad_(True)
         self.opt_d.zero_grad(set_to_none=True)
         with uncompiled():
-            step.accumulate_r1(self.players, self.inputs, weight=1.0)
+            step.r1_loss(self.players, self.inputs).loss.backward()
 
     @torch.no_grad()
     def draw(self) -> None:

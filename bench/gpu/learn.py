@@ -33,6 +33,7 @@ from gigagan.evaluation.report import caption_grid
 from gigagan.models import snapshot
 from gigagan.models.discriminator import Discriminator
 from gigagan.models.generator import Generator
+from gigagan.models.pixels import from_uint8, to_uint8
 from gigagan.models.text import TextBranch
 from gigagan.models.upsampler import Upsampler
 from gigagan.training import acceleration, checkpoint, loop, step
@@ -40,7 +41,7 @@ from gigagan.training.augment import Augment
 from gigagan.training.captions import CaptionFeatures
 from gigagan.training.distributed import World
 from gigagan.training.logs import Log
-from gigagan.training.probes import Look, from_uint8, to_uint8
+from gigagan.training.probes import Look
 
 TICK_S = 30.0
 """Seconds between two looks."""

@@ -39,6 +39,7 @@ from gigagan.models.upsampler import Upsampler
 from gigagan.training import acceleration, loop, step
 from gigagan.training.acceleration import autocast
 from gigagan.training.captions import CaptionFeatures
+from gigagan.training.inputs import Inputs
 
 B, TOKENS = 4, 12
 LIMITS = {"fp32": 1e-3, "tf32": 3e-2, "bf16": 2.5e-1}
@@ -150,19 +151,18 @@ def _step(config: TrainBaseConfig | TrainUpsamplerConfig, what: str) -> Subject:
         fakes = step.synthesize(networks.g, inputs)
         if what == "synthesize":
             return torch.stack([_scalar(x) for x in fakes]).sum()
-        # Its own backward has been done inside: what is returned has none left.
         settings: dict[str, Any] = {"auxiliary_strength": 0.0}
         if what == "d":
             networks.g.requires_grad_(False)
-            found = step.accumulate_discriminator(players, config, inputs, fakes, **settings)
+            found = step.discriminator_loss(players, config, inputs, fakes, **settings)
         elif what == "g":
             networks.d.requires_grad_(False)
             bare = config.model_copy(update={"lpips": 0.0})
-            found = step.accumulate_generator(players, bare, inputs, fakes, **settings)
+            found = step.generator_loss(players, bare, inputs, fakes, **settings)
         else:
-            found = step.accumulate_r1(players, inputs, weight=1.0)
+            found = step.r1_loss(players, inputs)
         networks.requires_grad_(True)
-        return torch.stack([full.double() for full in found.values()]).sum()
+        return found.loss
 
     return Subject(networks, (tensors,), lambda module, given: call(module, **given))
 
@@ -189,12 +189,12 @@ def step_tensors(
     return found
 
 
-def step_inputs(given: Mapping[str, Tensor], *, levels: int = 3) -> step.Inputs:
+def step_inputs(given: Mapping[str, Tensor], *, levels: int = 3) -> Inputs:
     """The same as a step takes them, with so many levels of the pyramid."""
     text = TextFeatures(given["tokens"], given["mask"], given["pooled"])
     other = TextFeatures(*(x.roll(1, 0) for x in text))
     batch = len(given["z"])
-    return step.Inputs(
+    return Inputs(
         real=layers.pyramid(given["real"], levels),
         captions=[""] * batch,
         text=text,

@@ -179,6 +179,11 @@ class GeneratorConfig(StyleConfig):
         """Side of the output image in pixels."""
         return 4 << (len(self.channels) - 1)
 
+    @property
+    def num_images(self) -> int:
+        """Levels of the pyramid that it draws."""
+        return len(self.channels)
+
     @model_validator(mode="after")
     def _levels_agree(self) -> Self:
         if not (self.style_input or self.constant_input):
@@ -380,6 +385,11 @@ class UpsamplerConfig(StyleConfig):
     def resolution(self) -> int:
         """Side of the output image in pixels."""
         return self.bottom << (len(self.up_channels) - 1)
+
+    @property
+    def num_images(self) -> int:
+        """Levels of the pyramid that it draws, the input's resolution included."""
+        return (self.resolution // self.input_resolution).bit_length()
 
     @model_validator(mode="after")
     def _levels_agree(self) -> Self:

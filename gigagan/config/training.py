@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from data.seeds import Seed
 from gigagan.config.networks import (
     DiscriminatorConfig,
     Frozen,
@@ -255,7 +256,7 @@ class TrainConfig(Frozen):
     """Length of the run in images seen."""
     batch_size: int = Field(32, ge=2)
     """Images per step, over all ranks."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initial weights, data order, noise and mismatched captions."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer, R1 and EMA."""
@@ -301,6 +302,11 @@ class TrainBaseConfig(TrainConfig):
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     """Its discriminator."""
 
+    @property
+    def network(self) -> GeneratorConfig:
+        """What draws."""
+        return self.generator
+
     @model_validator(mode="after")
     def _networks_agree(self) -> Self:
         _same_resolution(self.generator.resolution, self.discriminator, self.loss)
@@ -337,6 +343,11 @@ class TrainUpsamplerConfig(TrainConfig):
     """LPIPS is measured on this many images of a batch."""
     pixel: float = Field(1.0, ge=0)
     """Weight of the mean absolute difference to the target (not in the paper; for short runs)."""
+
+    @property
+    def network(self) -> UpsamplerConfig:
+        """What draws."""
+        return self.upsampler
 
     @model_validator(mode="after")
     def _networks_agree(self) -> Self:
@@ -427,7 +438,7 @@ class EvaluateConfig(Frozen):
     """How many captions; null means the protocol's number, or all."""
     batch_size: int = Field(16, ge=1)
     """Images generated and scored at once."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seed of the latents."""
     truncation: float = Field(1.0, ge=0, le=1)
     """ψ of the truncation towards the mean style; 1 is none."""

@@ -94,17 +94,37 @@ class SelfAttention(nn.Module):
         self, x_BLC: Tensor, style_BS: Tensor | None = None, *, double_backward: bool = False
     ) -> Tensor:
         """B L C and B S (or 1 S for all) → B L C."""
-        x_BLC = rms_normalize(x_BLC)
-        tokens_BMC = x_BLC
-        if self.style_token is not None:
-            assert style_BS is not None
-            token_BC = rms_normalize(self.style_token(style_BS)).expand(len(x_BLC), -1)
-            tokens_BMC = torch.cat([x_BLC, token_BC[:, None].to(x_BLC.dtype)], dim=1)
+        tokens_BMC = self._tokens(x_BLC, style_BS)
         k = split_heads(self.to_qk(tokens_BMC), self.head_width)
         v = split_heads(self.to_v(tokens_BMC), self.head_width)
         q = k[:, :, : x_BLC.shape[1]]
         mixed = l2_attention(q, k, v, scale=self.scale, double_backward=double_backward)
         return self.to_out(merge_heads(mixed))
+
+    def self_weight(self, x_BLC: Tensor, style_BS: Tensor | None = None) -> Tensor:
+        """Mean weight that a position gives itself: 1 / Σ_m exp(−σ ‖k_l − k_m‖²).
+
+        With tied keys its distance to itself is zero. The style token is among the M keys. One
+        sample at a time, since weights of a whole batch would be the largest tensor of a run.
+        """
+        L, tokens_BMC = x_BLC.shape[1], self._tokens(x_BLC, style_BS)
+        means = []
+        for keys_HMD in full_precision(split_heads(self.to_qk(tokens_BMC), self.head_width)):
+            norms_HM = keys_HMD.square().sum(-1)
+            products_HLM = keys_HMD[:, :L] @ keys_HMD.transpose(-1, -2)
+            squares_HLM = norms_HM[:, :L, None] + norms_HM[:, None, :] - 2 * products_HLM
+            weights_HLM = (-self.scale * squares_HLM).softmax(-1)
+            means.append(weights_HLM.diagonal(dim1=-2, dim2=-1).mean())
+        return torch.stack(means).mean()
+
+    def _tokens(self, x_BLC: Tensor, style_BS: Tensor | None) -> Tensor:
+        """What is attended to: the normalised positions, then the style's token if there is one."""
+        x_BLC = rms_normalize(x_BLC)
+        if self.style_token is None:
+            return x_BLC
+        assert style_BS is not None
+        token_BC = rms_normalize(self.style_token(style_BS)).expand(len(x_BLC), -1)
+        return torch.cat([x_BLC, token_BC[:, None].to(x_BLC.dtype)], dim=1)
 
 
 class CrossAttention(nn.Module):

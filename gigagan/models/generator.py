@@ -123,11 +123,6 @@ class Generator(nn.Module):
             for i in range(len(config.channels))
         )
 
-    @property
-    def num_images(self) -> int:
-        """Levels of the pyramid that it draws."""
-        return len(self.levels)
-
     def read(self, features: Features) -> Text:
         """Frozen features (or class numbers B, or None) → t_local and t_global."""
         text: Text = self.text(features)

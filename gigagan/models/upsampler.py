@@ -90,11 +90,6 @@ class Upsampler(nn.Module):
             assert level.to_rgb is not None
             nn.init.zeros_(level.to_rgb.bank)
 
-    @property
-    def num_images(self) -> int:
-        """Levels of the pyramid that it draws, the input's resolution included."""
-        return (self.config.resolution // self.config.input_resolution).bit_length()
-
     def read(self, features: Features) -> Text:
         """Frozen features (or None) → t_local and t_global."""
         text: Text = self.text(features)

@@ -28,6 +28,7 @@ from gigagan.models.discriminator import Discriminator
 from gigagan.models.encoders import ImageEncoder, TextEncoder
 from gigagan.models.generator import Generator
 from gigagan.models.openclip import OpenClipText
+from gigagan.models.pixels import from_uint8
 from gigagan.models.text import TextBranch
 from gigagan.models.upsampler import Upsampler
 from gigagan.models.vision import VisionAidedDiscriminator
@@ -39,7 +40,7 @@ from gigagan.training.checkpoint import WriteError
 from gigagan.training.distributed import World, join
 from gigagan.training.guard import Divergence
 from gigagan.training.logs import Log
-from gigagan.training.probes import BaseProbe, UpsamplerProbe, from_uint8
+from gigagan.training.probes import BaseProbe, UpsamplerProbe
 
 ALIGNER_PICTURES = 2_048
 CENTRE_CAPTIONS = 10_000
@@ -139,7 +140,7 @@ def run(
         world_size=world.size,
         threads=acceleration.loader_threads(config.system, world.device, local_ranks=local_ranks),
     )
-    network = config.generator if isinstance(config, TrainBaseConfig) else config.upsampler
+    network = config.network
     if loader.resolution != network.resolution:
         raise ValueError(
             f"{shards} holds pictures of {loader.resolution} px, but the {config.kind} that the "

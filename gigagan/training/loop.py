@@ -16,42 +16,24 @@ from torch import Tensor, nn
 from gigagan.config import TrainStage
 from gigagan.models import snapshot
 from gigagan.models.generator import Generator
-from gigagan.models.layers import pyramid
-from gigagan.models.upsampler import Upsampler, shrink
+from gigagan.models.upsampler import Upsampler
 from gigagan.training import step
 from gigagan.training.acceleration import autocast, uncompiled
-from gigagan.training.augment import Draws
-from gigagan.training.captions import CaptionFeatures, RecentCaptions, mismatch
+from gigagan.training.captions import CaptionFeatures
 from gigagan.training.distributed import World
-from gigagan.training.guard import Divergence, StallWatch
+from gigagan.training.guard import Divergence
+from gigagan.training.inputs import Batch, Inputs, draw, recent_captions, split
 from gigagan.training.logs import SNAPSHOTS, Log
-from gigagan.training.probes import Look, from_uint8
+from gigagan.training.phases import phase_at
+from gigagan.training.probes import Look
 from gigagan.training.run import Run
-from gigagan.training.transfer import place
+from gigagan.training.stall import StallWatch
 
 MEAN_STYLE_CAPTIONS, MEAN_STYLE_BATCH = 512, 64
-STOP_EVERY = 8
-"""Steps between two questions to all ranks whether one of them was asked to stop."""
 
 
 class Preempted(RuntimeError):  # noqa: N818 - not an error: the run goes on later
     """The process was asked to stop; a checkpoint of the last step is written."""
-
-
-class Batch(Protocol):
-    """What the loader gives: this rank's part of a global batch."""
-
-    @property
-    def images_BCHW(self) -> Tensor:
-        """uint8."""
-
-    @property
-    def captions(self) -> list[str]:
-        """One per image."""
-
-    @property
-    def planned_captions(self) -> list[str]:
-        """Of the whole global batch, in its order."""
 
 
 class Loader(Protocol):
@@ -134,31 +116,16 @@ def _steps(
         Divergence: the guard found one.
         Preempted: asked to stop.
     """
-    config, players, world, log = run.config, run.players, run.world, run.log
+    config, players, world = run.config, run.players, run.world
     generator, discriminator, heads = players.generator, players.discriminator, run.heads
     found: dict[str, float] = {}
-    recent = _recent(config, loader, run.images_seen)
-    stream = loader.batches(run.images_seen)
+    stream = _inputs(run, captions, loader)
     while run.images_seen < config.total_images:
         phase, has_r1 = run.enter_phase(), run.has_r1
-        inputs = _inputs(
-            config,
-            players,
-            captions,
-            recent,
-            next(stream),
-            run.images_seen,
-            world,
-            has_discriminator=phase.has_discriminator,
-            augmented_share=run.ada.probability,
-        )
-        parts = step.split(inputs, config.system.accumulate)
-        share, keeps_graph = 1 / len(parts), len(parts) == 1
-        auxiliary = players.auxiliary
-        is_due = auxiliary is not None and auxiliary.is_due(run.number, run.images_seen)
-        is_due = is_due and phase.has_discriminator
-        strength = auxiliary.strength(run.images_seen) if auxiliary and is_due else 0.0
-        is_asking = world.size == 1 or run.number % STOP_EVERY == 0
+        strength = run.auxiliary_strength(phase)
+        inputs = run.last_inputs = next(stream)
+        parts = split(inputs, config.system.accumulate)
+        share, keeps_graph, last = 1 / len(parts), len(parts) == 1, len(parts) - 1
         metrics: step.Metrics = {}
 
         # One forward of the generator serves both steps, unless a batch comes in parts.
@@ -172,166 +139,80 @@ def _steps(
             _require_grad(True, discriminator, heads)
             run.opt_d.zero_grad(set_to_none=True)
             for i, (part, fake) in enumerate(zip(parts, fakes, strict=True)):
-                if i == len(parts) - 1 and not has_r1:
+                if i == last and not has_r1:
                     run.reducer_d.arm()  # means of gradients leave while this backward runs
                 with autocast(config.precision, world.device):
-                    terms = step.accumulate_discriminator(
-                        players, config, part, fake, auxiliary_strength=strength, share=share
+                    loss, terms = step.discriminator_loss(
+                        players, config, part, fake, auxiliary_strength=strength
                     )
+                (share * loss).backward()
                 step.add(metrics, terms, share)
             if has_r1:
                 weight = config.optimizer.r1_weight / 2 * config.optimizer.r1_every
                 for i, part in enumerate(parts):
-                    if i == len(parts) - 1:
+                    if i == last:
                         run.reducer_d.arm()
                     with uncompiled():
-                        terms = step.accumulate_r1(players, part, weight=weight * share)
+                        penalty, terms = step.r1_loss(players, part)
+                        (weight * share * penalty).backward()
                     step.add(metrics, terms, share)
             run.reducer_d.finish()
-            metrics["d/gradient_norm"] = run.update("d", run.opt_d, discriminator, heads)
+            metrics["d/gradient_norm"] = run.judge("d", run.opt_d, discriminator, heads)
+            run.opt_d.step()
             run.ada.update(metrics["d/sign_real"], world.mean)
 
         # Generator.
         _require_grad(False, discriminator, heads)
         run.opt_g.zero_grad(set_to_none=True)
         for i, (part, fake) in enumerate(zip(parts, fakes, strict=True)):
-            if i == len(parts) - 1:
+            if i == last:
                 run.reducer_g.arm()
             with autocast(config.precision, world.device):
                 images = fake if keeps_graph else step.synthesize(generator, part)
-                terms = step.accumulate_generator(
-                    players,
-                    config,
-                    part,
-                    images,
-                    auxiliary_strength=strength,
-                    phase=phase,
-                    share=share,
+                loss, terms = step.generator_loss(
+                    players, config, part, images, auxiliary_strength=strength, phase=phase
                 )
+            (share * loss).backward()
             step.add(metrics, terms, share)
         run.reducer_g.finish()
-        metrics["g/gradient_norm"] = run.update("g", run.opt_g, generator)
-        run.last_inputs = inputs
-        del fakes, fake, images, part, parts, inputs
+        metrics["g/gradient_norm"] = run.judge("g", run.opt_g, generator)
+        run.opt_g.step()
+        del fakes, fake, images, loss, part, parts, inputs
 
         # Bookkeeping.
-        run.images_seen += config.batch_size
-        run.ema.update(generator, run.images_seen, config.batch_size)
-        log.add(metrics)
+        run.advance(metrics)
         watch.beat()
-        is_done = run.images_seen >= config.total_images
-        if is_done or run.crosses(config.log_images):
-            line = log.line(run.images_seen, mean=world.mean)
-            alarms = run.guard.check(line, run.images_seen)
-            figures = {
-                "learning_rate": run.rate_of(run.opt_g),
-                "phase/learning_rate_d": run.rate_of(run.opt_d),
-                "phase/adversarial": phase.adversarial,
-                "phase/regression": phase.regression,
-                "augment/probability": run.ada.probability if config.augment.diffaugment else 0.0,
-                "ema/half_life": run.ema.half_life_at(run.images_seen),
-                **run.guard.figures(),
-            }
-            log.scalars(run.images_seen, figures)
-            found |= line
-            run.heed(alarms)
-            run.note_health()
-        if is_done or run.crosses(config.sample_images):
+        if run.is_done or run.crosses(config.log_images):
+            found |= run.write_line(phase)
+        if run.is_done or run.crosses(config.sample_images):
             watch.pause()
             if world.is_main:
                 found |= _look(run, probe, captions, loader)
             watch.beat()
-        is_stopping = is_asking and world.any(is_asked_to_stop())
-        is_kept = run.begins_to_cool or run.crosses(config.checkpoint_images)
-        if is_done or is_stopping or is_kept:
-            run.save(is_final=is_done or is_stopping)
-        if is_stopping and not is_done:
+        is_stopping = run.asks_ranks and world.any(is_asked_to_stop())
+        if run.is_done or is_stopping or run.is_checkpoint_due:
+            run.save(is_final=run.is_done or is_stopping)
+        if is_stopping and not run.is_done:
             raise Preempted(f"asked to stop: wrote a checkpoint at {run.images_seen:,} images")
     return found
 
 
-def _recent(config: TrainStage, loader: Loader, images_seen: int) -> RecentCaptions:
-    """The captions before this position, as an uninterrupted run would remember them."""
-    recent = RecentCaptions(config.loss.recent_captions)
-    start = max(images_seen - config.loss.recent_captions, 0)
-    recent.add(loader.captions_between(start, images_seen))
-    return recent
-
-
-def _inputs(
-    config: TrainStage,
-    players: step.Players,
-    captions: CaptionFeatures,
-    recent: RecentCaptions,
-    batch: Batch,
-    images_seen: int,
-    world: World,
-    *,
-    has_discriminator: bool = True,
-    augmented_share: float = 1.0,
-) -> step.Inputs:
-    """Draw everything random of a step from (seed, position), for all ranks alike, and share it.
-
-    Without a discriminator nothing meets another caption.
-    """
-    random = torch.Generator().manual_seed(config.seed * 1_000_003 + images_seen)
-    generator, levels = players.generator, players.discriminator.config.levels
-    if config.warm_start.images:  # the regression is on every level that is drawn
-        levels = generator.num_images
-    B = config.batch_size
-    z_BZ = world.share(torch.randn(B, generator.config.latent_dim, generator=random))
-    is_hard_B = torch.rand(B, generator=random) < config.loss.hard_mismatches
-    uniform_B = torch.rand(B, generator=random)
-    rotation = float(torch.rand((), generator=random))
-
-    real_BCHW = from_uint8(place(batch.images_BCHW, world.device))
-    real = pyramid(real_BCHW, levels)
-    small: tuple[Tensor, Tensor] | None = None
-    crop = (0, 0)
-    if isinstance(generator, Upsampler):
-        side, target = generator.config.input_resolution, generator.config.resolution
-        small_BCHW = shrink(real_BCHW, side)
-        small = small_BCHW, world.share(torch.randn(B, 3, side, side, generator=random))
-        room = max(target - getattr(config, "lpips_crop", target), 0) + 1
-        top, left = torch.randint(room, (2,), generator=random).tolist()
-        crop = (top, left)
-    draws: list[Draws | None] = []
-    for _ in range(3):  # of real and generated images in D's step, and of generated ones in G's
-        drawn = players.augment.draw(B, random, augmented_share)
-        draws.append(drawn and drawn.shared(world.share))
-
-    recent.add(batch.planned_captions)
-    text = captions(batch.captions)
-    others: list[str | None] = [None] * len(batch.captions)
-    if has_discriminator:
-        others = mismatch(
-            batch.planned_captions,
+def _inputs(run: Run, captions: CaptionFeatures, loader: Loader) -> Iterator[Inputs]:
+    """What each step is given, from the run's position on."""
+    config = run.config
+    recent = recent_captions(config, loader.captions_between, run.images_seen)
+    for batch in loader.batches(run.images_seen):
+        yield draw(
+            config,
+            run.players.augment,
+            captions,
             recent,
-            rows=world.rows(B),
-            is_hard_B=is_hard_B.tolist(),
-            uniform_B=uniform_B.tolist(),
-            order_B=uniform_B.argsort().tolist(),
-            rotation=rotation,
+            batch,
+            run.images_seen,
+            run.world,
+            has_discriminator=phase_at(config, run.images_seen).has_discriminator,
+            augmented_share=run.ada.probability,
         )
-    # A picture that could not be read was replaced by another, perhaps of that very caption.
-    others = [o if o != own else None for o, own in zip(others, batch.captions, strict=True)]
-    has_other_B = tuple(other is not None for other in others)
-    other_text = text
-    if has_discriminator:
-        other_text = captions([o or own for o, own in zip(others, batch.captions, strict=True)])
-    return step.Inputs(
-        real,
-        batch.captions,
-        text,
-        z_BZ,
-        small,
-        other_text,
-        has_other_B,
-        crop,
-        tuple(draws),
-        images_seen,
-        tuple(row >= B // 2 for row in world.rows(B)),
-    )
 
 
 def _require_grad(value: bool, *modules: nn.Module) -> None:

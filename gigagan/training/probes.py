@@ -15,30 +15,20 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from gigagan.evaluation import alignment, enlarge, fidelity, naming
 from gigagan.evaluation.features import square
 from gigagan.evaluation.heldout import SPLITS, Gallery, Heldout
 from gigagan.evaluation.report import caption_grid
 from gigagan.models.generator import Generator
+from gigagan.models.pixels import from_uint8, to_uint8
 from gigagan.models.upsampler import Upsampler
 from gigagan.training.captions import CaptionFeatures
 
 BATCH, UPSAMPLER_BATCH = 64, 8
 Z_PROMPTS, Z_PER_PROMPT = 4, 8
 GRID_PROMPTS, GRID_Z = 8, 4
-
-
-def to_uint8(images_BCHW: Tensor) -> np.ndarray:
-    """Images in [−1, 1] → uint8 B H W C."""
-    scaled = (images_BCHW.float().clamp(-1, 1) + 1) * 127.5
-    return scaled.round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-def from_uint8(images_BCHW: Tensor) -> Tensor:
-    """uint8 → float32 in [−1, 1]."""
-    return images_BCHW.float() / 127.5 - 1
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from gigagan.config import TrainStage
-from gigagan.training import acceleration, checkpoint, guard, step
+from gigagan.training import acceleration, checkpoint, step
 from gigagan.training.augment import Ada
 from gigagan.training.distributed import GradientReducer, World, consolidate, make_optimizer
+from gigagan.training.divergence import write_report
 from gigagan.training.ema import Ema
 from gigagan.training.guard import Alarm, Divergence, Guard
+from gigagan.training.inputs import Inputs
 from gigagan.training.logs import Log
 from gigagan.training.phases import Phase, begins_to_cool, is_on_the_way, phase_at
+from gigagan.training.vitals import vital_signs
 
+STOP_EVERY = 8
+"""Steps between two questions to all ranks whether one of them was asked to stop."""
 BETA1 = 0.0  # GigaGAN and StyleGAN2: no momentum
 
 
@@ -35,7 +40,7 @@ class Run:
         self.config, self.players, self.run_dir = config, players, run_dir
         self.log, self.world = log, world
         self.images_seen = 0
-        self.last_inputs: step.Inputs | None = None
+        self.last_inputs: Inputs | None = None
         """What the last step saw, for vital signs."""
         self._num_failed_saves = 0
         self._healthy_at = 0
@@ -92,8 +97,8 @@ class Run:
         """The learning rate of its last step."""
         return float(optimizer.param_groups[0]["lr"])
 
-    def update(self, name: str, optimizer: torch.optim.Optimizer, *modules: nn.Module) -> Tensor:
-        """Clip, let the guard judge, and step; the gradients' norm before clipping.
+    def judge(self, name: str, optimizer: torch.optim.Optimizer, *modules: nn.Module) -> Tensor:
+        """Clip, and tell the optimizer what the guard says; the gradients' norm before clipping.
 
         A step that the guard refuses leaves weights and moments as they are: the fused optimizer
         reads that from the device, so nothing waits for it.
@@ -107,8 +112,40 @@ class Run:
         if self.images_seen < self.config.warm_start.images:
             kind = "warm"
         optimizer.found_inf = self.guard.judge(name, norm, kind=kind)  # type: ignore[attr-defined]
-        optimizer.step()
         return norm.detach()
+
+    def auxiliary_strength(self, phase: Phase) -> float:
+        """Weight of what the frozen image encoder says of the next step; 0: not asked."""
+        auxiliary = self.players.auxiliary
+        if auxiliary is None or not phase.has_discriminator:
+            return 0.0
+        if not auxiliary.is_due(self.number, self.images_seen):
+            return 0.0
+        return auxiliary.strength(self.images_seen)
+
+    # Position.
+
+    def advance(self, metrics: step.Metrics) -> None:
+        """A step has ended: move on, and average the generator."""
+        self.images_seen += self.config.batch_size
+        generator = self.players.generator
+        self.ema.update(generator, self.images_seen, self.config.batch_size)
+        self.log.add(metrics)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run is as long as it shall be."""
+        return self.images_seen >= self.config.total_images
+
+    @property
+    def is_checkpoint_due(self) -> bool:
+        """Whether the step that ended is one after which the state is saved."""
+        return self.begins_to_cool or self.crosses(self.config.checkpoint_images)
+
+    @property
+    def asks_ranks(self) -> bool:
+        """Whether this is a step after which all ranks say if they were asked to stop."""
+        return self.world.size == 1 or (self.number - 1) % STOP_EVERY == 0
 
     @property
     def number(self) -> int:
@@ -141,9 +178,28 @@ class Run:
         if any(alarm.is_fatal for alarm in alarms):
             raise Divergence(alarms)
 
-    def note_health(self) -> None:
-        """So far all is well, on every rank: the log's line raised no fatal alarm."""
-        self._healthy_at = self.images_seen
+    def write_line(self, phase: Phase) -> dict[str, float]:
+        """Write a line of the log, and let the guard look at it; its means.
+
+        Raises:
+            Divergence: the guard found one.
+        """
+        line = self.log.line(self.images_seen, mean=self.world.mean)
+        alarms = self.guard.check(line, self.images_seen)
+        is_augmented = self.config.augment.diffaugment
+        figures = {
+            "learning_rate": self.rate_of(self.opt_g),
+            "phase/learning_rate_d": self.rate_of(self.opt_d),
+            "phase/adversarial": phase.adversarial,
+            "phase/regression": phase.regression,
+            "augment/probability": self.ada.probability if is_augmented else 0.0,
+            "ema/half_life": self.ema.half_life_at(self.images_seen),
+            **self.guard.figures(),
+        }
+        self.log.scalars(self.images_seen, figures)
+        self.heed(alarms)
+        self._healthy_at = self.images_seen  # on every rank: no alarm was fatal
+        return line
 
     def vital_signs(self) -> dict[str, float]:
         """Of the networks that are trained, on what the last step saw."""
@@ -152,7 +208,7 @@ class Run:
             return {}
         players = self.players
         levels = players.discriminator.config.levels
-        return guard.vital_signs(
+        return vital_signs(
             players.generator,
             players.discriminator,
             inputs.z_BZ,
@@ -181,7 +237,7 @@ class Run:
         where, folder = self.images_seen, self.run_dir / "checkpoints"
         if not self.guard.can_roll_back or not checkpoint.latest(folder, until=self._healthy_at):
             if self.world.is_main:
-                page = guard.write_report(self.run_dir, divergence.alarms, self.guard.history)
+                page = write_report(self.run_dir, divergence.alarms, self.guard.history)
                 self.log.say(f"health: gave up at {where:,} images; report: {page}")
             raise divergence
         self.world.barrier()

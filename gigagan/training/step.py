@@ -1,4 +1,4 @@
-"""One optimizer step of each network: forward, loss, backward. The maths of a run is here.
+"""The losses of one step of each network. The maths of a run is here; the loop goes backward.
 
 Shape letters: B batch, C colour, H W image, Z latent, T text width.
 """
@@ -20,8 +20,9 @@ from gigagan.models.encoders import TextFeatures
 from gigagan.models.generator import Generator
 from gigagan.models.layers import full_precision, without_autocast
 from gigagan.models.upsampler import Upsampler
-from gigagan.training.augment import Augment, Draws, mean_sign
+from gigagan.training.augment import Augment, mean_sign
 from gigagan.training.auxiliary import Auxiliary
+from gigagan.training.inputs import Inputs
 from gigagan.training.phases import Phase
 from gigagan.training.transfer import place
 
@@ -29,31 +30,11 @@ ADVERSARIAL = Phase()
 Metrics = dict[str, Tensor]  # detached, still on the device; the loop decides when to read them
 
 
-class Inputs(NamedTuple):
-    """One rank's part of a batch; everything random has been drawn."""
+class Loss(NamedTuple):
+    """What to go backward from, and its terms for the log."""
 
-    real: list[Tensor]
-    """Pyramid of real images in [−1, 1], largest first."""
-    captions: Sequence[str]
-    """Their captions …"""
-    text: TextFeatures
-    """… and what the frozen encoder says of them."""
-    z_BZ: Tensor
-    small: tuple[Tensor, Tensor] | None
-    """The upsampler's input and its noise, both B C H W; None for the base."""
-    other_text: TextFeatures
-    """Another caption for every sample …"""
-    has_other_B: tuple[bool, ...]
-    """… where there is one: False if all captions lately were the same. Known to the host, which
-    chooses rows by it without waiting for the device."""
-    crop: tuple[int, int]
-    """Top and left corner of the crop on which LPIPS is measured."""
-    draws: tuple[Draws | None, ...] = (None, None, None)
-    """Augmentation of real and generated images in D's step, and of generated ones in G's."""
-    images_seen: int = 0
-    """Position, for what fades."""
-    in_second_half_B: tuple[bool, ...] | None = None
-    """Whether a sample is in the second half of the global batch; None: this is all of it."""
+    loss: Tensor
+    metrics: Metrics
 
 
 @dataclass(frozen=True)
@@ -71,41 +52,6 @@ class Players:
     """What is done to all images that D sees; nothing by default."""
 
 
-def split(inputs: Inputs, num_parts: int) -> list[Inputs]:
-    """A batch as equal parts, for gradient accumulation.
-
-    Raises:
-        ValueError: the batch does not divide.
-    """
-    if num_parts == 1:
-        return [inputs]
-    B = len(inputs.z_BZ)
-    if B % num_parts:
-        raise ValueError(
-            f"a rank's batch of {B} cannot be split into system.accumulate = {num_parts} equal "
-            "parts: choose a divisor"
-        )
-    size = B // num_parts
-    return [_rows(inputs, slice(start, start + size)) for start in range(0, B, size)]
-
-
-def _rows(inputs: Inputs, rows: slice) -> Inputs:
-    small = inputs.small
-    return Inputs(
-        real=[x[rows] for x in inputs.real],
-        captions=inputs.captions[rows],
-        text=TextFeatures(*(x[rows] for x in inputs.text)),
-        z_BZ=inputs.z_BZ[rows],
-        small=None if small is None else (small[0][rows], small[1][rows]),
-        other_text=TextFeatures(*(x[rows] for x in inputs.other_text)),
-        has_other_B=inputs.has_other_B[rows],
-        crop=inputs.crop,
-        draws=tuple(d and d.shared(lambda x: x[rows]) for d in inputs.draws),
-        images_seen=inputs.images_seen,
-        in_second_half_B=None if inputs.in_second_half_B is None else inputs.in_second_half_B[rows],
-    )
-
-
 def add(metrics: Metrics, terms: Metrics, share: float) -> None:
     """Add a part's metrics to those of its step."""
     for name, value in terms.items():
@@ -120,16 +66,15 @@ def synthesize(generator: Generator | Upsampler, inputs: Inputs) -> list[Tensor]
     return generator(inputs.z_BZ, inputs.text)
 
 
-def accumulate_discriminator(
+def discriminator_loss(
     players: Players,
     config: TrainStage,
     inputs: Inputs,
     fakes: Sequence[Tensor],
     *,
     auxiliary_strength: float,
-    share: float = 1.0,
-) -> Metrics:
-    """Add `share` of D's gradients: real, generated, and images beside another caption.
+) -> Loss:
+    """D's loss: real, generated, and images beside another caption.
 
     Real and generated images share one pass of the trunk, and so do an image's two captions.
     """
@@ -177,8 +122,7 @@ def accumulate_discriminator(
         loss_vision = players.auxiliary.discriminator_loss(reals[0], drawn[0], text_BT.detach())
         loss = loss + loss_vision
         metrics["d/vision"] = loss_vision.detach()
-    (share * loss).backward()
-    return metrics
+    return Loss(loss, metrics)
 
 
 def mismatched_rows(
@@ -202,8 +146,8 @@ def mismatched_rows(
     return [row for row, _ in kept], [sample for _, sample in kept]
 
 
-def accumulate_r1(players: Players, inputs: Inputs, *, weight: float) -> Metrics:
-    """Add D's gradients of `weight` · R1 on the real pyramid with its captions, in float32.
+def r1_loss(players: Players, inputs: Inputs) -> Loss:
+    """R1 of D on the real pyramid with its captions, in float32.
 
     With respect to the images before their augmentation (StyleGAN2-ADA).
     """
@@ -212,11 +156,10 @@ def accumulate_r1(players: Players, inputs: Inputs, *, weight: float) -> Metrics
     seen = players.augment.apply(real, inputs.draws[0], inputs.images_seen)
     logits = d(seen, inputs.text, double_backward=True)
     penalty = losses.r1_penalty(logits, players.weights, real)
-    (weight * penalty).backward()
-    return {"d/r1": penalty.detach()}
+    return Loss(penalty, {"d/r1": penalty.detach()})
 
 
-def accumulate_generator(
+def generator_loss(
     players: Players,
     config: TrainStage,
     inputs: Inputs,
@@ -224,9 +167,8 @@ def accumulate_generator(
     *,
     auxiliary_strength: float,
     phase: Phase = ADVERSARIAL,
-    share: float = 1.0,
-) -> Metrics:
-    """Add `share` of G's gradients; D's parameters must not require any.
+) -> Loss:
+    """G's loss; D's parameters should not require gradients, which would be computed in vain.
 
     What the phase gives no weight is not computed.
     """
@@ -244,8 +186,7 @@ def accumulate_generator(
         loss, more = _fidelity(players, config, inputs, fakes[0])
         terms.append(loss)
         metrics |= more
-    (share * torch.stack(terms).sum()).backward()
-    return metrics
+    return Loss(torch.stack(terms).sum(), metrics)
 
 
 def _adversarial(

@@ -31,6 +31,7 @@ from gigagan.models.vision import VisionAidedDiscriminator
 from gigagan.training import loop, step
 from gigagan.training.auxiliary import Auxiliary
 from gigagan.training.distributed import World
+from gigagan.training.inputs import Inputs
 from gigagan.training.run import adamw
 
 TEXT = TextConfig(encoder="test:words", encoder_width=11, pooled_width=13, width=16, head_width=8)
@@ -478,7 +479,7 @@ def ladder_players(config):
 def random_inputs(config):
     text = config.generator.text
     real = torch.rand(SIZE, 3, config.generator.resolution, config.generator.resolution) * 2 - 1
-    return step.Inputs(
+    return Inputs(
         pyramid(real, config.discriminator.levels),
         ["caption"] * SIZE,
         features(text, SIZE),
@@ -514,15 +515,18 @@ def test_a_row_trains_every_parameter_with_finite_losses(row):
         fakes = step.synthesize(g, inputs)
         loop._require_grad(True, d, heads)
         opt_d.zero_grad()
-        metrics = step.accumulate_discriminator(
+        loss, metrics = step.discriminator_loss(
             players, config, inputs, fakes, auxiliary_strength=1.0
         )
-        metrics |= step.accumulate_r1(players, inputs, weight=config.optimizer.r1_weight)
+        penalty, more = step.r1_loss(players, inputs)
+        (loss + config.optimizer.r1_weight * penalty).backward()
         trained |= with_gradient(d=d, heads=heads)
         opt_d.step()
         loop._require_grad(False, d, heads)
         opt_g.zero_grad()
-        metrics |= step.accumulate_generator(players, config, inputs, fakes, auxiliary_strength=1.0)
+        loss, terms = step.generator_loss(players, config, inputs, fakes, auxiliary_strength=1.0)
+        loss.backward()
+        metrics |= more | terms
         trained |= with_gradient(g=g)
         opt_g.step()
         assert all(math.isfinite(value) for value in metrics.values()), metrics

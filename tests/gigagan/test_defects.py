@@ -42,6 +42,7 @@ from gigagan.training import checkpoint, loop, step
 from gigagan.training.auxiliary import Auxiliary
 from gigagan.training.captions import CaptionFeatures, RecentCaptions
 from gigagan.training.distributed import World
+from gigagan.training.inputs import Inputs, draw
 from gigagan.training.logs import Log
 from gigagan.training.probes import Look
 from gigagan.training.run import Run
@@ -611,11 +612,11 @@ def test_r1_covers_every_level():
     d = Discriminator(THREE)
     players = step.Players(nn.Module(), d, [1 / 6] * 6, None, None)
     text = captions_of(THREE, 3)
-    inputs = step.Inputs(
+    inputs = Inputs(
         three_images(), ["a"] * 3, text, torch.randn(3, 5), None, text,
         torch.ones(3, dtype=torch.bool), (0, 0),
     )  # fmt: skip
-    step.accumulate_r1(players, inputs, weight=1.0)
+    step.r1_loss(players, inputs).loss.backward()
     assert config.discriminator.levels == len(d.from_rgb) == 3
     # Where only one level's gradient is penalised, no other level's first layer enters it.
     assert all(layer.weight.grad.any() for layer in d.from_rgb)
@@ -761,9 +762,9 @@ def test_the_discriminator_of_a_run_is_shown_such_pyramids(tmp_path):
     players = step.Players(Generator(BASE.generator), d, weights_of(BASE), None, None)
     batch = Noise(0, 6, 8)
     captions = CaptionFeatures(ShadeEncoder(), torch.device("cpu"))
-    inputs = loop._inputs(BASE, players, captions, RecentCaptions(9), batch, 0, World())
+    inputs = draw(BASE, players.augment, captions, RecentCaptions(9), batch, 0, World())
     fakes = step.synthesize(players.generator, inputs)
-    step.accumulate_discriminator(players, BASE, inputs, fakes, auxiliary_strength=0.0)
+    step.discriminator_loss(players, BASE, inputs, fakes, auxiliary_strength=0.0).loss.backward()
     ((large, small),) = seen
     torch.testing.assert_close(large[:6], batch.images_BCHW / 127.5 - 1)
     torch.testing.assert_close(small[:6, :, 1:-1, 1:-1], low_pass(large[:6])[..., 1:-1, 1:-1])
@@ -786,26 +787,32 @@ def test_each_step_of_a_run_leaves_the_other_networks_gradients_alone(tmp_path, 
             for a, b in zip(before, after, strict=True)
         )
 
-    calls = []
+    calls, before = [], {}
 
     def watched(name, others):
         original = getattr(step, name)
 
-        def accumulate(*args, **how):
-            before = gradients(*others)
-            metrics = original(*args, **how)
+        def noted(*args, **how):
             calls.append(name)
-            assert equal(before, gradients(*others)), name
-            if name == "accumulate_generator":
+            before[name[0]] = gradients(*others)
+            if name == "generator_loss":
                 assert not any(p.requires_grad for m in judges for p in m.parameters())
-            return metrics
+            return original(*args, **how)
 
-        monkeypatch.setattr(step, name, accumulate)
+        monkeypatch.setattr(step, name, noted)
 
-    watched("accumulate_discriminator", [g])
-    watched("accumulate_generator", judges)
+    others = {"d": [g], "g": judges}
+    judge = Run.judge
+
+    def after_backward(run, name, *rest):
+        assert equal(before[name], gradients(*others[name])), name
+        return judge(run, name, *rest)
+
+    monkeypatch.setattr(Run, "judge", after_backward)
+    watched("discriminator_loss", others["d"])
+    watched("generator_loss", others["g"])
     train(BASE, players, tmp_path, side=8)
-    assert calls == ["accumulate_discriminator", "accumulate_generator"] * 3
+    assert calls == ["discriminator_loss", "generator_loss"] * 3
     assert all(p.grad is not None for p in g.parameters())
 
 

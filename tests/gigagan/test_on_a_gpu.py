@@ -24,6 +24,7 @@ from gigagan.models.layers import pyramid
 from gigagan.models.upsampler import Upsampler
 from gigagan.training import step
 from gigagan.training.augment import Augment, Draws
+from gigagan.training.inputs import Inputs
 from gigagan.training.phases import Phase
 
 B, TOKENS = 4, 20
@@ -60,7 +61,7 @@ def players_and_inputs(config):
         small = (torch.randn(shape), torch.randn(shape))
     drawn = Draws(torch.rand(B) < 0.5, *torch.rand(3, B), *torch.rand(2, B, 2))
     is_augmented = bool(config.augment.diffaugment)
-    inputs = step.Inputs(
+    inputs = Inputs(
         real=pyramid(torch.randn(B, 3, side, side), max(config.discriminator.levels, 3)),
         captions=[""] * B,
         text=text(),
@@ -81,11 +82,12 @@ def whole_step(config, players, inputs):
     levels = len(inputs.real)
     fakes = step.synthesize(players.generator, inputs)
     settings = {"auxiliary_strength": 0.0}
-    step.accumulate_discriminator(players, config, inputs, fakes, **settings)
-    step.accumulate_r1(players, inputs, weight=1.0)
+    step.discriminator_loss(players, config, inputs, fakes, **settings).loss.backward()
+    step.r1_loss(players, inputs).loss.backward()
     phase = Phase(adversarial=0.5, regression=1.0)
     fakes = step.synthesize(players.generator, inputs)[:levels]
-    step.accumulate_generator(players, config, inputs, fakes, phase=phase, **settings)
+    loss = step.generator_loss(players, config, inputs, fakes, phase=phase, **settings).loss
+    loss.backward()
 
 
 def no_gradients(outputs, inputs, **settings):

@@ -22,6 +22,7 @@ from gigagan.models.discriminator import Discriminator
 from gigagan.models.generator import Generator
 from gigagan.models.layers import DownBlock, MappingNetwork, halve_by_mean
 from gigagan.training import step
+from gigagan.training.inputs import split
 from gigagan.training.phases import Phase, phase_at
 
 from .test_training import BASE, ShadeBatch, draw, players, run
@@ -123,10 +124,11 @@ def test_pictures_come_nearer_to_their_captions_in_a_warm_start():
     for position in range(0, 160, 4):
         inputs = draw(config, made, TwoShades(position, 4, 8), position)
         optimizer.zero_grad()
-        metrics = step.accumulate_generator(
+        loss, metrics = step.generator_loss(
             made, config, inputs, step.synthesize(made.generator, inputs),
             auxiliary_strength=0, phase=phase_at(config, position),
         )  # fmt: skip
+        loss.backward()
         optimizer.step()
         seen.append(metrics["g/regression"].item())
     assert sum(seen[-5:]) < sum(seen[:5]) / 2
@@ -176,11 +178,12 @@ def test_an_upsampler_starts_warm_by_its_fidelity_alone():
     )  # fmt: skip
     made = players(config)
     inputs = draw(config, made, ShadeBatch(3, 4, 16), 0)
-    assert len(inputs.real) == made.generator.num_images == 2
+    assert len(inputs.real) == config.network.num_images == 2
     fakes = step.synthesize(made.generator, inputs)
-    metrics = step.accumulate_generator(
+    loss, metrics = step.generator_loss(
         made, config, inputs, fakes, auxiliary_strength=0, phase=phase_at(config, 0)
     )
+    loss.backward()
     assert set(metrics) == {"g/pixel"}
     wanted = 2 * (fakes[0] - inputs.real[0]).abs().mean()
     bank = made.generator.levels[-1].to_rgb.bank
@@ -228,7 +231,7 @@ def test_the_discriminator_steps_every_so_often(tmp_path, monkeypatch, every):
     )
     config = BASE.model_copy(update={"optimizer": optimizer, "sample_images": 1000})
     called, penalties = [], []
-    original, r1 = step.accumulate_discriminator, step.accumulate_r1
+    original, r1 = step.discriminator_loss, step.r1_loss
 
     def count(players, config, inputs, *rest, **settings):
         called.append(inputs.images_seen)
@@ -238,8 +241,8 @@ def test_the_discriminator_steps_every_so_often(tmp_path, monkeypatch, every):
         penalties.append(inputs.images_seen)
         return r1(players, inputs, **settings)
 
-    monkeypatch.setattr(step, "accumulate_discriminator", count)
-    monkeypatch.setattr(step, "accumulate_r1", count_r1)
+    monkeypatch.setattr(step, "discriminator_loss", count)
+    monkeypatch.setattr(step, "r1_loss", count_r1)
     run(config, tmp_path)
     assert called == list(range(0, 48, 4 * every))
     assert penalties == called[::2]
@@ -316,14 +319,13 @@ def test_ranks_share_a_warm_start_with_one_process():
     whole = draw(WARM, made, ShadeBatch(0, 4, 8), 0)
     phase = phase_at(WARM, 0)
     fakes = step.synthesize(made.generator, whole)
-    step.accumulate_generator(made, WARM, whole, fakes, auxiliary_strength=0, phase=phase)
+    settings = {"auxiliary_strength": 0, "phase": phase}
+    step.generator_loss(made, WARM, whole, fakes, **settings).loss.backward()
     expected = [p.grad.clone() for p in made.generator.parameters() if p.grad is not None]
     made.generator.zero_grad()
-    for part in step.split(whole, 2):
+    for part in split(whole, 2):
         fakes = step.synthesize(made.generator, part)
-        step.accumulate_generator(
-            made, WARM, part, fakes, auxiliary_strength=0, phase=phase, share=0.5
-        )
+        (0.5 * step.generator_loss(made, WARM, part, fakes, **settings).loss).backward()
     found = [p.grad for p in made.generator.parameters() if p.grad is not None]
     for a, b in zip(expected, found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -354,8 +356,8 @@ def test_a_rank_measures_its_share_of_the_pictures_that_lpips_is_asked_for():
 
     made = dataclasses.replace(players(config), perceptual=Counting())
     whole = draw(config, made, ShadeBatch(0, 8, 32), 0)
-    for part in (whole, *step.split(whole, 2)):
+    for part in (whole, *split(whole, 2)):
         fakes = step.synthesize(made.generator, part)
         phase = Phase(True, 0.0, 0.0)
-        step.accumulate_generator(made, config, part, fakes, auxiliary_strength=0, phase=phase)
+        step.generator_loss(made, config, part, fakes, auxiliary_strength=0, phase=phase)
     assert counts == [4, 2, 2]

@@ -42,6 +42,7 @@ from gigagan.models.upsampler import Upsampler
 from gigagan.models.vision import VisionAidedDiscriminator
 from gigagan.training import step
 from gigagan.training.auxiliary import Auxiliary
+from gigagan.training.inputs import Inputs
 from tests.gigagan import reference as naive
 
 TEXT = TextConfig(encoder="test:words", encoder_width=11, pooled_width=13, width=16, head_width=8)
@@ -472,7 +473,7 @@ def players(config):
 def inputs_of(config, has_other=(True, True, False)):
     side = config.discriminator.resolution
     small = None if isinstance(config, TrainBaseConfig) else (randn(B, 3, 8, 8), randn(B, 3, 8, 8))
-    return step.Inputs(
+    return Inputs(
         real=[x.detach() for x in images(side)],
         captions=["a", "b", "c"],
         text=captions(4, 7, 2),
@@ -528,7 +529,8 @@ def test_discriminator_step_adds_the_gradients_of_the_written_out_loss(
     made, inputs = players(config), inputs_of(config, has_other)
     d = made.discriminator
     fakes = step.synthesize(made.generator, inputs)
-    metrics = step.accumulate_discriminator(made, config, inputs, fakes, auxiliary_strength=1.0)
+    loss, metrics = step.discriminator_loss(made, config, inputs, fakes, auxiliary_strength=1.0)
+    loss.backward()
 
     fake = [x.detach() for x in fakes]
     terms = naive.discriminator_terms(
@@ -552,7 +554,7 @@ def test_generator_step_adds_the_gradients_of_the_written_out_loss(generator_mat
     made, inputs = players(config), inputs_of(config, has_other)
     d = made.discriminator.requires_grad_(False)
     fakes = step.synthesize(made.generator, inputs)
-    step.accumulate_generator(made, config, inputs, fakes, auxiliary_strength=1.0)
+    step.generator_loss(made, config, inputs, fakes, auxiliary_strength=1.0).loss.backward()
 
     fake = naive.generator(made.generator, inputs.z_BZ, inputs.text)
     total = naive.logistic(-1, naive.discriminator(d, fake, inputs.text), made.weights)
@@ -569,7 +571,7 @@ def test_both_steps_add_what_a_frozen_encoder_sees():
     made = dataclasses.replace(made, auxiliary=look(BASE))
     g, d, auxiliary = made.generator, made.discriminator, made.auxiliary
     fakes = step.synthesize(g, inputs)
-    step.accumulate_discriminator(made, BASE, inputs, fakes, auxiliary_strength=0.5)
+    step.discriminator_loss(made, BASE, inputs, fakes, auxiliary_strength=0.5).loss.backward()
 
     fake = naive.generator(g, inputs.z_BZ, inputs.text)
     text = vision_text(d, inputs.text).detach()
@@ -581,7 +583,7 @@ def test_both_steps_add_what_a_frozen_encoder_sees():
 
     for network in (d, auxiliary.heads):
         network.requires_grad_(False)
-    step.accumulate_generator(made, BASE, inputs, fakes, auxiliary_strength=0.5)
+    step.generator_loss(made, BASE, inputs, fakes, auxiliary_strength=0.5).loss.backward()
     total = naive.logistic(-1, naive.discriminator(d, fake, inputs.text), made.weights)
     pooled, stages = seen(auxiliary, fake[0])
     logits = naive.vision(auxiliary.heads, stages, text)
@@ -596,7 +598,7 @@ def test_upsampler_step_adds_both_distances_to_the_target():
     made = dataclasses.replace(made, perceptual=Perceptual())
     d = made.discriminator.requires_grad_(False)
     fakes = step.synthesize(made.generator, inputs)
-    step.accumulate_generator(made, ENLARGE, inputs, fakes, auxiliary_strength=0.0)
+    step.generator_loss(made, ENLARGE, inputs, fakes, auxiliary_strength=0.0).loss.backward()
 
     fake = naive.upsampler(made.generator, *inputs.small, inputs.z_BZ, inputs.text)
     total = naive.logistic(-1, naive.discriminator(d, fake, inputs.text), made.weights)
@@ -613,7 +615,8 @@ def test_r1_step_adds_the_gradients_of_image_by_image_penalties(minibatch_std):
     config = BASE.model_copy(update={"discriminator": judge})
     made, inputs = players(config), inputs_of(config)
     d = made.discriminator
-    metrics = step.accumulate_r1(made, inputs, weight=0.7)
+    penalty, metrics = step.r1_loss(made, inputs)
+    (0.7 * penalty).backward()
     slow = naive.r1(d, inputs.real, inputs.text, made.weights)
     assert_close([metrics["d/r1"]], [slow])
     # A bias with nothing but piecewise linear layers behind it has no part in R1.

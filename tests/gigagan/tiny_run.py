@@ -49,6 +49,7 @@ from gigagan.training.augment import Augment
 from gigagan.training.auxiliary import Auxiliary
 from gigagan.training.captions import CaptionFeatures, RecentCaptions
 from gigagan.training.distributed import GradientReducer, World, join
+from gigagan.training.inputs import draw, split
 from gigagan.training.logs import Log
 from gigagan.training.run import Run
 
@@ -264,7 +265,7 @@ def full_disk(at):
 
 def not_a_number(start, stop):
     """The captions' features of these positions."""
-    inputs = loop._inputs
+    inputs = loop.draw
 
     def poisoned(*args, **options):
         found = inputs(*args, **options)
@@ -273,7 +274,7 @@ def not_a_number(start, stop):
         nan = torch.full_like(found.text.pooled_BD, float("nan"))
         return found._replace(text=found.text._replace(pooled_BD=nan))
 
-    loop._inputs = poisoned
+    loop.draw = poisoned
 
 
 # The same step on several ranks and on one
@@ -330,37 +331,37 @@ def one_step(config, world, num_parts):
     rows = world.rows(B)
     own = slice(rows.start, rows.stop)
     batch = Batch(pictures[own], planned[own], ["key"] * len(rows), planned)
-    inputs = loop._inputs(
-        config, players, CaptionFeatures(WordEncoder(), torch.device("cpu")), RecentCaptions(9),
-        batch, 0, world, augmented_share=0.6,
-    )  # fmt: skip
+    captions = CaptionFeatures(WordEncoder(), torch.device("cpu"))
+    inputs = draw(
+        config, players.augment, captions, RecentCaptions(9), batch, 0, world, augmented_share=0.6
+    )
     assert all(inputs.has_other_B)
     # The second half has no other captions at all.
     has_other_B = tuple(row % 3 < 2 and row < B // 2 for row in world.rows(B))
     inputs = inputs._replace(has_other_B=has_other_B)
     inputs = doubled(inputs)
 
-    parts = step.split(inputs, num_parts)
+    parts = split(inputs, num_parts)
     share, metrics, found = 1 / num_parts, {}, []
     fakes = [step.synthesize(g, part) for part in parts]
     for part, fake in zip(parts, fakes, strict=True):
-        terms = step.accumulate_discriminator(
-            players, config, part, fake, auxiliary_strength=1.0, share=share
-        )
+        loss, terms = step.discriminator_loss(players, config, part, fake, auxiliary_strength=1.0)
+        (share * loss).backward()
         step.add(metrics, terms, share)
     for i, part in enumerate(parts):
         if i == num_parts - 1:
             reducers[0].arm()
-        step.add(metrics, step.accumulate_r1(players, part, weight=0.7 * share), share)
+        penalty, terms = step.r1_loss(players, part)
+        (0.7 * share * penalty).backward()
+        step.add(metrics, terms, share)
     reducers[0].finish()
     found += [p.grad for m in (d, heads) for p in m.parameters()]
     loop._require_grad(False, d, heads)
     for i, (part, fake) in enumerate(zip(parts, fakes, strict=True)):
         if i == num_parts - 1:
             reducers[1].arm()
-        terms = step.accumulate_generator(
-            players, config, part, fake, auxiliary_strength=1.0, share=share
-        )
+        loss, terms = step.generator_loss(players, config, part, fake, auxiliary_strength=1.0)
+        (share * loss).backward()
         step.add(metrics, terms, share)
     reducers[1].finish()
     return found + [p.grad for p in g.parameters()], metrics

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from data.config import ScoreConfig
-from flows.score import _device, encoders
 from gigagan.evaluation.alignment import clip_score
 from gigagan.models.pretrained import WEIGHTS_VARIABLE
+from gigagan.scoring import _device, encoders
 
 CLIP = "open_clip:ViT-S-32-alt/other"
 CAPTIONS = ["a violin", "a violin", "two cats on a red sofa"]

@@ -1,0 +1,187 @@
+"""What a step is given: a batch, and everything random of it, drawn from (seed, position).
+
+Shape letters: B batch (of all ranks where said so), C colour, H W image, Z latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from data.seeds import derived
+from gigagan.config import TrainStage, TrainUpsamplerConfig
+from gigagan.models.encoders import TextFeatures
+from gigagan.models.layers import pyramid
+from gigagan.models.pixels import from_uint8
+from gigagan.models.upsampler import shrink
+from gigagan.training.augment import Augment, Draws
+from gigagan.training.captions import CaptionFeatures, RecentCaptions, mismatch
+from gigagan.training.distributed import World
+from gigagan.training.transfer import place
+
+
+class Batch(Protocol):
+    """What the loader gives: this rank's part of a global batch."""
+
+    @property
+    def images_BCHW(self) -> Tensor:
+        """uint8."""
+
+    @property
+    def captions(self) -> list[str]:
+        """One per image."""
+
+    @property
+    def planned_captions(self) -> list[str]:
+        """Of the whole global batch, in its order."""
+
+
+class Inputs(NamedTuple):
+    """One rank's part of a batch; everything random has been drawn."""
+
+    real: list[Tensor]
+    """Pyramid of real images in [−1, 1], largest first."""
+    captions: Sequence[str]
+    """Their captions …"""
+    text: TextFeatures
+    """… and what the frozen encoder says of them."""
+    z_BZ: Tensor
+    small: tuple[Tensor, Tensor] | None
+    """The upsampler's input and its noise, both B C H W; None for the base."""
+    other_text: TextFeatures
+    """Another caption for every sample …"""
+    has_other_B: tuple[bool, ...]
+    """… where there is one: False if all captions lately were the same. Known to the host, which
+    chooses rows by it without waiting for the device."""
+    crop: tuple[int, int]
+    """Top and left corner of the crop on which LPIPS is measured."""
+    draws: tuple[Draws | None, ...] = (None, None, None)
+    """Augmentation of real and generated images in D's step, and of generated ones in G's."""
+    images_seen: int = 0
+    """Position, for what fades."""
+    in_second_half_B: tuple[bool, ...] | None = None
+    """Whether a sample is in the second half of the global batch; None: this is all of it."""
+
+
+def recent_captions(
+    config: TrainStage, captions_between: Callable[[int, int], list[str]], images_seen: int
+) -> RecentCaptions:
+    """The captions before this position, as an uninterrupted run would remember them."""
+    recent = RecentCaptions(config.loss.recent_captions)
+    start = max(images_seen - config.loss.recent_captions, 0)
+    recent.add(captions_between(start, images_seen))
+    return recent
+
+
+def draw(
+    config: TrainStage,
+    augment: Augment,
+    captions: CaptionFeatures,
+    recent: RecentCaptions,
+    batch: Batch,
+    images_seen: int,
+    world: World,
+    *,
+    has_discriminator: bool = True,
+    augmented_share: float = 1.0,
+) -> Inputs:
+    """Draw everything random of a step from (seed, position), for all ranks alike, and share it.
+
+    Without a discriminator nothing meets another caption.
+    """
+    random = torch.Generator().manual_seed(derived(config.seed, images_seen))
+    levels = config.discriminator.levels
+    if config.warm_start.images:  # the regression is on every level that is drawn
+        levels = config.network.num_images
+    B = config.batch_size
+    z_BZ = world.share(torch.randn(B, config.network.latent_dim, generator=random))
+    is_hard_B = torch.rand(B, generator=random) < config.loss.hard_mismatches
+    uniform_B = torch.rand(B, generator=random)
+    rotation = float(torch.rand((), generator=random))
+
+    real_BCHW = from_uint8(place(batch.images_BCHW, world.device))
+    real = pyramid(real_BCHW, levels)
+    small: tuple[Tensor, Tensor] | None = None
+    crop = (0, 0)
+    if isinstance(config, TrainUpsamplerConfig):
+        side, target = config.upsampler.input_resolution, config.upsampler.resolution
+        small_BCHW = shrink(real_BCHW, side)
+        small = small_BCHW, world.share(torch.randn(B, 3, side, side, generator=random))
+        room = max(target - config.lpips_crop, 0) + 1
+        top, left = torch.randint(room, (2,), generator=random).tolist()
+        crop = (top, left)
+    draws: list[Draws | None] = []
+    for _ in range(3):  # of real and generated images in D's step, and of generated ones in G's
+        drawn = augment.draw(B, random, augmented_share)
+        draws.append(drawn and drawn.shared(world.share))
+
+    recent.add(batch.planned_captions)
+    text = captions(batch.captions)
+    others: list[str | None] = [None] * len(batch.captions)
+    if has_discriminator:
+        others = mismatch(
+            batch.planned_captions,
+            recent,
+            rows=world.rows(B),
+            is_hard_B=is_hard_B.tolist(),
+            uniform_B=uniform_B.tolist(),
+            order_B=uniform_B.argsort().tolist(),
+            rotation=rotation,
+        )
+    # A picture that could not be read was replaced by another, perhaps of that very caption.
+    others = [o if o != own else None for o, own in zip(others, batch.captions, strict=True)]
+    has_other_B = tuple(other is not None for other in others)
+    other_text = text
+    if has_discriminator:
+        other_text = captions([o or own for o, own in zip(others, batch.captions, strict=True)])
+    return Inputs(
+        real=real,
+        captions=batch.captions,
+        text=text,
+        z_BZ=z_BZ,
+        small=small,
+        other_text=other_text,
+        has_other_B=has_other_B,
+        crop=crop,
+        draws=tuple(draws),
+        images_seen=images_seen,
+        in_second_half_B=tuple(row >= B // 2 for row in world.rows(B)),
+    )
+
+
+def split(inputs: Inputs, num_parts: int) -> list[Inputs]:
+    """A batch as equal parts, for gradient accumulation.
+
+    Raises:
+        ValueError: the batch does not divide.
+    """
+    if num_parts == 1:
+        return [inputs]
+    B = len(inputs.z_BZ)
+    if B % num_parts:
+        raise ValueError(
+            f"a rank's batch of {B} cannot be split into system.accumulate = {num_parts} equal "
+            "parts: choose a divisor"
+        )
+    size = B // num_parts
+    return [_rows(inputs, slice(start, start + size)) for start in range(0, B, size)]
+
+
+def _rows(inputs: Inputs, rows: slice) -> Inputs:
+    small = inputs.small
+    return Inputs(
+        real=[x[rows] for x in inputs.real],
+        captions=inputs.captions[rows],
+        text=TextFeatures(*(x[rows] for x in inputs.text)),
+        z_BZ=inputs.z_BZ[rows],
+        small=None if small is None else (small[0][rows], small[1][rows]),
+        other_text=TextFeatures(*(x[rows] for x in inputs.other_text)),
+        has_other_B=inputs.has_other_B[rows],
+        crop=inputs.crop,
+        draws=tuple(d and d.shared(lambda x: x[rows]) for d in inputs.draws),
+        images_seen=inputs.images_seen,
+        in_second_half_B=None if inputs.in_second_half_B is None else inputs.in_second_half_B[rows],
+    )
