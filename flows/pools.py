@@ -13,6 +13,22 @@ POOL = "kubernetes"
 """The pool of the conductors: small CPU pods. GPUs are for the jobs that they launch."""
 USER = 10001
 """The user id of the images in infra/docker."""
+CONFINED_POD: dict[str, Any] = {
+    "runAsNonRoot": True,
+    "runAsUser": USER,
+    "runAsGroup": USER,
+    "fsGroup": USER,
+    # A store of millions of files is not walked at every start.
+    "fsGroupChangePolicy": "OnRootMismatch",
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+"""`securityContext` of conductors' and training's pods, which write to one store as one user."""
+CONFINED_CONTAINER: dict[str, Any] = {
+    "allowPrivilegeEscalation": False,
+    "readOnlyRootFilesystem": True,
+    "capabilities": {"drop": ["ALL"]},
+}
+"""`securityContext` of their containers: what is written goes to the store or to /tmp."""
 NAMESPACE = "gigagan"
 PRESETS: dict[str, Any] = {
     "namespace": NAMESPACE,
@@ -56,6 +72,12 @@ VARIABLES: dict[str, dict[str, Any]] = {
         "description": "Shared memory of data loaders; counts as memory of the pod.",
         "type": "string",
         "default": "8Gi",
+    },
+    "scratch": {
+        "title": "Scratch",
+        "description": "Disk of the node for /tmp and the log; a pod that needs more is evicted.",
+        "type": "string",
+        "default": "20Gi",
     },
     "store_claim": {
         "title": "Store",
@@ -119,21 +141,13 @@ def _pod() -> dict[str, Any]:
     return {
         "nodeSelector": "{{ node_selector }}",
         "tolerations": "{{ tolerations }}",
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": USER,
-            "runAsGroup": USER,
-            "fsGroup": USER,
-            # A store of millions of files is not walked at every start.
-            "fsGroupChangePolicy": "OnRootMismatch",
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
+        "securityContext": CONFINED_POD,
         # Training that was asked to stop saves its state first.
         "terminationGracePeriodSeconds": 120,
         "enableServiceLinks": False,  # PREFECT_PORT=tcp://… would look like settings
         "volumes": [
             {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "{{ shm_size }}"}},
-            {"name": "tmp", "emptyDir": {}},
+            {"name": "tmp", "emptyDir": {"sizeLimit": "{{ scratch }}"}},
             {"name": "store", "persistentVolumeClaim": {"claimName": "{{ store_claim }}"}},
         ],
     }
@@ -141,20 +155,17 @@ def _pod() -> dict[str, Any]:
 
 def _container(limits: dict[str, Any]) -> dict[str, Any]:
     """What the flow's container gets; its own `env` stays Prefect's."""
+    disk = {"ephemeral-storage": "{{ scratch }}"}
     return {
         "resources": {
-            "limits": {**limits, "nvidia.com/gpu": "{{ gpus }}"},
-            "requests": {"cpu": "{{ cpu_request }}", "memory": "{{ memory_request }}"},
+            "limits": {**limits, **disk, "nvidia.com/gpu": "{{ gpus }}"},
+            "requests": {"cpu": "{{ cpu_request }}", "memory": "{{ memory_request }}", **disk},
         },
         "envFrom": [
             {"configMapRef": {"name": "{{ settings }}"}},
             {"secretRef": {"name": "{{ secret }}"}},
         ],
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
+        "securityContext": CONFINED_CONTAINER,
         "volumeMounts": [
             {"name": "shm", "mountPath": "/dev/shm"},
             {"name": "tmp", "mountPath": "/tmp"},

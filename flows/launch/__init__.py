@@ -84,7 +84,8 @@ def stage_process(context: Context, process: Process) -> None:
 def render(context: Context, process: Process) -> str:
     """What `stage_process` would start: a command line, a batch script or a manifest.
 
-    What `auto` chooses now, and why, is a comment above it.
+    What `auto` chooses now, and why, is a comment above it. Raises `LaunchError` for what would
+    not start.
     """
     planned = plan(context.resources, context.config)
     job = process.job(context, planned.resources)

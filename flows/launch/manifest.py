@@ -13,11 +13,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from flows.launch.command import SAVE_S, Job, LaunchError
+from flows.pools import CONFINED_CONTAINER, CONFINED_POD
 from flows.resources import KubernetesResources, is_secret
 
 GROUP, VERSION = "trainer.kubeflow.org", "v1alpha1"
 DIGEST = "gigagan.flows/digest"
 """Annotation that tells the same job from another one of its name."""
+SCRATCH = "20Gi"
+"""Disk of the node that a pod has for compiled kernels, temporary files and its log."""
 
 
 def manifest(job: Job) -> dict[str, Any]:
@@ -93,31 +96,37 @@ def _environment(job: Job) -> list[dict[str, Any]]:
 
 def _quantities(asked: KubernetesResources) -> dict[str, dict[str, str]]:
     """Requests equal limits: what was promised is what there is."""
-    quantities = {"cpu": asked.cpu, "memory": asked.memory}
+    gpus = str(asked.gpus) if asked.gpus else None
+    quantities = {"cpu": asked.cpu, "memory": asked.memory, "nvidia.com/gpu": gpus}
     given = {name: value for name, value in quantities.items() if value}
-    if asked.gpus:
-        given["nvidia.com/gpu"] = str(asked.gpus)
+    given["ephemeral-storage"] = SCRATCH
     return {"requests": given, "limits": dict(given)}
 
 
 def _patch(asked: KubernetesResources) -> dict[str, Any]:
     """What the runtime's pods get beyond the container: volumes, place, rights, time to save."""
-    volumes = [{"name": "store", "persistentVolumeClaim": {"claimName": asked.claim}}]
-    mounts = [{"name": "store", "mountPath": asked.mount_path}]
+    volumes = [
+        {"name": "store", "persistentVolumeClaim": {"claimName": asked.claim}},
+        {"name": "tmp", "emptyDir": {"sizeLimit": SCRATCH}},
+    ]
+    mounts = [
+        {"name": "store", "mountPath": asked.mount_path},
+        {"name": "tmp", "mountPath": "/tmp"},
+    ]
     if asked.shm:
         memory = {"medium": "Memory", "sizeLimit": asked.shm}
         volumes.append({"name": "shm", "emptyDir": memory})
         mounts.append({"name": "shm", "mountPath": "/dev/shm"})
-    rights = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    node = {"name": "node", "volumeMounts": mounts, "securityContext": CONFINED_CONTAINER}
     pod = {
         "nodeSelector": asked.node_selector,
         "tolerations": [item.model_dump(exclude_none=True) for item in asked.tolerations],
         "serviceAccountName": asked.service_account,
         "imagePullSecrets": [{"name": name} for name in asked.image_pull_secrets],
         "terminationGracePeriodSeconds": SAVE_S + 30,
-        "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
+        "securityContext": CONFINED_POD,
         "volumes": volumes,
-        "containers": [{"name": "node", "volumeMounts": mounts, "securityContext": rights}],
+        "containers": [node],
     }
     given = {name: value for name, value in pod.items() if value}
     return {"name": "node", "template": _at("spec.template.spec", given)}

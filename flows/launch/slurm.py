@@ -50,6 +50,12 @@ def run(job: Job, output: Output) -> None:
 
 
 def render(job: Job) -> str:
+    """The batch script, and as comments what it inherits of this run."""
+    pairs = (f"{name}={shlex.quote(value)}" for name, value in job.variables.items())
+    return script(job) + "".join(f"# inherits {pair}\n" for pair in pairs)
+
+
+def script(job: Job) -> str:
     """The batch script. `$HEAD:PORT` is where the nodes meet; Slurm starts one task on each."""
     resources, slurm = job.resources, job.resources.slurm
     python = slurm.python or ("python" if slurm.container_image else sys.executable)
@@ -116,12 +122,12 @@ class SlurmJob:
 
     def start(self) -> None:
         """Adopt the job of this name if it is running, or submit it."""
-        script = render(self.job)
-        digest = _digest(script, self.job)
+        text = script(self.job)
+        digest = _digest(text, self.job)
         self._lines.skip()
         self.id, self._state = patiently(lambda: self._find(digest), self.output), ""
         if self.id is None:
-            (self.job.folder / SCRIPT).write_text(script)
+            (self.job.folder / SCRIPT).write_text(text)
             self.id = patiently(lambda: self._submit(digest), self.output)
             self.output.say(f"{self.job.name}: submitted as Slurm job {self.id}")
         else:

@@ -25,12 +25,13 @@ COPY gigagan /app/gigagan
 COPY data /app/data
 COPY flows /app/flows
 COPY infra/prefect.yaml /app/infra/
+# The root is mounted read-only: caches of libraries go where there is room.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONPATH=/app \
     PIPELINE_ROOT=/app \
     PYTHONUNBUFFERED=1 \
-    PREFECT_HOME=/tmp/prefect \
-    MPLCONFIGDIR=/tmp/matplotlib
+    HOME=/tmp \
+    PREFECT_HOME=/tmp/prefect
 USER 10001:10001
 WORKDIR /app
 # The store, MLflow's file database if there is no server, and logs.

@@ -15,8 +15,10 @@ COPY --from=build /opt/venv /opt/venv
 COPY infra/docker/with-secrets infra/docker/make-databases infra/docker/make-buckets \
      infra/docker/migrate /usr/local/bin/
 COPY infra/docker/mlflow-auth.ini /etc/
+# The root is mounted read-only: caches of libraries go where there is room.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    HOME=/tmp \
     PREFECT_HOME=/tmp/prefect \
     PREFECT_SERVER_ANALYTICS_ENABLED=false \
     DO_NOT_TRACK=true \

@@ -19,13 +19,14 @@ COPY gigagan /app/gigagan
 COPY data /app/data
 COPY flows /app/flows
 COPY infra/prefect.yaml /app/infra/
+# The root is mounted read-only: caches of libraries go where there is room.
 # The driver comes from the node: these two tell NVIDIA's container runtime what to mount.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONPATH=/app \
     PIPELINE_ROOT=/app \
     PYTHONUNBUFFERED=1 \
+    HOME=/tmp \
     PREFECT_HOME=/tmp/prefect \
-    MPLCONFIGDIR=/tmp/matplotlib \
     TORCHINDUCTOR_CACHE_DIR=/tmp/inductor \
     TRITON_CACHE_DIR=/tmp/triton \
     NVIDIA_VISIBLE_DEVICES=all \

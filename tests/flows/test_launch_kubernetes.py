@@ -337,7 +337,7 @@ def test_the_manifest_holds_what_was_asked_for():
     assert trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"] == "8"
     patch = tree["spec"]["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]
     pod = patch["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    assert [volume["name"] for volume in pod["volumes"]] == ["store", "shm"]
+    assert [volume["name"] for volume in pod["volumes"]] == ["store", "tmp", "shm"]
     assert pod["nodeSelector"] == {"gpu": "h100"}
     assert pod["tolerations"] == [
         {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}

@@ -390,7 +390,15 @@ def test_the_script_holds_what_was_asked_for():
     )
     log = Path("/store/train-base/0123456789abcdef/output.log")
     job = Job(["gigagan.training", "--config", "a b"], resources, log)
-    assert slurm.render(job) == SCRIPT.replace("PORT", str(job.port))
+    expected = SCRIPT.replace("PORT", str(job.port))
+    assert slurm.render(job) == slurm.script(job) == expected
+
+
+def test_what_a_job_inherits_is_shown_and_not_in_its_script():
+    resources = two_ranks(env={"NCCL_DEBUG": "a b"})
+    job = Job(["m"], resources, Path("/store/train-base/01/output.log"), {"MLFLOW_RUN_ID": "7"})
+    added = "# inherits MLFLOW_RUN_ID=7\n# inherits NCCL_DEBUG='a b'\n"
+    assert slurm.render(job) == slurm.script(job) + added
 
 
 def test_an_image_brings_its_own_python_and_sees_the_store():

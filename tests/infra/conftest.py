@@ -1,12 +1,14 @@
-"""Where the files of infra/ are, and the servers of the flows' tests."""
+"""Where the files of infra/ are, what every pod keeps to, and the servers of the flows' tests."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from kubernetes.utils.quantity import parse_quantity
 
 from flows import services
 from flows.config import ROOT
@@ -56,6 +58,47 @@ def serve(tmp_path):
     for process in started:
         os.killpg(process.pid, 9)
         process.wait()
+
+
+def pod_specs(tree):
+    """Every pod's specification in a document, whatever kind of thing it belongs to."""
+    if isinstance(tree, dict):
+        if isinstance(tree.get("containers"), list):
+            yield tree
+        tree = list(tree.values())
+    for part in tree if isinstance(tree, list) else ():
+        yield from pod_specs(part)
+
+
+def assert_confined(pod, *, has_claims):
+    """A pod runs as a user on a read-only root, within limits; `has_claims`: its disks are kept."""
+    security = pod["securityContext"]
+    assert security["runAsNonRoot"] is True
+    assert min(security["runAsUser"], security["runAsGroup"]) > 0
+    assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert not has_claims or security["fsGroup"] == security["runAsGroup"]
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
+    scratch = 0
+    for volume in pod.get("volumes", ()):
+        assert "hostPath" not in volume
+        if (empty := volume.get("emptyDir")) is not None:
+            size = parse_quantity(empty["sizeLimit"])
+            scratch += size if empty.get("medium") != "Memory" else 0
+    mounted = set()
+    for container in [*pod.get("initContainers", ()), *pod["containers"]]:
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }, container["name"]
+        requests, limits = (container["resources"][kind] for kind in ("requests", "limits"))
+        assert {"cpu", "memory", "ephemeral-storage"} <= requests.keys()
+        assert {"memory", "ephemeral-storage"} <= limits.keys()
+        assert re.search(r":[\w.-]*\d|@sha256:", container["image"]), container["image"]
+        mounted |= {mount["name"] for mount in container.get("volumeMounts", ())}
+    assert mounted >= {volume["name"] for volume in pod.get("volumes", ())}
+    room = [c["resources"]["limits"]["ephemeral-storage"] for c in pod["containers"]]
+    assert scratch <= sum(map(parse_quantity, room)), "evicted before its scratch is full"
 
 
 def tool(name):

@@ -58,8 +58,9 @@ def fake_cluster(folder):
     (folder / "bin").mkdir()
     (folder / "infra/docker/with-secrets").write_bytes((INFRA / "docker/with-secrets").read_bytes())
     stubs = {
-        ".venv/bin/python": 'echo "$*" $TOKEN ${SLURM_JOB_ID-none}; trap "exit 3" TERM; '
-        "while :; do sleep 0.1; done",
+        # Like Prefect's: told to end, it sends itself SIGINT.
+        ".venv/bin/python": 'echo "$*" $TOKEN ${SLURM_JOB_ID-none}; trap "kill -INT $$" TERM; '
+        f'trap "echo ended > {folder}/ended; exit 3" INT; while :; do sleep 0.1; done',
         "bin/sbatch": f'echo "$@" > {folder}/asked',
     }
     for name, line in stubs.items():
@@ -79,9 +80,10 @@ def test_a_worker_whose_time_is_over_is_stopped_and_submitted_again(tmp_path):
         "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
     }
     # `timeout` sends SIGTERM to the script alone, as `--signal=B:TERM` does.
-    done = run(["timeout", "--foreground", "3", "bash", SLURM / "worker.sbatch"], env)
+    done = run(["timeout", "--foreground", "3", "bash", SLURM / "worker.sbatch"], env, timeout=60)
     assert done.stdout.splitlines() == ["-m flows worker the-secret none"]
     assert (tmp_path / "asked").read_text() == "infra/slurm/worker.sbatch\n"
+    assert (tmp_path / "ended").exists()
 
 
 def test_the_service_starts_the_same_worker_with_variables_from_a_file():

@@ -2,19 +2,24 @@
 
 import ipaddress
 import re
+from pathlib import Path
 
 import kubernetes_validate
 import pytest
 import yaml
+from kubernetes.utils.quantity import parse_quantity
 
 from data.addresses import is_public
-from tests.infra.conftest import INFRA, run, tool
+from flows.config import PipelineConfig, parse_assignments
+from flows.launch.command import Job
+from flows.launch.manifest import manifest
+from tests.infra.conftest import INFRA, assert_confined, pod_specs, run, tool
 
 K8S = INFRA / "k8s"
 VERSION = "1.32"
 OVERLAYS = ["small", "gpu-cluster"]
 CUSTOM = ("kueue.x-k8s.io/", "trainer.kubeflow.org/")
-SERVERS = {"prefect", "mlflow"}
+CLUSTER_WIDE = {"Namespace", "ClusterQueue", "ResourceFlavor"}
 
 
 @pytest.fixture(scope="module", params=OVERLAYS)
@@ -69,28 +74,19 @@ def test_every_document_is_valid_and_in_our_namespace(overlay):
     for document in overlay:
         if not document["apiVersion"].startswith(CUSTOM):
             kubernetes_validate.validate(document, VERSION, strict=True)
-        cluster_wide = document["kind"] in {"Namespace", "ClusterQueue", "ResourceFlavor"}
-        assert cluster_wide or document["metadata"]["namespace"] == "gigagan"
+        namespace = None if document["kind"] in CLUSTER_WIDE else "gigagan"
+        assert document["metadata"].get("namespace") == namespace, document["metadata"]
     names = [(d["kind"], d["metadata"]["name"]) for d in overlay]
     assert len(set(names)) == len(names)
 
 
-def test_every_pod_keeps_to_the_restricted_standard(overlay):
-    for name, template in pods(overlay).items():
-        pod = template["spec"]
-        assert pod["securityContext"]["runAsNonRoot"], name
-        assert pod["securityContext"]["runAsUser"] > 0
-        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        assert "hostNetwork" not in pod
-        assert not [volume for volume in pod.get("volumes", ()) if "hostPath" in volume]
-        for container in containers(template):
-            assert container["securityContext"] == {
-                "allowPrivilegeEscalation": False,
-                "readOnlyRootFilesystem": True,
-                "capabilities": {"drop": ["ALL"]},
-            }, (name, container["name"])
-            assert {"requests", "limits"} <= container["resources"].keys()
-            assert re.search(r":[\w.-]*\d", container["image"]), f"{name} is not pinned"
+def test_every_pod_is_confined_and_limited(overlay):
+    found = []
+    for document in overlay:
+        for pod in pod_specs(document):
+            found.append(document["metadata"]["name"])
+            assert_confined(pod, has_claims="volumeClaimTemplates" in document["spec"])
+    assert sorted(found) == sorted(pods(overlay))
     enforced = named(overlay, "Namespace", "gigagan")["metadata"]["labels"]
     assert enforced["pod-security.kubernetes.io/enforce"] == "restricted"
 
@@ -154,6 +150,24 @@ def test_the_example_holds_placeholders_and_the_script_fills_all_of_them():
     assert "CHANGE-ME" not in "".join(random)
     for secret in secrets:
         kubernetes_validate.validate(secret, VERSION, strict=True)
+
+
+def test_a_script_that_is_cut_short_prints_no_part_of_a_secret(tmp_path):
+    stub = tmp_path / "tr"  # from its fifth call on it is ended after five letters
+    stub.write_text(
+        f"#!/bin/sh\necho >> {tmp_path}/calls\n"
+        f'[ $(wc -l < {tmp_path}/calls) -lt 5 ] && exec /usr/bin/tr "$@"\necho abcde\n'
+    )
+    stub.chmod(0o755)
+    done = run([K8S / "make-secrets"], {"PATH": f"{tmp_path}:/usr/bin:/bin"})
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "too short" in done.stderr
+
+
+def test_one_of_two_keys_is_refused():
+    done = run([K8S / "make-secrets"], {"AWS_ACCESS_KEY_ID": "given"})
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "set both" in done.stderr
 
 
 def test_roles_are_as_small_as_they_can_be(overlay):
@@ -295,6 +309,34 @@ def test_the_gpu_queue_is_the_one_that_our_quota_covers():
     assert "nvidia.com/gpu" in group["coveredResources"]
     assert named(documents, "LocalQueue", "gpu")["spec"] == {"clusterQueue": "gigagan"}
     assert queue["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"] == "gigagan"
+
+
+@pytest.fixture
+def trainjob():
+    """The TrainJob of a training on the example resources."""
+    text = (K8S / "resources.yaml").read_text()
+    config = PipelineConfig.preset("laion-64").override(parse_assignments([f"resources={text}"]))
+    log = Path("/app/runs/store/train-base/0123456789abcdef/log")
+    return manifest(Job(["m"], config.resources.train_base, log))
+
+
+def test_training_pods_are_confined_and_limited(trainjob):
+    trainer = trainjob["spec"]["trainer"]
+    (pod,) = pod_specs(trainjob["spec"]["runtimePatches"])
+    (node,) = pod["containers"]
+    whole = {**node, "image": trainer["image"], "resources": trainer["resourcesPerNode"]}
+    assert_confined({**pod, "containers": [whole]}, has_claims=True)
+    assert {"mountPath": "/tmp", "name": "tmp"} in node["volumeMounts"]
+
+
+def test_the_queue_has_a_quota_for_all_that_training_pods_ask_for(trainjob):
+    documents = list(yaml.safe_load_all((K8S / "overlays/gpu-cluster/queue.yaml").read_text()))
+    (group,) = named(documents, "ClusterQueue", "gigagan")["spec"]["resourceGroups"]
+    (flavor,) = group["flavors"]
+    quotas = {quota["name"]: quota["nominalQuota"] for quota in flavor["resources"]}
+    trainer = trainjob["spec"]["trainer"]
+    for name, amount in trainer["resourcesPerNode"]["requests"].items():
+        assert parse_quantity(amount) * trainer["numNodes"] <= parse_quantity(quotas[name]), name
 
 
 def test_a_budget_guards_only_what_has_a_second_replica(overlay):

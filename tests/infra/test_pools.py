@@ -12,7 +12,7 @@ from prefect_kubernetes import KubernetesWorker
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
 from flows import pools
-from tests.infra.conftest import INFRA
+from tests.infra.conftest import INFRA, assert_confined
 
 DEFAULT = KubernetesWorker.get_default_base_job_template()
 MISPLACED = ("parallelism", "completions")
@@ -77,9 +77,8 @@ def test_the_defaults_make_a_valid_confined_job_without_gpus():
     (container,) = pod["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] in (0, "0")
     assert container["image"] == "gigagan-pipeline:0.1.0"
+    assert_confined(pod, has_claims=True)
     assert pod["securityContext"]["runAsUser"] == pools.USER
-    assert pod["securityContext"]["runAsNonRoot"]
-    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     assert manifest["metadata"]["namespace"] == pools.NAMESPACE
     assert manifest["spec"]["template"]["metadata"]["labels"]["gigagan/role"] == "conductor"
     mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
@@ -96,6 +95,7 @@ def test_variables_reach_the_pod():
             node_selector={"pool": "a100"},
             tolerations=[{"key": "reserved", "operator": "Exists"}],
             shm_size="32Gi",
+            scratch="3Gi",
             store_claim="other",
             store_path="/mnt/store",
             secret="s",
@@ -111,6 +111,9 @@ def test_variables_reach_the_pod():
     assert pod["tolerations"] == [{"key": "reserved", "operator": "Exists"}]
     volumes = {volume.pop("name"): volume for volume in pod["volumes"]}
     assert volumes["shm"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "32Gi"}
+    assert volumes["tmp"]["emptyDir"] == {"sizeLimit": "3Gi"}
+    for kind in ("requests", "limits"):
+        assert container["resources"][kind]["ephemeral-storage"] == "3Gi"
     assert volumes["store"]["persistentVolumeClaim"] == {"claimName": "other"}
     assert {"name": "store", "mountPath": "/mnt/store"} in container["volumeMounts"]
     assert container["envFrom"] == [{"configMapRef": {"name": "c"}}, {"secretRef": {"name": "s"}}]
