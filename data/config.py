@@ -6,6 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+"""A field that holds a seed; gigagan.seeds.LARGEST is the same."""
+
 
 class Frozen(BaseModel):
     """A config: immutable, unknown keys refused, field docstrings as descriptions."""
@@ -40,7 +43,7 @@ class EmbeddedConfig(Frozen):
     """Most held-out pictures; every concept comes once before a second time."""
     defect_fraction: float = Field(default=0.2, ge=0, le=0.8)
     """Share of the rows that carry a planted defect."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides what is never trained, captions, defects and the order of rows."""
 
     @model_validator(mode="after")
@@ -79,7 +82,7 @@ class DownloadConfig(Frozen):
     """What no two rows share: of equal ones a seeded choice stays."""
     max_rows: int | None = Field(default=None, ge=1)
     """Rows kept after the pre-filter, a seeded sample; all of them when null."""
-    seed: int = 0
+    seed: Seed = 0
     """Order of the rows, and so the contents of shards; each host is spread over all of them."""
 
     min_side: int | None = Field(default=64, ge=1)
@@ -222,7 +225,7 @@ class ScoreConfig(Frozen):
     """Of open_clip encoders; `auto` is bfloat16 where the device computes in it."""
     devices: tuple[str, ...] = ("auto",)
     """Worker processes take these in turn; `auto` is every CUDA device, or else the CPU."""
-    seed: int = 0
+    seed: Seed = 0
     """Folds of the cross-fitted aligner."""
 
     @model_validator(mode="after")
@@ -267,6 +270,18 @@ class FilterConfig(Frozen):
     """Least short side of the decoded picture, px."""
     max_aspect: float = Field(default=2.0, ge=1)
     """Greatest long side ÷ short side of the decoded picture."""
+    min_caption_words: int | None = Field(default=None, ge=0)
+    """Fewest words of a caption, parted by blanks. Captions that are empty or hold control
+    characters are dropped whatever is set here."""
+    max_caption_words: int | None = Field(default=None, ge=0)
+    """Most words of a caption."""
+    min_caption_chars: int | None = Field(default=None, ge=0)
+    """Fewest characters of a caption."""
+    max_caption_chars: int | None = Field(default=None, ge=0)
+    """Most characters of a caption."""
+    min_distinct_words: float | None = Field(default=None, ge=0, le=1)
+    """Least share of different words in a caption, whatever their case: one word 20 times has 0.05,
+    a sentence 0.7 and more. 0.3 is for captions that only repeat. A million rows take some 7 s."""
     languages: tuple[str, ...] | None = None
     """ISO 639-1 codes of the captions' languages that are kept; all when null."""
     max_phash_change: int | None = Field(default=16, ge=0, le=64)
@@ -296,6 +311,13 @@ class FilterConfig(Frozen):
             raise ValueError(
                 f"filter.resolutions is {self.resolutions}: give distinct sizes, smallest first"
             )
+        for unit in ("words", "chars"):
+            least, most = (getattr(self, f"{bound}_caption_{unit}") for bound in ("min", "max"))
+            if least is not None and most is not None and least > most:
+                raise ValueError(
+                    f"filter.min_caption_{unit} is {least} and max_caption_{unit} {most}, which no "
+                    "caption fulfils: lower the one or raise the other"
+                )
         if self.decontaminate and self.max_phash_distance is None:
             raise ValueError(
                 "filter.decontaminate looks for near duplicates, but filter.max_phash_distance is "

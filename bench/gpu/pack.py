@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from bench import predict
@@ -30,7 +30,7 @@ from data.concepts import STYLES, Concept, concepts, nameable
 from data.demo import PALETTE, SCALE, TEMPLATE_SHARES, TEMPLATES, render
 from flows.config import PipelineConfig
 from gigagan.config.presets import preset as preset_of
-from gigagan.models import pretrained
+from gigagan.models import pretrained, tensors
 
 PACKAGES = ("pydantic", "pydantic-core", "annotated-types", "typing-inspection")
 """What the project needs of Python packages where PyTorch's companions are there already."""
@@ -123,9 +123,9 @@ def _text_encoder(folder: Path, words: Sequence[str]) -> None:
     table = weights.pop(embedding)
     kept = {key: value.half() for key, value in weights.items() if value.is_floating_point()}
     kept["words"] = table[used].half()
-    tensors = {key: value.contiguous() for key, value in kept.items()}
+    whole = {key: value.contiguous() for key, value in kept.items()}
     ids = torch.tensor(used, dtype=torch.int32)
-    save_file(tensors | {"word_ids": ids}, folder / "minilm.safetensors")
+    tensors.write(folder / "minilm.safetensors", whole | {"word_ids": ids}, {})
     shutil.copy(pretrained.locate(f"{name}/tokenizer"), folder / "tokenizer.json")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,15 +13,18 @@ from gigagan.commands.options import (
     Commands,
     add_drawing,
     add_networks,
+    add_overwrite,
+    check,
+    check_sheet,
     device,
+    is_made,
     progress_bar,
     provenance,
+    sha256_of,
     tell,
 )
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from gigagan.inference.sampler import Sampler
 
 _EXAMPLES = """examples:
@@ -45,24 +50,27 @@ def add(commands: Commands) -> None:
     )
     kinds = command.add_subparsers(dest="kind", required=True)
 
-    def kind(name: str, help: str, out: str) -> argparse.ArgumentParser:
+    def kind(name: str, help: str, out: str = "edited-{}") -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = kinds.add_parser(name, help=help)
         add_networks(parser)
         add_drawing(parser)
-        parser.add_argument("--out", type=Path, default=Path(out), help="(%(default)s)")
+        parser.add_argument(
+            "--out", type=Path, default=Path(out.format(name)), help="(%(default)s)"
+        )
+        add_overwrite(parser)
         return parser
 
-    one = kind("interpolate", "from one prompt to another at one latent", "edited")
+    one = kind("interpolate", "from one prompt to another at one latent")
     one.add_argument("prompts", nargs=2, metavar="PROMPT")
     one.add_argument("--steps", type=int, default=7, help="pictures (%(default)s)")
-    one = kind("mix", "a second prompt in the fine levels", "edited")
+    one = kind("mix", "a second prompt in the fine levels")
     one.add_argument("prompts", nargs=2, metavar="PROMPT")
     one.add_argument("--crossover", type=int, help="first level of the second (half of them)")
-    one = kind("swap", "coarse levels of one latent, fine ones of another", "edited")
+    one = kind("swap", "coarse levels of one latent, fine ones of another")
     one.add_argument("prompts", nargs=1, metavar="PROMPT")
     one.add_argument("--style-seed", type=int, required=True, help="of the fine levels")
     one.add_argument("--crossover", type=int, help="first level of the second (half of them)")
-    one = kind("truncate", "from the typical to the free", "edited")
+    one = kind("truncate", "from the typical to the free")
     one.add_argument("prompts", nargs=1, metavar="PROMPT")
     one.add_argument("--steps", type=int, default=5, help="pictures (%(default)s)")
     one = kind("walk", "a way through latents and prompts, as GIF or MP4", "walk.gif")
@@ -73,7 +81,7 @@ def add(commands: Commands) -> None:
     one = kind("direction", "find an attribute's direction from pairs of prompts", "direction")
     one.add_argument("--without", nargs="+", required=True, metavar="PROMPT")
     one.add_argument("--having", nargs="+", required=True, metavar="PROMPT")
-    one = kind("move", "along such a direction", "edited")
+    one = kind("move", "along such a direction")
     one.add_argument("prompts", nargs=1, metavar="PROMPT")
     one.add_argument("--along", type=Path, required=True, help="what `direction` wrote")
     one.add_argument("--strengths", nargs="+", type=float, default=[-1, 0, 1], help="(-1 0 1)")
@@ -81,17 +89,24 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load the networks, then do the one thing."""
+    """Load the networks, then do the one thing; nothing is written before all of it is checked."""
+    from gigagan.inference.prompts import check_prompt
     from gigagan.inference.sampler import load
 
+    check(args)
+    for strength in getattr(args, "strengths", ()):
+        if not math.isfinite(strength):
+            raise ValueError(f"--strengths {strength}: give numbers")
     sampler = load(args.base, args.upsampler, device=device(args))
+    for name in ("prompts", "without", "having"):
+        given = getattr(args, name, ())
+        setattr(args, name, [check_prompt(p, sampler.encoder, cut=args.cut) for p in given])
     if args.kind == "walk":
-        return _walk(sampler, args)
-    if args.kind == "direction":
-        return _direction(sampler, args)
-    steps = _steps(sampler, args)
-    _write(sampler, steps, args)
-    return None
+        _walk(sampler, args)
+    elif args.kind == "direction":
+        _direction(sampler, args)
+    else:
+        _write(sampler, _steps(sampler, args), args)
 
 
 Steps = list[tuple[str, dict[str, Any]]]
@@ -118,60 +133,93 @@ def _steps(sampler: Sampler, args: argparse.Namespace) -> Steps:
             (f"{s:+g}", {"shift": directions.Shift(found, s, args.space)}) for s in args.strengths
         ]
     if args.kind == "mix":
-        second = {"edit": Edit(args.prompts[1], "mix", crossover=args.crossover)}
-        return [("first", {}), ("mixed", second), ("second", {"prompt": args.prompts[1]})]
+        mix = Edit(args.prompts[1], "mix", crossover=args.crossover)
+        mix.first_level(len(sampler.base.levels))
+        second = {"prompt": args.prompts[1]}
+        return [("first", {}), ("mixed", {"edit": mix}), ("second", second)]
     swap = Edit(how="style", seed=args.style_seed, crossover=args.crossover)
+    swap.first_level(len(sampler.base.levels))
     return [("first", {}), ("swapped", {"edit": swap}), ("second", {"seed": args.style_seed})]
 
 
 def _write(sampler: Sampler, steps: Steps, args: argparse.Namespace) -> None:
-    from gigagan.evaluation.report import caption_grid
-    from gigagan.inference.editing import Edit
-    from gigagan.inference.pictures import save_picture
+    from PIL import Image
 
-    drawn: list[Image.Image] = []
+    from gigagan.evaluation.report import caption_grid
+    from gigagan.inference.pictures import read_about, save_picture
+
+    common = provenance(sampler.snapshots)
+    wanted = []
     for number, (name, changes) in enumerate(steps):
         settings: dict[str, Any] = {"seed": args.seed, "truncation": args.truncation, **changes}
         prompt = settings.pop("prompt", args.prompts[0])
-        (picture,) = sampler.sample([prompt], cut=args.cut, **settings)
-        edit = settings.pop("edit", None)
-        shift = settings.pop("shift", None)
-        about = {**provenance(sampler.snapshots), "prompt": prompt, **settings}
-        if isinstance(edit, Edit):
+        about = {**common, "prompt": prompt, **settings}
+        if edit := about.pop("edit", None):
             about["edit"] = edit.told()
-        if shift is not None:
-            about["along"] = {"file": args.along.name, "strength": shift.strength}
+        if shift := about.pop("shift", None):
+            about["along"] = {
+                "file": args.along.name,
+                "sha256": sha256_of(args.along),
+                "strength": shift.strength,
+                "space": shift.space,
+            }
         path = args.out / f"{number:03d}.png"
-        save_picture(path, picture, about)
-        tell(path, about, step=name)
-        drawn.append(picture)
+        there = is_made(path, about, overwrite=args.overwrite, read=read_about)
+        wanted.append((name, path, about, prompt, settings, there))
+    strip = args.out / "strip.png"
+    check_sheet(strip, overwrite=args.overwrite)
+    drawn: list[Image.Image] = []
+    for _, path, _, prompt, settings, there in wanted:
+        new = [] if there else sampler.sample([prompt], cut=args.cut, **settings)
+        drawn += new or [Image.open(path)]
+    for (name, path, about, _, _, there), picture in zip(wanted, drawn, strict=True):
+        if not there:
+            save_picture(path, picture, about)
+        tell(path, about, step=name, skipped=there)
     title = f"{args.kind}: {', '.join(name for name, _ in steps)}"
     rows = [(" to ".join(args.prompts), drawn)]
-    caption_grid(rows, title=title).save(args.out / "strip.png")
-    print(f"{args.out / 'strip.png'} shows all of them", file=sys.stderr)
+    save_picture(strip, caption_grid(rows, title=title), {**common, "sheet": "strip"})
+    print(f"{strip} shows all of them", file=sys.stderr)
 
 
 def _walk(sampler: Sampler, args: argparse.Namespace) -> None:
     from gigagan.inference import walk
 
-    with progress_bar("frames") as progress:
-        pictures = walk.walk(
-            sampler,
-            args.prompts,
-            seed=args.seed,
-            frames=args.frames,
-            truncation=args.truncation,
-            loop=not args.no_loop,
-            progress=progress,
-        )
-    walk.save(args.out, pictures, fps=args.fps)
-    tell(args.out, {"prompts": args.prompts, "seed": args.seed, "frames": len(pictures)})
+    walk.check(args.out, frames=args.frames, fps=args.fps)
+    about = {
+        **provenance(sampler.snapshots),
+        "prompts": args.prompts,
+        "seed": args.seed,
+        "truncation": args.truncation,
+        "frames": args.frames,
+        "fps": args.fps,
+        "loop": not args.no_loop,
+    }
+    there = is_made(args.out, about, overwrite=args.overwrite, read=walk.read_about)
+    if not there:
+        with progress_bar("frames") as progress:
+            pictures = walk.walk(
+                sampler,
+                args.prompts,
+                seed=args.seed,
+                frames=args.frames,
+                truncation=args.truncation,
+                loop=not args.no_loop,
+                progress=progress,
+            )
+        walk.save(args.out, pictures, fps=args.fps, about=about)
+    tell(args.out, about, skipped=there)
 
 
 def _direction(sampler: Sampler, args: argparse.Namespace) -> None:
     from gigagan.inference import directions
 
-    path = args.out if args.out.suffix == ".safetensors" else args.out.with_suffix(".safetensors")
-    found = directions.find(sampler, args.without, args.having)
-    directions.save(path, found)
-    tell(path, found.about, norm=float(found.style_S.norm()))
+    path = args.out
+    if path.suffix != ".safetensors":
+        path = path.with_name(f"{path.name}.safetensors")
+    about = directions.described(args.without, args.having) | provenance(sampler.snapshots)
+    there = is_made(path, about, overwrite=args.overwrite, read=directions.read_about)
+    if not there:
+        found = directions.find(sampler, args.without, args.having)
+        directions.save(path, dataclasses.replace(found, about=about))
+    tell(path, about, skipped=there)

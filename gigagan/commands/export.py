@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from gigagan.commands.options import Commands, provenance
+from gigagan.commands.options import (
+    Commands,
+    add_overwrite,
+    check,
+    is_made,
+    provenance,
+    sha256_of,
+)
 
 _EXAMPLES = """examples:
   python -m gigagan export runs/…/snapshot.safetensors small.safetensors
@@ -14,8 +21,6 @@ _EXAMPLES = """examples:
 
 An .onnx holds a network for one prompt: a generator from z, or an upsampler (of one latent, by
 --seed) from tiles and noise. It is run once in onnxruntime and held against the original."""
-PARITY = 1e-3
-"""Largest difference to the original, of pixels in [−1, 1], that is taken for rounding."""
 
 
 def add(commands: Commands) -> None:
@@ -32,15 +37,19 @@ def add(commands: Commands) -> None:
     command.add_argument("out", type=Path, help=".safetensors (weights as bfloat16) or .onnx")
     command.add_argument("--prompt", help="of an .onnx")
     command.add_argument("--seed", type=int, default=0, help="of an upsampler's latent")
+    add_overwrite(command)
 
 
 def run(args: argparse.Namespace) -> None:
     """Write what the ending of `out` asks for."""
+    check(args)
     path = _snapshot(args.snapshot)
+    if args.out.exists() and path.exists() and args.out.samefile(path):
+        raise ValueError(f"{args.out} would be replaced by itself: give another name")
     if args.out.suffix == ".onnx":
         _onnx(path, args)
     elif args.out.suffix == ".safetensors":
-        _halve(path, args.out)
+        _halve(path, args)
     else:
         raise ValueError(f"{args.out}: the name must end in .safetensors or .onnx")
 
@@ -53,20 +62,23 @@ def _snapshot(given: str) -> Path:
     return own.get(given) or Path(given)
 
 
-def _halve(path: Path, out: Path) -> None:
+def _halve(path: Path, args: argparse.Namespace) -> None:
     import torch
 
     from gigagan.models import snapshot
 
     network, about = snapshot.load(path)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    snapshot.save(out, network, about, dtype=torch.bfloat16)
-    sizes = [file.stat().st_size / 1e6 for file in (path, out)]
-    print(f"{out}: {sizes[1]:.1f} MB of {sizes[0]:.1f} MB")
+    about = {**about, "rounded_from": sha256_of(path)}
+    if is_made(args.out, about, overwrite=args.overwrite, read=snapshot.read_about):
+        print(f"{args.out} is there already")
+        return
+    snapshot.save(args.out, network, about, dtype=torch.bfloat16)
+    sizes = [file.stat().st_size / 1e6 for file in (path, args.out)]
+    print(f"{args.out}: {sizes[1]:.1f} MB of {sizes[0]:.1f} MB")
 
 
 def _onnx(path: Path, args: argparse.Namespace) -> None:
-    from gigagan.inference.onnx_export import export
+    from gigagan.inference.onnx_export import export, read_about
     from gigagan.inference.prompts import check_prompt
     from gigagan.models import pretrained, snapshot
 
@@ -77,9 +89,10 @@ def _onnx(path: Path, args: argparse.Namespace) -> None:
         raise ValueError(f"{path} is of a network without text, which has no prompt")
     encoder = pretrained.text_encoder(network.config.text.encoder)
     prompt = check_prompt(args.prompt, encoder)
-    about = provenance({"network": path})
+    about = {**provenance({"network": path}), "prompt": prompt, "seed": args.seed}
+    if is_made(args.out, about, overwrite=args.overwrite, read=read_about):
+        print(f"{args.out} is there already")
+        return
     difference = export(args.out, network, encoder, prompt, seed=args.seed, about=about)
     size = args.out.stat().st_size / 1e6
     print(f"{args.out}: {size:.1f} MB, differs from the original by at most {difference:.1e}")
-    if difference > PARITY:
-        raise ValueError(f"{args.out} draws other pictures than the original: do not use it")

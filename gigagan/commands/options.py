@@ -57,6 +57,63 @@ def add_drawing(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_overwrite(command: argparse.ArgumentParser) -> None:
+    """Whether what another call, or somebody, wrote may go."""
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace files that are there and differ"
+    )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Numbers that several commands take, as far as they can be judged without a network.
+
+    Raises:
+        ValueError: one is out of its range.
+    """
+    for name, least in {
+        "seed": 0,
+        "style_seed": 0,
+        "count": 1,
+        "batch_size": 1,
+        "times": 1,
+    }.items():
+        value = getattr(args, name, None)
+        if value is not None and not least <= value < 2**63:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give {least} to 2^63 - 1")
+    truncation = getattr(args, "truncation", 1)
+    if not 0 <= truncation <= 1:
+        raise ValueError(f"--truncation {truncation}: give a value from 0 to 1")
+
+
+def is_made(
+    path: Path,
+    about: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    read: Callable[[Path], Mapping[str, Any] | None],
+) -> bool:
+    """Whether the file is there and is what `about` says; `read` gives what a file says of itself.
+
+    Raises:
+        ValueError: another file has the name, and it is not to be overwritten.
+    """
+    if overwrite or not path.exists():
+        return False
+    if read(path) != json.loads(json.dumps(about)):
+        raise ValueError(
+            f"{path} is there and was made otherwise: write to another place, or --overwrite"
+        )
+    return True
+
+
+def check_sheet(path: Path, *, overwrite: bool) -> None:
+    """A sheet of pictures is made again with them; ValueError where the name is somebody else's."""
+    from gigagan.inference.pictures import read_about
+
+    if path.exists() and not overwrite and (read_about(path) or {}).get("sheet") != path.stem:
+        raise ValueError(f"{path} is there and no sheet of ours: choose another --out")
+
+
 def provenance(snapshots: Mapping[str, Path]) -> dict[str, Any]:
     """Version and hashes of the networks: part of what a picture's file says."""
     from importlib.metadata import PackageNotFoundError, version
@@ -65,7 +122,7 @@ def provenance(snapshots: Mapping[str, Path]) -> dict[str, Any]:
         ours = version("gigagan-pipeline")
     except PackageNotFoundError:
         ours = "unknown"
-    return {"version": ours, "snapshots": {n: _sha256(p) for n, p in snapshots.items()}}
+    return {"version": ours, "snapshots": {n: sha256_of(p) for n, p in snapshots.items()}}
 
 
 def tell(path: Path, about: Mapping[str, Any], **more: object) -> None:
@@ -91,6 +148,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from gigagan.commands.options import Commands, add_networks, device
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
 
 def add(commands: Commands) -> None:
     """Its arguments."""
@@ -27,13 +25,13 @@ def run(args: argparse.Namespace) -> None:
     from gigagan.inference.sampler import load
 
     sampler = load(args.base, args.upsampler, device=device(args))
-    if args.host not in LOOPBACK:
+    if args.host not in page.LOOPBACK:
         print(
             f"warning: {args.host} lets other machines draw here; nothing asks who they are",
             file=sys.stderr,
         )
     with tempfile.TemporaryDirectory(prefix="gigagan-play-") as folder:
-        page.prepare(Path(folder))
+        page.prepare(Path(folder), args.host)
         address = page.serve(page.Table(sampler, Path(folder)), host=args.host, port=args.port)
         print(f"{address}  (Ctrl-C ends it)", flush=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -13,13 +13,19 @@ from gigagan.commands.options import (
     Commands,
     add_drawing,
     add_networks,
+    add_overwrite,
+    check,
+    check_sheet,
     device,
+    is_made,
     progress_bar,
     provenance,
     tell,
 )
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from gigagan.inference.sampler import Sampler
 
 _EXAMPLES = """examples:
@@ -47,11 +53,8 @@ def add(commands: Commands) -> None:
     command.add_argument("--count", type=int, default=1, help="pictures per prompt (%(default)s)")
     command.add_argument("--batch-size", type=int, default=16, help="at once (%(default)s)")
     command.add_argument("--no-upscale", action="store_true", help="the base's pictures alone")
-    command.add_argument("--baked", action="store_true", help="fold each style into convolutions")
     command.add_argument("--grid", action="store_true", help="all of them in grid.png, too")
-    command.add_argument(
-        "--overwrite", action="store_true", help="replace pictures of other settings"
-    )
+    add_overwrite(command)
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,7 @@ class _Wanted:
 
 def run(args: argparse.Namespace) -> None:
     """Draw what is not there yet; raises ValueError at the end if a prompt was no good."""
-    if args.count < 1:
-        raise ValueError(f"--count {args.count}: give 1 or more")
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size {args.batch_size}: give 1 or more")
+    check(args)
     given = list(_prompts(args))
     if not given:
         raise ValueError("no prompts: give some, or --from-file")
@@ -90,18 +90,19 @@ def run(args: argparse.Namespace) -> None:
         number += args.count  # a bad line takes its numbers along: the others keep theirs
 
     common = _common(args, sampler)
-    missing = []
+    missing, there = [], []
     for one in wanted:
         about = {**common, "prompt": one.prompt, "number": one.number}
         path = one.path(args.out)
-        if path.exists() and not args.overwrite:
-            if read_about(path) != about:
-                raise ValueError(
-                    f"{path} is there and was drawn otherwise: choose another --out, or --overwrite"
-                )
-            tell(path, about, skipped=True)
+        if is_made(path, about, overwrite=args.overwrite, read=read_about):
+            there.append((path, about))
         else:
             missing.append((one, about))
+    grid = args.out / "grid.png"
+    if args.grid:
+        check_sheet(grid, overwrite=args.overwrite)
+    for path, about in there:
+        tell(path, about, skipped=True)
     with progress_bar("pictures") as progress:
         for start in range(0, len(missing), args.batch_size):
             batch = missing[start : start + args.batch_size]
@@ -110,7 +111,8 @@ def run(args: argparse.Namespace) -> None:
                 tell(one.path(args.out), about, skipped=False)
             progress(start + len(batch), len(missing))
     if args.grid and wanted:
-        _grid(wanted, args)
+        save_picture(grid, _grid(wanted, args), {**common, "sheet": "grid"})
+        print(f"{grid} shows all of them", file=sys.stderr)
     if refused:
         raise ValueError(f"{refused} of {len(given)} prompts were not drawn: see above")
 
@@ -156,12 +158,11 @@ def _draw(
         upscale=not args.no_upscale,
         latents_BZ=z_BZ,
         places=[one.number for one, _ in batch],
-        baked=args.baked,
         cut=args.cut,
     )
 
 
-def _grid(wanted: list[_Wanted], args: argparse.Namespace) -> None:
+def _grid(wanted: list[_Wanted], args: argparse.Namespace) -> Image.Image:
     from PIL import Image
 
     from gigagan.evaluation.report import caption_grid
@@ -170,6 +171,4 @@ def _grid(wanted: list[_Wanted], args: argparse.Namespace) -> None:
     for start in range(0, len(wanted), args.count):
         own = wanted[start : start + args.count]
         rows.append((own[0].prompt, [Image.open(one.path(args.out)) for one in own]))
-    path = args.out / "grid.png"
-    caption_grid(rows, title=f"seed {args.seed}", columns=max(1, 8 // args.count)).save(path)
-    print(f"{path} shows all of them", file=sys.stderr)
+    return caption_grid(rows, title=f"seed {args.seed}", columns=max(1, 8 // args.count))

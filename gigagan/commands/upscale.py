@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from gigagan.commands.options import Commands, add_networks, device, progress_bar, provenance, tell
+from gigagan.commands.options import (
+    Commands,
+    add_networks,
+    add_overwrite,
+    check,
+    device,
+    is_made,
+    progress_bar,
+    provenance,
+    sha256_of,
+    tell,
+)
 
 _EXAMPLES = """examples:
   python -m gigagan upscale photo.jpg --prompt "a violin on a table"
   python -m gigagan upscale samples/                 # prompts from the PNGs that `sample` wrote
   python -m gigagan upscale photo.jpg --prompt "…" --times 2
 
-Pictures may have any size: they go through the upsampler in overlapping tiles."""
+Pictures may have any size: they go through the upsampler in overlapping tiles. Made small again,
+the result is the picture itself. A second call passes over what the first one made."""
 
 
 def add(commands: Commands) -> None:
@@ -35,57 +47,90 @@ def add(commands: Commands) -> None:
         "--overlap", type=int, help="of tiles, in pixels of the input (3/8 of a tile)"
     )
     command.add_argument("--batch-size", type=int, default=16, help="tiles at once (%(default)s)")
-    command.add_argument("--baked", action="store_true", help="fold the style into convolutions")
     command.add_argument("--cut", action="store_true", help="cut a prompt that is too long")
-    command.add_argument("--overwrite", action="store_true", help="replace what is there")
+    add_overwrite(command)
 
 
 def run(args: argparse.Namespace) -> None:
     """Enlarge what can be; raises ValueError at the end if some could not."""
+    from gigagan.inference import tiles
     from gigagan.inference.pictures import PictureError, open_picture, read_about, save_picture
+    from gigagan.inference.prompts import check_prompt
     from gigagan.inference.sampler import load
 
-    if args.times < 1:
-        raise ValueError(f"--times {args.times}: give 1 or more")
-    sampler = load(args.base, args.upsampler, device=device(args))
+    check(args)
     files = list(_files(args.images))
-    targets = [args.out / f"{path.stem}.png" for path in files]
-    if len(set(targets)) < len(targets):
-        raise ValueError("two pictures have one name: enlarge them into different folders")
-    failed = 0
+    targets = _targets(files, args.out)
+    sampler = load(args.base, args.upsampler, device=device(args))
+    if sampler.upsampler is None:
+        raise ValueError(f"{args.base} alone does not enlarge: give --upsampler")
+    if args.overlap is not None:
+        tiles.starts(0, sampler.upsampler.config.input_resolution, args.overlap)
+    prompt_of_all = args.prompt
+    if prompt_of_all is not None:
+        prompt_of_all = check_prompt(prompt_of_all, sampler.encoder, cut=args.cut)
+    common = {**provenance(sampler.snapshots), "seed": args.seed, "times": args.times}
+    common |= {"overlap": args.overlap}
+    failed, missing = 0, []
     for path, target in zip(files, targets, strict=True):
         try:
-            if target.exists() and not args.overwrite:
-                raise PictureError(f"{target} is there: choose another --out, or --overwrite")
-            own = read_about(path) or {}
-            prompt = args.prompt or own.get("prompt")
+            picture = open_picture(path)
+            prompt = prompt_of_all or (read_about(path) or {}).get("prompt")
             if prompt is None:
                 raise PictureError(f"{path} does not say what it shows: give --prompt")
-            picture = open_picture(path)
-            with progress_bar(path.name) as progress:
-                for _ in range(args.times):
-                    settings: dict[str, Any] = {"seed": args.seed, "overlap": args.overlap}
-                    settings |= {"batch_size": args.batch_size, "baked": args.baked}
-                    (picture,) = sampler.upscale(
-                        [picture], [prompt], cut=args.cut, progress=progress, **settings
-                    )
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             failed += 1
             continue
-        about = {
-            **provenance(sampler.snapshots),
-            "prompt": prompt,
-            "seed": args.seed,
-            "times": args.times,
-        }
-        save_picture(target, picture, {**about, "enlarged_from": path.name})
-        tell(target, about, width=picture.width, height=picture.height)
+        about = {**common, "prompt": prompt, "enlarged_from": path.name}
+        about |= {"sha256": sha256_of(path)}
+        if is_made(target, about, overwrite=args.overwrite, read=read_about):
+            tell(target, about, skipped=True)
+        else:
+            missing.append((path, target, about))
+    for path, target, about in missing:
+        picture = open_picture(path)
+        try:
+            with progress_bar(path.name) as progress:
+                for _ in range(args.times):
+                    (picture,) = sampler.upscale(
+                        [picture],
+                        [about["prompt"]],
+                        seed=args.seed,
+                        overlap=args.overlap,
+                        batch_size=args.batch_size,
+                        cut=args.cut,
+                        progress=progress,
+                    )
+        except ValueError as error:
+            print(f"error: {path}: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        save_picture(target, picture, about)
+        tell(target, about, skipped=False, width=picture.width, height=picture.height)
     if failed:
         raise ValueError(f"{failed} of {len(files)} pictures were not enlarged: see above")
 
 
-def _files(given: list[Path]) -> list[Path]:
-    from gigagan.evaluation.heldout import pictures_in
+def _files(given: list[Path]) -> Iterator[Path]:
+    from gigagan.evaluation.heldout import SUFFIXES, pictures_in
+    from gigagan.inference.pictures import read_about
 
-    return [file for path in given for file in (pictures_in(path) if path.is_dir() else [path])]
+    for path in given:
+        found = [path]
+        if path.is_dir():  # sheets of ours show what lies beside them
+            found = [p for p in pictures_in(path) if "sheet" not in (read_about(p) or {})]
+        if not found:
+            raise ValueError(f"{path} holds no pictures ({', '.join(sorted(SUFFIXES))})")
+        yield from found
+
+
+def _targets(files: list[Path], out: Path) -> list[Path]:
+    """Where each goes; raises ValueError if two, or it and itself, would be one file."""
+    targets = [out / f"{path.stem}.png" for path in files]
+    if len(set(targets)) < len(targets):
+        raise ValueError("two pictures have one name: enlarge them into different folders")
+    for path, target in zip(files, targets, strict=True):
+        if target.exists() and path.exists() and target.samefile(path):
+            raise ValueError(f"{path} would be replaced by itself enlarged: choose another --out")
+    return targets

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from data.seeds import Seed
 from gigagan.config.networks import (
     DiscriminatorConfig,
     Frozen,
     GeneratorConfig,
     UpsamplerConfig,
 )
+from gigagan.seeds import LARGEST
+
+Seed = Annotated[int, Field(ge=0, le=LARGEST)]
+"""A field that holds a seed."""
 
 
 class OptimizerConfig(Frozen):

@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from gigagan.models import tensors
 from gigagan.models.text import Text
 
 if TYPE_CHECKING:
     from gigagan.inference.sampler import Sampler
 
 FORMAT = "gigagan-direction-1"
+LATENTS = 64
+"""Over which the means are taken."""
 
 
 class DirectionError(ValueError):
@@ -61,7 +63,7 @@ class Shift:
 
 @torch.inference_mode()
 def find(
-    sampler: Sampler, without: Sequence[str], having: Sequence[str], *, num_latents: int = 64
+    sampler: Sampler, without: Sequence[str], having: Sequence[str], *, num_latents: int = LATENTS
 ) -> Direction:
     """The mean difference in w and t over pairs of prompts, each pair at the same latents.
 
@@ -70,10 +72,7 @@ def find(
     Raises:
         ValueError: no pairs, or lists of different lengths.
     """
-    if not without or len(without) != len(having):
-        raise ValueError(
-            f"{len(without)} prompts without and {len(having)} with the attribute: give pairs"
-        )
+    about = described(without, having, num_latents)
     z_BZ = sampler.latents(num_latents, seed=0).to(sampler.device)
     styles, texts = [], []
     for prompts in (without, having):
@@ -84,26 +83,42 @@ def find(
         rows = Text(global_BT=global_PT.repeat_interleave(num_latents, dim=0))
         styles.append(sampler.base.style(z_BZ.repeat(len(prompts), 1), rows).mean(0))
         texts.append(global_PT.mean(0))
-    about = {"without": list(without), "having": list(having), "latents": num_latents}
     return Direction(styles[1] - styles[0], texts[1] - texts[0], about)
+
+
+def described(
+    without: Sequence[str], having: Sequence[str], num_latents: int = LATENTS
+) -> dict[str, Any]:
+    """What a direction of these pairs says of itself; ValueError if they are no pairs."""
+    if not without or len(without) != len(having):
+        raise ValueError(
+            f"{len(without)} prompts without and {len(having)} with the attribute: give pairs"
+        )
+    return {"without": list(without), "having": list(having), "latents": num_latents}
 
 
 def save(path: Path, direction: Direction) -> None:
     """Write a direction as safetensors, whole or not at all."""
-    described = json.dumps({"format": FORMAT, **direction.about}, ensure_ascii=False)
-    partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {"style": direction.style_S.clone(), "global": direction.global_T.clone()}
-    save_file(tensors, partial, metadata={"direction": described})
-    partial.replace(path)
+    told = json.dumps({"format": FORMAT, **direction.about}, ensure_ascii=False)
+    values = {"style": direction.style_S.clone(), "global": direction.global_T.clone()}
+    tensors.write(path, values, {"direction": told})
+
+
+def read_about(path: Path) -> dict[str, Any] | None:
+    """What `save` was told; None for any other file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about: dict[str, Any] = json.loads((file.metadata() or {}).get("direction", "{}"))
+    except (SafetensorError, OSError, ValueError):
+        return None
+    return about if about.pop("format", None) == FORMAT else None
 
 
 def load(path: Path, sampler: Sampler) -> Direction:
     """A direction that was found with a network of the same widths; else DirectionError."""
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("direction", "{}"))
-            if about.pop("format", None) != FORMAT:
+            if (about := read_about(path)) is None:
                 raise DirectionError(f"{path} is no direction: `gigagan edit direction` writes one")
             direction = Direction(file.get_tensor("style"), file.get_tensor("global"), about)
     except (SafetensorError, FileNotFoundError) as error:

@@ -49,9 +49,11 @@ class Edit:
 
 
 def interpolate(a: Text, b: Text, amount: float) -> Text:
-    """Between two texts of as many samples: global descriptors and tokens, place by place.
+    """Between two texts of as many samples; 0 and 1 are the texts themselves.
 
-    Where only one caption has a token, it fades against nothing. 0 and 1 are the texts themselves.
+    Global descriptors are mixed. Attention sees the tokens of both, those of a with their part
+    exp(q·k) times 1 − amount, those of b times amount: by the logarithm of that in the mask, which
+    it adds. So no token appears or goes at once, near the ends neither.
     """
     if amount in (0, 1):
         return b if amount else a
@@ -60,28 +62,9 @@ def interpolate(a: Text, b: Text, amount: float) -> Text:
     global_BT = a.global_BT.lerp(b.global_BT, amount)
     if a.local_BLT is None or b.local_BLT is None or a.mask_BL is None or b.mask_BL is None:
         return Text(global_BT=global_BT)
-    L = max(a.local_BLT.shape[1], b.local_BLT.shape[1])
-    first, second = (_padded(text, L) for text in (a, b))
-    assert first.local_BLT is not None
-    assert second.local_BLT is not None
-    assert first.mask_BL is not None
-    assert second.mask_BL is not None
-    return Text(
-        first.local_BLT.lerp(second.local_BLT, amount), first.mask_BL | second.mask_BL, global_BT
-    )
-
-
-def _padded(text: Text, length: int) -> Text:
-    """Zeros where there is no token, up to this length."""
-    assert text.local_BLT is not None
-    assert text.mask_BL is not None
-    more = length - text.mask_BL.shape[1]
-    local_BLT = text.local_BLT * text.mask_BL[..., None]
-    return Text(
-        torch.nn.functional.pad(local_BLT, (0, 0, 0, more)),
-        torch.nn.functional.pad(text.mask_BL, (0, more)),
-        text.global_BT,
-    )
+    local_BLT = torch.cat([a.local_BLT, b.local_BLT], dim=1)
+    part_BL = torch.cat([a.mask_BL * (1 - amount), b.mask_BL * amount], dim=1)
+    return Text(local_BLT, part_BL.to(local_BLT.dtype).log(), global_BT)
 
 
 def slerp(a: Tensor, b: Tensor, amount: float) -> Tensor:

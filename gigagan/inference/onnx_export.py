@@ -24,6 +24,10 @@ from gigagan.models.text import Text
 from gigagan.models.upsampler import Upsampler
 
 OPSET = 18
+ENTRY = "gigagan"
+"""Entry of the metadata that holds prompt and provenance as JSON."""
+PARITY = 1e-3
+"""Largest difference to the original, of pixels in [−1, 1], that is taken for rounding."""
 _INPUTS = {"generator": ("z",), "upsampler": ("image", "noise")}
 
 
@@ -72,7 +76,8 @@ def export(
     in its place after it ran. `about` goes into its metadata beside prompt and seed.
 
     Raises:
-        ValueError: the packages onnx, onnxscript and onnxruntime are not installed.
+        ValueError: the packages onnx, onnxscript and onnxruntime are not installed; or the file
+            draws otherwise than the network, and is not kept.
     """
     try:
         import onnx
@@ -93,32 +98,48 @@ def export(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial.onnx")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            module,
-            inputs,
-            str(partial),
-            input_names=list(names),
-            output_names=["image_out"],
-            dynamic_shapes=_dynamic(network),
-            opset_version=OPSET,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-    model = onnx.load(str(partial))
-    described = {"prompt": prompt, "seed": seed, **(about or {})}
-    onnx.helper.set_model_props(model, {"gigagan": json.dumps(described, ensure_ascii=False)})
-    onnx.save(model, str(partial))
-    onnx.checker.check_model(str(partial))
-    onnxruntime.disable_telemetry_events()  # it would call its maker
-    session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
-    feed = {name: x.numpy() for name, x in zip(names, others, strict=True)}
-    theirs = session.run(None, feed)[0]
-    difference = float(np.abs(theirs - module(*others).numpy()).max())
-    partial.replace(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                module,
+                inputs,
+                str(partial),
+                input_names=list(names),
+                output_names=["image_out"],
+                dynamic_shapes=_dynamic(network),
+                opset_version=OPSET,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+        model = onnx.load(str(partial))
+        described = {"prompt": prompt, "seed": seed, **(about or {})}
+        onnx.helper.set_model_props(model, {ENTRY: json.dumps(described, ensure_ascii=False)})
+        onnx.save(model, str(partial))
+        onnx.checker.check_model(str(partial))
+        onnxruntime.disable_telemetry_events()  # it would call its maker
+        session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
+        feed = {name: x.numpy() for name, x in zip(names, others, strict=True)}
+        theirs = session.run(None, feed)[0]
+        difference = float(np.abs(theirs - module(*others).numpy()).max())
+        if not difference <= PARITY:
+            raise ValueError(f"{path} would draw otherwise than the original, by {difference:.1e}")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return difference
+
+
+def read_about(path: Path) -> dict[str, Any] | None:
+    """What `export` wrote into the metadata; None for any other file."""
+    try:
+        import onnx
+
+        props = onnx.load(str(path), load_external_data=False).metadata_props
+        return dict(json.loads(next(prop.value for prop in props if prop.key == ENTRY)))
+    except Exception:  # protobuf raises anything
+        return None
 
 
 def _module(

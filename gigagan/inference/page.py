@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from gigagan.inference.editing import Edit
-from gigagan.inference.pictures import as_rgb, save_picture
+from gigagan.inference.pictures import as_rgb, read_about, save_picture
 from gigagan.inference.prompts import PromptError
 
 if TYPE_CHECKING:
     from gigagan.inference.sampler import Sampler
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_PROMPT = 400
 """Characters of a prompt on the page."""
 MAX_SIDE = 1024
@@ -32,7 +33,12 @@ HISTORY = 24
 """Pictures that the page remembers."""
 MAX_SEED = 2**31 - 1
 NOTHING, MIX, BLEND, STYLE = "nothing", "its fine levels", "a blend", "the style of another seed"
-CHANGES = (NOTHING, MIX, BLEND, STYLE)
+CHANGE_OF = {None: NOTHING, "mix": MIX, "interpolate": BLEND, "style": STYLE}
+"""What the page calls no edit and each kind of `Edit`."""
+_CSS = """
+#result img { width: 100%; height: 100%; object-fit: contain; }
+"""
+"""Gradio shows a picture of 128 px in its own pixels."""
 
 
 class TooFastError(ValueError):
@@ -95,6 +101,23 @@ class Table:
             about["edit"] = edit.told()
         return self._keep(picture, about)
 
+    def settings_of(self, path: Path) -> tuple[Any, ...]:
+        """What `draw` takes, as a picture's file says it; of an enlarged one prompt and seed."""
+        about = read_about(path) or {}
+        edit = about.get("edit", {})
+        levels = len(self.sampler.base.levels)
+        return (
+            about.get("prompt", ""),
+            about.get("seed", 0),
+            about.get("truncation", 1.0),
+            CHANGE_OF[edit.get("how")],
+            edit.get("prompt", ""),
+            edit.get("amount", 0.5),
+            edit.get("crossover", levels // 2),
+            edit.get("seed", 1),
+            about.get("upscaled", self.sampler.upsampler is not None),
+        )
+
     def enlarge(self, picture: Image.Image | None, prompt: str, seed: float) -> Path:
         """Enlarge an uploaded picture by the upsampler's factor."""
         if picture is None:
@@ -149,8 +172,14 @@ def _seed(value: float | None) -> int:
     return int(value)
 
 
-def prepare(folder: Path) -> None:
-    """Keep Gradio's own files in `folder`, and it from calling anybody; before it is imported."""
+def prepare(folder: Path, host: str = "127.0.0.1") -> None:
+    """Keep Gradio's own files in `folder`, and it from calling anybody; before it is imported.
+
+    It asks the page on `host` whether it is there: not through a proxy.
+    """
+    spared = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
+    spared = ",".join(filter(None, (spared, *LOOPBACK, host)))
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = spared
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     os.environ["MPLCONFIGDIR"] = str(folder / "matplotlib")  # Gradio imports it
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -184,15 +213,8 @@ def build(table: Table) -> Any:
         return str(path), [str(path), *history][:HISTORY]
 
     def restored(history: list[str], event: gr.SelectData) -> tuple[Any, ...]:
-        from gigagan.inference.pictures import read_about
-
-        about = read_about(Path(history[event.index])) or {}
-        return (
-            about.get("prompt", ""),
-            about.get("seed", 0),
-            about.get("truncation", 1.0),
-            history[event.index],
-        )
+        path = history[event.index]
+        return *table.settings_of(Path(path)), path
 
     restored.__annotations__["event"] = gr.SelectData  # Gradio looks there for what to pass
 
@@ -219,7 +241,9 @@ def build(table: Table) -> Any:
                 )
                 with gr.Accordion("Change it", open=False):
                     change = gr.Radio(
-                        list(CHANGES), value=NOTHING, label="Take from a second prompt or seed"
+                        list(CHANGE_OF.values()),
+                        value=NOTHING,
+                        label="Take from a second prompt or seed",
                     )
                     second = gr.Textbox(
                         label="Second prompt", max_length=MAX_PROMPT, elem_id="second"
@@ -240,7 +264,7 @@ def build(table: Table) -> Any:
                     interactive=sampler.upsampler is not None,
                 )
                 draw = gr.Button("Draw", variant="primary", elem_id="draw")
-            with gr.Column(scale=1, min_width=300):
+            with gr.Column(scale=2, min_width=300):
                 result = gr.Image(
                     label="Picture",
                     type="filepath",
@@ -248,13 +272,15 @@ def build(table: Table) -> Any:
                     interactive=False,
                     elem_id="result",
                     buttons=["download", "fullscreen"],
-                    height=420,
+                    height=560,
                 )
                 gallery = gr.Gallery(
                     label="History: click to take up again",
                     columns=6,
                     height=200,
                     allow_preview=False,
+                    object_fit="contain",
+                    fit_columns=False,
                     elem_id="history",
                 )
         if sampler.upsampler is not None:
@@ -284,9 +310,7 @@ def build(table: Table) -> Any:
             trigger(shown, [*settings, history], [result, history], api_visibility="private")
         new_seed.click(other_seed, None, seed, api_visibility="private")
         history.change(lambda paths: paths, history, gallery, api_visibility="private")
-        gallery.select(
-            restored, history, [prompt, seed, truncation, result], api_visibility="private"
-        )
+        gallery.select(restored, history, [*settings, result], api_visibility="private")
     return blocks.queue(max_size=16, default_concurrency_limit=1)
 
 
@@ -309,6 +333,7 @@ def serve(table: Table, *, host: str, port: int) -> str:
         allowed_paths=[str(table.folder)],
         max_file_size="20mb",
         theme=theme,
+        css=_CSS,
         footer_links=[],
         enable_monitoring=False,
     )

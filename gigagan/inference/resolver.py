@@ -78,15 +78,31 @@ def _tracking_uri(address: str) -> str:
     import mlflow
 
     if given := os.environ.get("MLFLOW_REGISTRY_URI") or os.environ.get("MLFLOW_TRACKING_URI"):
+        _check_database(address, given)
         return given
     if mlflow.is_tracking_uri_set():
         return mlflow.get_tracking_uri()
     if LOCAL_RECORD.is_file():
-        return f"sqlite:///{LOCAL_RECORD.resolve()}"
+        quoted = str(LOCAL_RECORD.resolve()).replace("%", "%25").replace("?", "%3F")
+        return f"sqlite+pysqlite:///{quoted}"  # without +pysqlite MLflow makes a folder of it
     raise SnapshotError(
         f"{address}: set MLFLOW_TRACKING_URI to the server that has it (or work where "
         f"{LOCAL_RECORD} lies)"
     )
+
+
+def _check_database(address: str, uri: str) -> None:
+    """MLflow would make an empty database where there is none; SnapshotError instead."""
+    if not re.match(r"sqlite(\+\w+)?:", uri):
+        return
+    from sqlalchemy.engine import make_url
+
+    file = make_url(uri).database
+    if file and file != ":memory:" and not file.startswith("file:") and not Path(file).is_file():
+        raise SnapshotError(
+            f"{address}: {Path(file).absolute()} is no file ({uri} names it; %25 stands for % and "
+            "%3F for ?)"
+        )
 
 
 def _file(address: str, version: ModelVersion, role: str) -> Path:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from gigagan.config import StyleConfig
 from gigagan.inference import resolver, tiles
@@ -21,11 +22,11 @@ from gigagan.inference.directions import Shift
 from gigagan.inference.editing import Edit, interpolate
 from gigagan.inference.prompts import check_prompt
 from gigagan.models import pretrained, snapshot
-from gigagan.models.baking import bake
 from gigagan.models.encoders import TextEncoder, TextFeatures
 from gigagan.models.generator import Generator, Late
 from gigagan.models.text import Text
 from gigagan.models.upsampler import Upsampler
+from gigagan.seeds import derived
 
 PUBLISHED = Path(__file__).parents[1] / "snapshots"
 """Trained networks that come with the package: emoji, text → 32 px → 128 px."""
@@ -33,7 +34,7 @@ MEAN_LATENTS = 64
 """Latents over which the mean style of a prompt is taken."""
 MAX_OUTPUT_PIXELS = 2**28
 """Of an enlarged picture: 268 million, 16384 × 16384."""
-_KEPT_MEANS = 1024
+_KEPT_MEANS, _KEPT_TEXTS = 1024, 256
 
 
 def load(
@@ -82,15 +83,23 @@ def or_published(base: str | Path | None, upsampler: str | Path | None) -> tuple
     return Path(base), None if upsampler is None else Path(upsampler)
 
 
+class Finest(NamedTuple):
+    """What decides a batch's details under the upsampler."""
+
+    features: TextFeatures
+    seed: int
+    other: TextFeatures | None = None
+    """Read, too, by the share `amount`."""
+    amount: float = 0.0
+
+
 class Drawing(NamedTuple):
     """A batch's text and style, and what an edit puts into the fine levels."""
 
     text: Text
     style_BS: Tensor
     late: Late | None
-    features: TextFeatures
-    """What the upsampler reads."""
-    upsampler_seed: int
+    finest: Finest
 
 
 class Sampler:
@@ -112,6 +121,7 @@ class Sampler:
         self.encoder = _encoder(base.config, self.device)
         """The frozen text encoder of the base."""
         self._means: OrderedDict[str, Tensor] = OrderedDict()
+        self._texts: OrderedDict[tuple[str, str], tuple[Tensor, Tensor]] = OrderedDict()
 
     @property
     def resolution(self) -> int:
@@ -132,7 +142,6 @@ class Sampler:
         shift: Shift | None = None,
         latents_BZ: Tensor | None = None,
         places: Sequence[int] | None = None,
-        baked: bool = False,
         cut: bool = False,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[Image.Image]:
@@ -141,12 +150,12 @@ class Sampler:
         `truncation` ψ below 1 trades variety for typicality (GigaGAN, section 3.6). A picture
         depends on its prompt, its place in the list and the seed, not on `batch_size`. `edit` and
         `shift` change every one of them; `latents_BZ` takes the place of the seed's draws of z, and
-        `places` that of 0, 1, 2… in the list, on which the upsampler's noise depends.
-        `baked` folds style and text of each picture into plain convolutions first: the same
-        pictures to a grey level. `cut` lets prompts through that are longer than the encoder reads.
+        `places` that of 0, 1, 2… in the list, on which the upsampler's noise depends. `cut` lets
+        prompts through that are longer than the encoder reads.
 
         Raises:
             PromptError: a prompt is empty, too long or has control characters.
+            ValueError: another argument is out of its range, or pixels came out as NaN.
         """
         if not 0 <= truncation <= 1:
             raise ValueError(f"truncation={truncation}: give a value from 0 to 1")
@@ -169,12 +178,10 @@ class Sampler:
             drawing = self._prepare(
                 batch, z_BZ[rows], other_BZ[rows], seed, truncation, edit, shift
             )
-            small_BCHW = self._draw(drawing, baked)
+            small_BCHW = self.base.synthesize(drawing.style_BS, drawing.text, drawing.late)[0]
             if upscale and self.upsampler is not None:
                 numbers = list(range(len(prompts)) if places is None else places)[rows]
-                pictures += self._finish(
-                    small_BCHW, drawing.features, drawing.upsampler_seed, numbers
-                )
+                pictures += self._finish(small_BCHW, drawing.finest, numbers)
             else:
                 pictures += _to_pictures(small_BCHW)
             progress(len(pictures), len(prompts))
@@ -196,7 +203,7 @@ class Sampler:
         shift: Shift | None,
     ) -> Drawing:
         """Text and style of a batch, changed as asked."""
-        features = self.encoder.encode(batch)
+        features = self._encode(self.encoder, batch)
         text = self.base.read(features)
         if shift is not None:
             text = shift.of_text(text)
@@ -204,37 +211,47 @@ class Sampler:
         if shift is not None:
             style_BS = shift.of_style(style_BS)
         if edit is None:
-            return Drawing(text, style_BS, None, features, seed)
+            return Drawing(text, style_BS, None, Finest(features, seed))
         second = batch if edit.prompt is None else [edit.prompt] * len(batch)
-        other_features = self.encoder.encode(second)
+        other_features = self._encode(self.encoder, second)
         other_text = self.base.read(other_features)
         other_BS = self._style(second, other_text, other_BZ, truncation)
         if edit.how == "interpolate":
             mixed = interpolate(text, other_text, edit.amount)
-            late = other_features if edit.amount > 0.5 else features
-            return Drawing(mixed, style_BS.lerp(other_BS, edit.amount), None, late, seed)
+            style_BS = style_BS.lerp(other_BS, edit.amount)
+            finest = Finest(features, seed, other_features, edit.amount)
+            return Drawing(mixed, style_BS, None, finest)
         level = edit.first_level(len(self.base.levels))
         tokens = text if edit.how == "style" else other_text
-        finest = features if edit.how == "style" else other_features
-        upsampler_seed = seed if edit.seed is None else edit.seed
-        return Drawing(text, style_BS, Late(other_BS, tokens, level), finest, upsampler_seed)
+        finest = Finest(
+            features if edit.how == "style" else other_features,
+            seed if edit.seed is None else edit.seed,
+        )
+        return Drawing(text, style_BS, Late(other_BS, tokens, level), finest)
 
     def _style(self, batch: list[str], text: Text, z_BZ: Tensor, truncation: float) -> Tensor:
         style_BS = self.base.style(z_BZ.to(self.device), text)
         return self._truncate(style_BS, batch, text, truncation) if truncation < 1 else style_BS
 
-    def _draw(self, drawing: Drawing, baked: bool) -> Tensor:
-        """The base's images B C H W."""
-        text, style_BS, late = drawing[:3]
-        if not baked:
-            return self.base.synthesize(style_BS, text, late)[0]
-        if late is not None:
-            raise ValueError("a baked network has one style and one text: edit without baked")
-        images = []
-        for row in range(len(style_BS)):
-            own = Text(*(x if x is None else x[row : row + 1] for x in text))
-            images.append(bake(self.base, style_BS[row], own)()[0])
-        return torch.cat(images)
+    def _encode(self, encoder: TextEncoder, prompts: Sequence[str]) -> TextFeatures:
+        """Features of the prompts; a prompt that came lately is not encoded again."""
+        keys = [(encoder.name, prompt) for prompt in prompts]
+        found = {key: self._texts[key] for key in keys if key in self._texts}
+        if new := list(dict.fromkeys(key for key in keys if key not in found)):
+            features = encoder.encode([prompt for _, prompt in new])
+            for row, key in enumerate(new):
+                tokens_LD = features.tokens_BLD[row][features.mask_BL[row]]
+                found[key] = tokens_LD, features.pooled_BD[row].clone()
+        self._texts |= found
+        while len(self._texts) > _KEPT_TEXTS:
+            self._texts.popitem(last=False)
+        tokens = [found[key][0] for key in keys]
+        mask = [torch.ones(len(x), dtype=torch.bool, device=x.device) for x in tokens]
+        return TextFeatures(
+            pad_sequence(tokens, batch_first=True),
+            pad_sequence(mask, batch_first=True),
+            torch.stack([found[key][1] for key in keys]),
+        )
 
     @torch.inference_mode()
     def upscale(
@@ -245,20 +262,24 @@ class Sampler:
         seed: int = 0,
         batch_size: int = 16,
         overlap: int | None = None,
-        baked: bool = False,
+        faithful: bool = True,
         cut: bool = False,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[Image.Image]:
-        """Enlarge pictures of any size; beyond the upsampler's input by overlapping tiles.
+        """Enlarge pictures of any size by overlapping tiles.
 
         All tiles of a picture share one z, one style and one text, and are cut from one field of
         noise. `overlap` is in pixels of the input, by default
         three eighths of a tile; less is faster, and a quarter shows a faint grid on smooth areas.
-        `progress` is told the tiles of the picture under way.
+        Made small again by Lanczos' filter the result is the picture itself: the network adds
+        details, and neither shifts colours nor darkens borders (`tiles.keep_low_frequencies`). With
+        `faithful=False` it is what the network makes of pictures of exactly its input's size in
+        one pass, which is how it was trained and how it is measured. `progress` is told the tiles
+        of the picture under way.
 
         Raises:
-            ValueError: without an upsampler, with unequal lists, or for an output of more than
-                `MAX_OUTPUT_PIXELS`.
+            ValueError: without an upsampler, with unequal lists, for an output of more than
+                `MAX_OUTPUT_PIXELS`, or for another size with `faithful=False`.
         """
         if self.upsampler is None:
             raise ValueError("this sampler has no upsampler: load one with load(base, upsampler)")
@@ -276,68 +297,80 @@ class Sampler:
                     f"a picture of {image.width}×{image.height} px would become {made / 1e6:,.0f} "
                     f"megapixels, the limit is {MAX_OUTPUT_PIXELS / 1e6:,.0f}: cut it into parts"
                 )
-        if all(image.size == (tile, tile) for image in images):
-            return self._upscale_tiles(images, prompts, seed, batch_size)
+        if not faithful:
+            return self._pass(images, prompts, seed, batch_size)
         pictures = []
         for index, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
             small_CHW = _from_picture(image)
             z_1Z, noise_CHW = _randomness(config.latent_dim, small_CHW.shape, seed, index)
-            text = self.upsampler.read(encoder.encode([prompt]))
-            style_1S = self.upsampler.style(z_1Z.to(self.device), text)
+            text = self.upsampler.read(self._encode(encoder, [prompt]))
+            network = self._tile_network(self.upsampler.style(z_1Z.to(self.device), text), text)
             large = tiles.enlarge(
                 small_CHW,
                 noise_CHW,
-                self._tile_network(style_1S, text, baked),
+                network,
                 tile=tile,
                 factor=factor,
                 overlap=overlap,
+                margin=tiles.reach(network, tile, factor),
                 batch_size=batch_size,
                 progress=progress,
             )
+            large = tiles.keep_low_frequencies(large, small_CHW)
             pictures.append(Image.fromarray(large.permute(1, 2, 0).contiguous().numpy()))
         return pictures
 
-    def _tile_network(self, style_1S: Tensor, text: Text, baked: bool) -> tiles.Network:
+    def _tile_network(self, style_1S: Tensor, text: Text) -> tiles.Network:
         """Tiles and noise → larger tiles, all of one style and text."""
         upsampler = self.upsampler
         assert upsampler is not None
-        plain = bake(upsampler, style_1S[0], text) if baked else None
 
         def network(tiles_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
             x, noise = tiles_BCHW.to(self.device).clamp(-1, 1), noise_BCHW.to(self.device)
-            if plain is not None:
-                return plain(x, noise)[0]
             return upsampler.synthesize(x, noise, style_1S, text)[0]
 
         return network
 
-    def _upscale_tiles(
+    def _pass(
         self, images: Sequence[Image.Image], prompts: list[str], seed: int, batch_size: int
     ) -> list[Image.Image]:
         """Pictures of exactly the input's size, several in one pass."""
         assert self.upsampler is not None
-        encoder = _encoder(self.upsampler.config, self.device)
+        config = self.upsampler.config
+        tile = config.input_resolution
+        if odd := [image.size for image in images if image.size != (tile, tile)]:
+            raise ValueError(
+                f"a picture of {odd[0][0]}×{odd[0][1]} px, but faithful=False takes those of "
+                f"{tile}×{tile} px: leave it at True"
+            )
+        encoder = _encoder(config, self.device)
         pictures: list[Image.Image] = []
         for start in range(0, len(images), batch_size):
             chunk = images[start : start + batch_size]
             small = torch.stack([_from_picture(i) for i in chunk]).to(self.device)
-            features = encoder.encode(prompts[start : start + batch_size])
+            features = self._encode(encoder, prompts[start : start + batch_size])
             places = range(start, start + len(small))
-            pictures += self._finish(small, features, seed, places)
+            pictures += self._finish(small, Finest(features, seed), places)
         return pictures
 
     def _finish(
-        self, small_BCHW: Tensor, features: TextFeatures, seed: int, places: Sequence[int]
+        self, small_BCHW: Tensor, finest: Finest, places: Sequence[int]
     ) -> list[Image.Image]:
         """The upsampler on one batch; latents and noise depend on an image's place in the list."""
-        assert self.upsampler is not None
-        config = self.upsampler.config
-        draws = [
-            _randomness(config.latent_dim, small_BCHW.shape[1:], seed, index) for index in places
-        ]
+        upsampler = self.upsampler
+        assert upsampler is not None
+        Z = upsampler.config.latent_dim
+        draws = [_randomness(Z, small_BCHW.shape[1:], finest.seed, index) for index in places]
         z_BZ = torch.cat([z for z, _ in draws]).to(self.device)
         noise_BCHW = torch.stack([noise for _, noise in draws]).to(self.device)
-        return _to_pictures(self.upsampler(small_BCHW.clamp(-1, 1), noise_BCHW, z_BZ, features)[0])
+        text = upsampler.read(finest.features)
+        style_BS = upsampler.style(z_BZ, text)
+        if finest.other is not None:
+            other = upsampler.read(finest.other)
+            style_BS = style_BS.lerp(upsampler.style(z_BZ, other), finest.amount)
+            text = interpolate(text, other, finest.amount)
+        images = upsampler.synthesize(small_BCHW.clamp(-1, 1), noise_BCHW, style_BS, text)
+        return _to_pictures(images[0])
 
     def _truncate(self, style_BS: Tensor, batch: list[str], text: Text, psi: float) -> Tensor:
         """w' = lerp(w̄, lerp(w̄|c, w, ψ), ψ): towards the prompt's mean, then the global mean."""
@@ -365,7 +398,7 @@ def _randomness(
     latent_dim: int, shape: Sequence[int], seed: int, index: int
 ) -> tuple[Tensor, Tensor]:
     """The upsampler's z [1, Z] and noise of this shape, of the picture at this place in a list."""
-    random = torch.Generator().manual_seed(seed * 1_000_003 + index)
+    random = torch.Generator().manual_seed(derived(seed, index))
     z_1Z = torch.randn(latent_dim, generator=random)[None]
     return z_1Z, torch.randn(*shape, generator=random)
 
@@ -381,6 +414,8 @@ def _encoder(config: StyleConfig, device: torch.device) -> TextEncoder:
 
 def _to_pictures(images_BCHW: Tensor) -> list[Image.Image]:
     """Images in [−1, 1] → RGB pictures."""
+    if images_BCHW.isnan().any():
+        raise ValueError("NaN instead of a picture: a shift is too strong, or weights are damaged")
     scaled = ((images_BCHW.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return [Image.fromarray(x) for x in scaled.permute(0, 2, 3, 1).cpu().numpy()]
 

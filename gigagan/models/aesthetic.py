@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+
+from gigagan.models import tensors
 
 SOURCE = "sac+logos+ava1-l14-linearMSE.pth"
 """File of github.com/christophschuhmann/improved-aesthetic-predictor, Apache-2.0."""
@@ -63,5 +64,5 @@ def collapse(source: Path, target: Path) -> None:
         "changes": "the product of its five linear layers, taken in float64",
         "input": "image embeddings of OpenAI's CLIP ViT-L/14, L2-normalised",
     }
-    tensors = {"weight_D": weight[0].float().contiguous(), "bias_1": bias.float()}
-    save_file(tensors, target, metadata=about)
+    folded = {"weight_D": weight[0].float().contiguous(), "bias_1": bias.float()}
+    tensors.write(target, folded, about)

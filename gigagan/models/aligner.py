@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from gigagan.models import tensors
 
 DEFAULT_RIDGE = 1.0
 """Best mean similarity and R@10 on unseen emoji, at 64 px as at 224 (0.3 to 3 are near)."""
@@ -71,9 +72,7 @@ class Aligner:
             "text_encoder": self.text_encoder,
             "image_px": self.image_px,
         }
-        partial = path.with_suffix(".partial")
-        save_file(self._tensors(), partial, metadata={"aligner": json.dumps(settings)})
-        partial.replace(path)
+        tensors.write(path, self._tensors(), {"aligner": json.dumps(settings)})
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str = "cpu") -> Aligner:

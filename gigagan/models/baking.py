@@ -2,7 +2,8 @@
 
 With w fixed, kernel selection, modulation and demodulation are constants: each adaptive layer is
 an ordinary convolution, and what attention reads of the style and of the caption is a constant.
-It pays where many images share a style: the tiles of one picture under the upsampler.
+An exported upsampler is one. Here it pays only for large banks and many images of one style:
+folding costs more than it saves where each picture has a style of its own.
 
 Shape letters:
     B batch, S style, L tokens, T text width, O I maps, H W image, h w filter.

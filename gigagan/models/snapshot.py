@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from gigagan.config import GeneratorConfig, UpsamplerConfig
+from gigagan.models import tensors
 from gigagan.models.generator import Generator
 from gigagan.models.upsampler import Upsampler
 
@@ -43,18 +43,22 @@ def save(
         "config": network.config.model_dump(mode="json"),
         "about": dict(about),
     }
-    partial = path.with_suffix(".partial")
-    tensors = {
+    weights = {
         name: (value.to(dtype) if dtype and value.is_floating_point() else value).contiguous()
         for name, value in network.state_dict().items()
     }
     # A single entry: the order of several is not fixed, and equal weights shall be equal bytes.
+    tensors.write(path, weights, {ENTRY: json.dumps(described)})
+
+
+def read_about(path: Path) -> dict[str, object] | None:
+    """What `save` was told; None for any other file."""
     try:
-        save_file(tensors, partial, metadata={ENTRY: json.dumps(described)})
-    except SafetensorError as error:  # a full disk, say
-        partial.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written ({error})") from error
-    partial.replace(path)
+        with safe_open(path, framework="pt") as file:
+            described = json.loads((file.metadata() or {})[ENTRY])
+        return dict(described["about"])
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return None
 
 
 def load(path: Path, *, device: str = "cpu") -> tuple[Generator | Upsampler, dict[str, object]]:
@@ -68,7 +72,7 @@ def load(path: Path, *, device: str = "cpu") -> tuple[Generator | Upsampler, dic
     try:
         with safe_open(path, framework="pt", device=device) as file:
             described = json.loads((file.metadata() or {}).get(ENTRY, "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise SnapshotError(f"{path}: not a readable safetensors file ({error})") from error
     if described.get("format") != FORMAT:
@@ -84,7 +88,7 @@ def load(path: Path, *, device: str = "cpu") -> tuple[Generator | Upsampler, dic
             network = Generator(GeneratorConfig.model_validate(described["config"]))
         else:
             network = Upsampler(UpsamplerConfig.model_validate(described["config"]))
-        network.load_state_dict(tensors)
+        network.load_state_dict(weights)
     except (ValidationError, RuntimeError) as error:
         raise SnapshotError(
             f"{path}: config and weights do not fit this version (if it was written by a newer "

@@ -11,12 +11,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from data.seeds import derived
 from gigagan.config import TrainStage, TrainUpsamplerConfig
 from gigagan.models.encoders import TextFeatures
 from gigagan.models.layers import pyramid
 from gigagan.models.pixels import from_uint8
 from gigagan.models.upsampler import shrink
+from gigagan.seeds import derived
 from gigagan.training.augment import Augment, Draws
 from gigagan.training.captions import CaptionFeatures, RecentCaptions, mismatch
 from gigagan.training.distributed import World

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from gigagan.inference import directions, walk
 from gigagan.inference.editing import Edit, interpolate, slerp
@@ -19,6 +20,21 @@ ONE, TWO = "a red cat", "a blue house on a hill"
 def sampler():
     torch.manual_seed(0)
     return Sampler(Generator(small.GENERATOR).eval(), Upsampler(small.UPSAMPLER).eval())
+
+
+@pytest.fixture(scope="module")
+def attentive():
+    """Networks whose attention and text decide what one sees."""
+    torch.manual_seed(0)
+    config = small.UPSAMPLER.model_copy(
+        update={"input_resolution": 16, "attention": (0, 1), "head_width": 8}
+    )
+    networks = Generator(small.GENERATOR).eval(), Upsampler(config).eval()
+    for network in networks:
+        for name, value in network.named_parameters():
+            if any(part in name for part in ("attention.to_v", "attention.to_out.w", "rgb.bank")):
+                torch.nn.init.normal_(value, std=2)
+    return Sampler(*networks)
 
 
 def drawn(sampler, prompt=ONE, **settings):
@@ -59,14 +75,32 @@ def test_a_style_of_another_seed_swaps_fine_levels_and_leaves_coarse_ones(sample
     assert not torch.equal(plain[0], swapped[0])
 
 
-def test_interpolated_texts_keep_every_token_of_both():
+def test_interpolated_texts_hold_every_token_of_both_by_its_part():
     a = Text(torch.ones(1, 2, 3), torch.tensor([[True, False]]), torch.zeros(1, 3))
     b = Text(torch.full((1, 3, 3), 5.0), torch.ones(1, 3, dtype=torch.bool), torch.ones(1, 3))
     mixed = interpolate(a, b, 0.25)
-    assert mixed.local_BLT[0, :, 0].tolist() == [2.0, 1.25, 1.25]
-    assert mixed.mask_BL.tolist() == [[True, True, True]]
+    assert mixed.local_BLT[0, :, 0].tolist() == [1, 1, 5, 5, 5]
+    torch.testing.assert_close(mixed.mask_BL.exp(), torch.tensor([[0.75, 0, 0.25, 0.25, 0.25]]))
     assert mixed.global_BT.tolist() == [[0.25] * 3]
     assert interpolate(a, b, 0) is a
+
+
+@pytest.mark.parametrize("end", [0.0, 1.0])
+def test_an_interpolation_does_not_jump_at_its_ends(attentive, end):
+    amounts = [end, abs(end - 1e-4), 0.5]
+    there, near, far = (
+        drawn(attentive, edit=Edit(TWO, "interpolate", amount=a), upscale=True) for a in amounts
+    )
+    assert np.abs(far - there).max() > 20
+    assert np.abs(near - there).max() <= 1
+
+
+def test_an_interpolation_does_not_jump_in_its_middle(attentive):
+    before, after = (
+        drawn(attentive, edit=Edit(TWO, "interpolate", amount=a), upscale=True)
+        for a in (0.4999, 0.5001)
+    )
+    assert same(before, after)
 
 
 def test_slerp_keeps_the_norm_and_meets_its_ends():
@@ -94,10 +128,10 @@ def test_a_level_that_the_network_lacks_is_refused(sampler):
         drawn(sampler, edit=Edit(TWO, crossover=4))
 
 
-def test_a_baked_picture_is_the_same_and_edits_are_refused_in_it(sampler):
-    assert same(drawn(sampler), drawn(sampler, baked=True))
-    with pytest.raises(ValueError, match="without baked"):
-        drawn(sampler, baked=True, edit=Edit(TWO))
+def test_pixels_that_are_no_numbers_are_no_picture(sampler):
+    found = directions.Direction(torch.full((12,), 1e30), torch.zeros(32), {})
+    with pytest.raises(ValueError, match="NaN instead of a picture"):
+        drawn(sampler, shift=directions.Shift(found, 1e20))
 
 
 def test_truncation_to_nothing_leaves_the_global_mean_whatever_the_prompt(sampler):
@@ -156,17 +190,18 @@ def test_a_walk_that_loops_has_small_steps_and_comes_back(sampler):
 
 def test_walks_are_written_as_gif_and_mp4(sampler, tmp_path):
     frames = walk.walk(sampler, [ONE], seed=1, frames=3)
-    walk.save(tmp_path / "w.gif", frames)
-    from PIL import Image
-
+    about = {"prompts": [ONE, "小提琴"], "seed": 1}
+    walk.save(tmp_path / "w.gif", frames, about=about)
+    assert walk.read_about(tmp_path / "w.gif") == about
     with Image.open(tmp_path / "w.gif") as gif:
         assert gif.n_frames == 3
     av = pytest.importorskip("av")
-    walk.save(tmp_path / "w.mp4", frames)
+    walk.save(tmp_path / "w.mp4", frames, about=about)
+    assert walk.read_about(tmp_path / "w.mp4") == about
     with av.open(str(tmp_path / "w.mp4")) as video:
         assert sum(1 for _ in video.decode(video=0)) == 3
     with pytest.raises(ValueError, match=r"\.gif or \.mp4"):
-        walk.save(tmp_path / "w.avi", frames)
+        walk.save(tmp_path / "w.avi", frames, about=about)
     assert {p.name for p in tmp_path.iterdir()} == {"w.gif", "w.mp4"}
 
 

@@ -56,6 +56,16 @@ def test_an_upsampler_takes_any_number_of_tiles(tmp_path):
         assert large.shape == (count, 3, 16, 16)
 
 
+@pytest.mark.slow
+def test_a_file_that_draws_otherwise_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("gigagan.inference.onnx_export.PARITY", -1)
+    network = Generator(small.GENERATOR).eval().requires_grad_(False)
+    encoder = pretrained.text_encoder("embedded:minilm-l6")
+    with pytest.raises(ValueError, match=r"g\.onnx would draw otherwise"):
+        export(tmp_path / "g.onnx", network, encoder, PROMPT)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_command_refuses_what_it_cannot_write(tmp_path, capsys):
     file = tmp_path / "g.safetensors"
     snapshot.save(file, Generator(small.GENERATOR), {})

@@ -6,13 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from gigagan.inference.editing import Edit
-from gigagan.inference.page import BLEND, MIX, NOTHING, STYLE, Bucket, Table, TooFastError
+from gigagan.inference.page import BLEND, MIX, NOTHING, STYLE, Bucket, Table, TooFastError, prepare
 from gigagan.inference.pictures import read_about
 
 SETTINGS = {
@@ -31,6 +33,8 @@ SETTINGS = {
 class FakeSampler:
     def __init__(self):
         self.asked = []
+        self.base = SimpleNamespace(levels=[1, 2, 3])
+        self.upsampler = None
 
     def sample(self, prompts, **settings):
         self.asked.append((prompts, settings))
@@ -64,6 +68,18 @@ def test_the_controls_reach_the_sampler_and_the_pictures_metadata(table):
 def test_every_change_is_the_edit_of_its_name(table, change, edit):
     table.draw(**SETTINGS | {"change": change, "second": "a dog"})
     assert table.sampler.asked[0][1]["edit"] == edit
+
+
+@pytest.mark.parametrize("change", [NOTHING, MIX, BLEND, STYLE])
+def test_what_is_taken_up_again_draws_the_same(table, change):
+    table.draw(**SETTINGS | {"change": change, "second": "a dog", "upscale": False})
+    again = table.settings_of(table.folder / "picture-00001.png")
+    assert again[3] == change
+    table.draw(*again)
+    first, second = table.sampler.asked
+    assert first == second
+    files = (read_about(path) for path in sorted(table.folder.iterdir()))
+    assert next(files) == next(files)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +126,21 @@ def test_old_pictures_go(table):
     assert len(list(table.folder.iterdir())) == 48
 
 
+@pytest.mark.parametrize("name", ["no_proxy", "NO_PROXY"])
+def test_the_pages_own_address_is_never_asked_through_a_proxy(tmp_path, monkeypatch, name):
+    for other in ("no_proxy", "NO_PROXY", "http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(other, raising=False)
+    for kept in ("GRADIO_TEMP_DIR", "MPLCONFIGDIR", "GRADIO_ANALYTICS_ENABLED", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(kept, os.environ.get(kept, ""))
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv(name, "example.org")
+    prepare(tmp_path, "192.0.2.7")
+    for host in ("127.0.0.1:7860", "localhost", "192.0.2.7", "example.org"):
+        assert urllib.request.proxy_bypass_environment(host)
+    assert not urllib.request.proxy_bypass_environment("example.com")
+
+
 # ---- in a browser
 
 
@@ -140,7 +171,9 @@ def played(tmp_path_factory):
     process = subprocess.Popen(
         [sys.executable, "-m", "gigagan", "play", "--port", "0"],
         cwd=home,
-        env=os.environ | {"HOME": str(home), "TMPDIR": str(temporary), "PYTHONPATH": str(root)},
+        env=os.environ
+        | {"HOME": str(home), "TMPDIR": str(temporary), "PYTHONPATH": str(root)}
+        | {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"},
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -149,7 +182,7 @@ def played(tmp_path_factory):
     assert address, line
     yield address[0], home, temporary
     process.send_signal(signal.SIGINT)  # with the page still open
-    assert process.wait(timeout=20) == 0
+    assert process.wait(timeout=60) == 0
     assert not list(temporary.iterdir())
 
 
@@ -178,6 +211,9 @@ def test_typing_and_clicking_changes_the_picture_and_nothing_leaves_the_folder(b
 
     type_prompt("flat emoji of a bell on a pink background")
     first = wait.until(lambda b: source())
+    lone = wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "#history img"))[0]
+    wait.until(lambda b: 40 < lone.size["width"] == lone.size["height"] < 200)
+    assert find("#result img").size["width"] > 400
     type_prompt("outlined emoji of a tree on a teal background")
     second = wait.until(lambda b: source() if source() != first else None)
     assert len(wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "#history img"))) >= 1

@@ -1,6 +1,7 @@
 """`models:/…` addresses to files, on a registry that is a database file."""
 
 import hashlib
+import shutil
 
 import pytest
 from mlflow import MlflowClient
@@ -115,6 +116,31 @@ def test_without_a_server_the_variable_is_named(monkeypatch, tmp_path):
     with pytest.raises(SnapshotError, match="set MLFLOW_TRACKING_URI"):
         resolver.resolve("models:/pair@champion")
     assert list(tmp_path.iterdir()) == []  # no database is left behind
+
+
+@pytest.mark.parametrize("place", ["my%20data", "a#b", "a?b", "é ü"])
+def test_the_pipelines_own_record_is_found_whatever_signs_its_path_holds(
+    client, record, files, tmp_path, monkeypatch, place
+):
+    register(client, files)
+    (tmp_path / place / "runs").mkdir(parents=True)
+    shutil.copy(record.removeprefix("sqlite:///"), tmp_path / place / "runs" / "mlflow.db")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.setattr("mlflow.is_tracking_uri_set", lambda: False)
+    monkeypatch.chdir(tmp_path / place)
+    before = sorted(tmp_path.rglob("*"))
+    assert resolver.resolve(f"models:/{NAME}@champion") == (files["base"], files["upsampler"])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_database_that_is_not_there_is_named_and_not_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_REGISTRY_URI", raising=False)
+    for uri in ("sqlite:///rec.db", f"sqlite+pysqlite:///{tmp_path}/rec.db"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with pytest.raises(SnapshotError, match=r"/rec\.db is no file"):
+            resolver.resolve("models:/pair@champion")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_registered_pair_draws_what_its_files_draw(client, files):

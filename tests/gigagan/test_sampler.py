@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +55,50 @@ def test_pictures_depend_on_prompt_place_and_seed_but_not_on_the_batch_size(snap
     assert one != pixels(sampler.sample(prompts, seed=4, batch_size=4))
 
 
+def test_a_prompt_that_comes_again_is_not_encoded_again(snapshots, monkeypatch):
+    sampler = gigagan.load(*snapshots)
+    encode, asked = type(sampler.encoder).encode, []
+
+    def counted(self, captions):
+        asked.append(list(captions))
+        return encode(self, captions)
+
+    monkeypatch.setattr(type(sampler.encoder), "encode", counted)
+    first = sampler.sample(["a cat", "a dog on pale blue", "a cat"], seed=3)
+    assert asked == [["a cat", "a dog on pale blue"]]
+    again = sampler.sample(["a cat", "a dog on pale blue", "a cat"], seed=3)
+    assert asked == [["a cat", "a dog on pale blue"]]
+    assert pixels(first) == pixels(again)
+    sampler.sample(["sun", "a cat"], seed=3)
+    assert asked[1:] == [["sun"]]
+
+
+def test_kept_features_are_those_of_the_encoder(snapshots):
+    sampler = gigagan.load(*snapshots)
+    prompts = ["a red cat on a hill", "sun", "a red cat on a hill"]
+    sampler._encode(sampler.encoder, ["sun"])
+    for ours, theirs in zip(
+        sampler._encode(sampler.encoder, prompts), sampler.encoder.encode(prompts), strict=True
+    ):
+        assert ours.shape == theirs.shape
+        mask = sampler.encoder.encode(prompts).mask_BL
+        if ours.shape[:2] == mask.shape:
+            ours, theirs = ours[mask], theirs[mask]
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_no_more_prompts_are_kept_than_said(snapshots, monkeypatch):
+    monkeypatch.setattr("gigagan.inference.sampler._KEPT_TEXTS", 2)
+    sampler = gigagan.load(*snapshots)
+    sampler.sample(["a", "b", "c", "d"], seed=0)
+    assert [prompt for _, prompt in sampler._texts] == ["c", "d"]
+
+
+def test_any_seed_that_a_command_takes_reaches_the_upsampler(snapshots):
+    sampler = gigagan.load(*snapshots)
+    assert pixels(sampler.sample(["a"], seed=2**63 - 1)) != pixels(sampler.sample(["a"], seed=0))
+
+
 def test_sizes_follow_the_networks(snapshots):
     assert gigagan.load(snapshots[0]).sample(["x"], seed=0)[0].size == (8, 8)
     sampler = gigagan.load(*snapshots)
@@ -98,6 +144,17 @@ def test_the_package_draws_without_being_given_a_snapshot():
     assert teal.size == (128, 128)
     red = [np.median(np.asarray(picture)[:4, :, 0]) for picture in (teal, pink)]
     assert red[1] - red[0] > 50  # of the borders: pink has more red than teal
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_snapshots_have_the_permissions_of_any_new_file(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        snapshot.save(tmp_path / "x.safetensors", Generator(SMALL_G), {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_an_exported_snapshot_is_half_as_large_and_draws_nearly_the_same(snapshots, tmp_path):

@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import pytest
@@ -64,7 +65,7 @@ def test_pictures_of_other_settings_are_not_taken_for_these(networks, tmp_path, 
     command = ["sample", *networks, PROMPT, "--out", str(tmp_path)]
     assert main(command) == 0
     assert main([*command, "--seed", "1"]) == 1
-    assert "drawn otherwise" in capsys.readouterr().err
+    assert "made otherwise" in capsys.readouterr().err
     assert main([*command, "--seed", "1", "--overwrite"]) == 0
 
 
@@ -120,6 +121,147 @@ def test_every_edit_writes_its_pictures_and_a_strip(networks, tmp_path, capsys, 
     assert len(told(capsys)) == count
     assert len(list(tmp_path.glob("0*.png"))) == count
     assert (tmp_path / "strip.png").is_file()
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("0*.png")}
+    assert main(["edit", words[0], *networks, *words[1:], "--out", str(tmp_path)]) == 0
+    assert [line["skipped"] for line in told(capsys)] == [True] * count
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("0*.png")} == before
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+OTHERS = {
+    "sample": (["sample", PROMPT, "--out", "."], "000000.png"),
+    "grid": (["sample", PROMPT, "--grid", "--out", "."], "grid.png"),
+    "mix": (["edit", "mix", PROMPT, "a dog", "--out", "."], "001.png"),
+    "strip": (["edit", "truncate", PROMPT, "--out", "."], "strip.png"),
+    "gif": (["edit", "walk", PROMPT, "--frames", "2", "--out", "w.gif"], "w.gif"),
+    "mp4": (["edit", "walk", PROMPT, "--frames", "2", "--out", "w.mp4"], "w.mp4"),
+    "direction": (
+        ["edit", "direction", "--without", "a", "--having", "b", "--out", "d.v1"],
+        "d.v1.safetensors",
+    ),
+    "upscale": (["upscale", "in/x.png", "--prompt", PROMPT, "--out", "."], "x.png"),
+    "snapshot": (["export", "BASE", "small.safetensors"], "small.safetensors"),
+    "onnx": (["export", "BASE", "x.onnx", "--prompt", PROMPT], "x.onnx"),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n == "onnx" else n for n in OTHERS],
+)
+def test_no_command_writes_over_what_it_did_not_make(networks, tmp_path, capsys, monkeypatch, name):
+    command, target = OTHERS[name]
+    if name == "onnx":
+        pytest.importorskip("onnxscript")
+    if command[0] == "export":
+        command = [networks[1] if word == "BASE" else word for word in command]
+    else:
+        place = 2 if command[0] == "edit" else 1
+        command = [*command[:place], *networks, *command[place:]]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (3, 5)).save("in/x.png")
+    (tmp_path / target).write_text("somebody's")
+    before = contents(tmp_path)
+    assert main(command) == 1
+    err = capsys.readouterr().err
+    assert f"{target} is there and" in err
+    assert err.count("\n") == 1
+    assert contents(tmp_path) == before
+    assert main([*command, "--overwrite"]) == 0
+    made = contents(tmp_path)
+    assert made[tmp_path / target] != b"somebody's"
+    assert main(command) == 0  # again: there already
+    assert made.keys() == contents(tmp_path).keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["edit", "mix", "a cat", "a dog", "--crossover", "99"], "crossover=99"),
+        (["edit", "swap", "a cat", "--style-seed", "4", "--crossover", "-1"], "crossover=-1"),
+        (["edit", "swap", "a cat", "--style-seed", "-4"], "--style-seed -4"),
+        (["edit", "move", "a cat", "--along", "d", "--strengths", "nan"], "--strengths nan"),
+        (["edit", "move", "a cat", "--along", "d", "--strengths", "0", "inf"], "--strengths inf"),
+        (["edit", "truncate", "a cat", "--truncation", "nan"], "--truncation nan"),
+        (["edit", "truncate", "a cat", "--steps", "1"], "--steps 1"),
+        (["edit", "interpolate", "a cat", "  "], "prompt is empty"),
+        (["edit", "direction", "--without", "a", "--having", "b", "c"], "give pairs"),
+        (["edit", "walk", "a cat", "--frames", "1", "--out", "o/w.gif"], "frames=1"),
+        (["edit", "walk", "a cat", "--fps", "0", "--out", "o/w.gif"], "fps=0"),
+        (["edit", "walk", "a cat", "--out", "o/w.avi"], "as .gif or .mp4"),
+        (["sample", "a cat", "--count", "0"], "--count 0"),
+        (["sample", "a cat", "--batch-size", "0"], "--batch-size 0"),
+        (["sample", "a cat", "--seed", "-1"], "--seed -1"),
+        (["sample", "a cat", "--seed", str(2**63)], "--seed 9223372036854775808"),
+        (["sample", "a cat", "--truncation", "inf"], "--truncation inf"),
+        (["upscale", "x.png", "--prompt", "a", "--times", "0"], "--times 0"),
+        (["upscale", "x.png", "--prompt", "a", "--overlap", "16"], "overlap=16"),
+        (["upscale", "x.png", "--prompt", ""], "prompt is empty"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_written(
+    networks, tmp_path, capsys, monkeypatch, words, message
+):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (3, 5)).save("x.png")
+    place = 2 if words[0] == "edit" else 1
+    assert main([*words[:place], *networks, *words[place:]]) == 1
+    assert message in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["x.png"]
+
+
+def test_a_folder_is_enlarged_once_and_one_without_pictures_is_an_error(networks, tmp_path, capsys):
+    drawn, out = tmp_path / "drawn", tmp_path / "large"
+    assert main(["sample", *networks, PROMPT, "--count", "2", "--grid", "--out", str(drawn)]) == 0
+    command = ["upscale", *networks, str(drawn), "--out", str(out)]
+    capsys.readouterr()
+    assert main(command) == 0
+    assert len(told(capsys)) == 2  # grid.png is not a picture to enlarge
+    before = contents(out)
+    assert main(command) == 0
+    assert [line["skipped"] for line in told(capsys)] == [True, True]
+    assert contents(out) == before
+    with Image.open(drawn / "000001.png") as picture:
+        picture.rotate(180).save(drawn / "000001.png", pnginfo=None)
+    assert main([*command, "--prompt", PROMPT]) == 1
+    assert "000001.png is there and was made otherwise" in capsys.readouterr().err
+    assert contents(out) == before
+    (tmp_path / "empty").mkdir()
+    assert main(["upscale", *networks, str(tmp_path / "empty"), "--out", str(out)]) == 1
+    assert "empty holds no pictures" in capsys.readouterr().err
+
+
+def test_a_file_is_not_replaced_by_what_is_made_of_it(networks, tmp_path, capsys):
+    Image.new("RGB", (3, 5)).save(tmp_path / "x.png")
+    up = ["upscale", *networks, str(tmp_path / "x.png"), "--prompt", "a", "--out", str(tmp_path)]
+    assert main([*up, "--overwrite"]) == 1
+    assert main(["export", networks[1], networks[1], "--overwrite"]) == 1
+    assert capsys.readouterr().err.count("would be replaced by itself") == 2
+    assert Image.open(tmp_path / "x.png").size == (3, 5)
+
+
+@pytest.mark.parametrize("when", ["while modules are read", "at work"])
+def test_ctrl_c_is_one_line_and_status_130(monkeypatch, capsys, when):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    what = "sample.add" if when == "while modules are read" else "describe.run"
+    monkeypatch.setattr(f"gigagan.commands.{what}", interrupt)
+    assert main(["describe", "demo"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_ctrl_c_of_training_is_one_line_and_status_130(monkeypatch, capsys):
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gigagan.training.__main__.main", interrupt)
+    assert main(["train", "--config", "x"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_a_direction_is_found_and_moved_along(networks, tmp_path, capsys):
@@ -128,7 +270,13 @@ def test_a_direction_is_found_and_moved_along(networks, tmp_path, capsys):
     assert main(["edit", "direction", *networks, *pairs, "--out", str(file)]) == 0
     along = ["--along", str(file), "--strengths", "-1", "0.5"]
     assert main(["edit", "move", *networks, "a cat", *along, "--out", str(out)]) == 0
-    assert read_about(out / "001.png")["along"] == {"file": "d.safetensors", "strength": 0.5}
+    along = read_about(out / "001.png")["along"]
+    assert along == {
+        "file": "d.safetensors",
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "strength": 0.5,
+        "space": "w",
+    }
 
 
 def test_without_the_encoders_weights_the_file_to_place_is_named(tmp_path, capsys, monkeypatch):

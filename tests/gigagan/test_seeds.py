@@ -1,12 +1,10 @@
-import argparse
-
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from data import seeds
 from data.config import DownloadConfig, EmbeddedConfig, ScoreConfig
 from data.order import Order
+from gigagan import seeds
 from gigagan.config import EvaluateConfig, TrainBaseConfig, TrainUpsamplerConfig
 
 CONFIGS = [
@@ -32,13 +30,6 @@ def test_derived_seeds_are_seeds_that_no_other_place_has():
     assert seeds.derived(2**63 - 1, 7) == seeds.derived(2**63 - 1, 7)
 
 
-@pytest.mark.parametrize("text", ["-1", "1.5", "", "seven", str(2**63)])
-def test_what_is_no_seed_is_refused_on_a_command_line(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="from 0 to"):
-        seeds.argument(text)
-
-
 def test_the_largest_seed_is_one_everywhere_on_the_way(tmp_path):
-    assert seeds.argument(str(2**63 - 1)) == 2**63 - 1
     np.random.default_rng([2**63 - 1, 1])
     assert Order([3, 5], seed=2**63 - 1, window=4) is not None
