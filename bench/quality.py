@@ -31,6 +31,7 @@ from data.loader import ShardLoader
 from gigagan.evaluation.distances import frechet_distance, kernel_distance, prdc
 from gigagan.evaluation.features import Picture, inception_features
 from gigagan.evaluation.heldout import read_heldout
+from gigagan.seeds import derived
 
 LAYOUTS = tuple(layout for layout, side in rivals.GENERATORS if side == 32)
 DEFAULT_LAYOUT = "gigagan_pytorch.large"
@@ -103,7 +104,7 @@ class Run:
                 )
         self.trainer.load(self.out / note["file"], strict=True)
         self.cpu_seconds = float(note["cpu_seconds"])
-        torch.manual_seed(self.seed * 1_000_003 + self.images_seen)
+        torch.manual_seed(derived(self.seed, self.images_seen))
 
     def sample(self, num: int) -> np.ndarray:
         """Pictures of the averaged generator from fixed latents: uint8 N H W C."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from data.lettering import wrapped, write
 
 CELL_PX = 176
 """Side of the square that a picture is fitted into."""
@@ -40,7 +39,7 @@ def contact_sheet(tiles: Sequence[Tile], *, columns: int = 8, title: str = "") -
         raise ValueError(f"a contact sheet of {columns} columns: give at least one")
     columns = min(columns, max(len(tiles), 1))
     width = _GAP + columns * (CELL_PX + _GAP)
-    heading = list(_wrapped(title, _font(_TITLE_PX), width - 2 * _GAP)) if title else []
+    heading = list(wrapped(title, _TITLE_PX, width - 2 * _GAP))
     rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
     texts = [[_text(tile) for tile in row] for row in rows]
     heights = [CELL_PX + _LINE_PX * max(map(len, row)) + 2 * _GAP for row in texts]
@@ -49,7 +48,7 @@ def contact_sheet(tiles: Sequence[Tile], *, columns: int = 8, title: str = "") -
     draw = ImageDraw.Draw(canvas)
     for number, line in enumerate(heading):
         where = (_GAP, _GAP + number * (_TITLE_PX + 6))
-        draw.text(where, line, fill=_INK, font=_font(_TITLE_PX))
+        write(draw, where, line, _TITLE_PX, _INK)
     for row, lines, height in zip(rows, texts, heights, strict=True):
         for column, (tile, text) in enumerate(zip(row, lines, strict=True)):
             _draw_tile(canvas, draw, tile.image, text, (_GAP + column * (CELL_PX + _GAP), top))
@@ -78,7 +77,7 @@ def _draw_tile(
         canvas.paste(small, where)
     for number, (line, colour) in enumerate(text):
         y = top + CELL_PX + 4 + number * _LINE_PX
-        draw.text((left, y), line, fill=colour, font=_font(_FONT_PX))
+        write(draw, (left, y), line, _FONT_PX, colour)
 
 
 def _fitted(image: Image.Image) -> Image.Image:
@@ -98,48 +97,10 @@ def _text(tile: Tile) -> list[tuple[str, str]]:
 
     The first line gives way: what is said of a picture is short, its caption may be a page.
     """
-    wrapped = [list(_wrapped(line, _font(_FONT_PX), CELL_PX)) for line in tile.lines]
-    rest = [(line, _MUTED) for lines in wrapped[1:] for line in lines][: MOST_LINES - 1]
+    texts = [list(wrapped(line, _FONT_PX, CELL_PX)) for line in tile.lines]
+    rest = [(line, _MUTED) for lines in texts[1:] for line in lines][: MOST_LINES - 1]
     room = MOST_LINES - len(rest)
-    first = wrapped[0] if wrapped else []
+    first = texts[0] if texts else []
     if len(first) > room:
         first = [*first[: room - 1], first[room - 1][:-1] + "…"]
     return [(line, _INK) for line in first] + rest
-
-
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> Iterator[str]:
-    """Lines that fit, broken at spaces; a word that is too long alone is broken too.
-
-    Only the beginning of a very long text is looked at: `MOST_LINES` never show more.
-    """
-    line = ""
-    for word in _printable(text[:2000]).split():
-        longer = f"{line} {word}" if line else word
-        if font.getlength(longer) <= width:
-            line = longer
-            continue
-        if line:
-            yield line
-        line = ""
-        for letter in word:
-            if line and font.getlength(line + letter) > width:
-                yield line
-                line = ""
-            line += letter
-    if line:
-        yield line
-
-
-def _printable(text: str) -> str:
-    """Control and unassigned characters as `�`, any space as a space."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)
-
-
-@cache
-def _font(px: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans of matplotlib's package (not imported: that is slow); it knows most alphabets."""
-    spec = importlib.util.find_spec("matplotlib")
-    assert spec is not None, "matplotlib is a dependency"
-    assert spec.submodule_search_locations, "matplotlib is a package"
-    folder = Path(spec.submodule_search_locations[0]) / "mpl-data" / "fonts" / "ttf"
-    return ImageFont.truetype(folder / "DejaVuSans.ttf", px)

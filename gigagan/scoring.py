@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 IMAGE_ENCODER = "embedded:efficientnet-lite0"
 TEXT_ENCODER = "embedded:minilm-l6"
 """Together they are what `embedded:aligner` is fitted on."""
+FEWEST = 5
+"""Pairs that the aligner is fitted to, each fold by the others."""
 IMAGE_PX = 128
 """Pictures are brought to this side for an encoder that takes any size."""
 
@@ -108,6 +110,11 @@ def _cosine(images_ND: Any, texts_ND: Any) -> Any:
 
 
 def _cross_fitted(images_ND: Any, texts_NE: Any, *, seed: int) -> Any:
+    if len(images_ND) < FEWEST:
+        raise ValueError(
+            f"score.encoder embedded:aligner is fitted to the pictures themselves, and "
+            f"{len(images_ND)} are too few: {FEWEST} at least, or choose open_clip:ARCHITECTURE/TAG"
+        )
     import torch
 
     from gigagan.models.aligner import cross_fitted_similarity

@@ -195,6 +195,19 @@ def write(
 # ---- answers -----------------------------------------------------------------------------------
 
 
+def _names(key: Path) -> list[str]:
+    """The right answers."""
+    try:
+        names = json.loads(key.read_text(encoding="utf-8"))["names"]
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError("its names are no texts")
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{key} is not a key that `blind` wrote ({error!r}): write the sheet anew"
+        ) from error
+    return list(names)
+
+
 def score(file: Path) -> str:
     """How many are right, how likely that is by guessing, and which are wrong.
 
@@ -209,7 +222,7 @@ def score(file: Path) -> str:
         raise FileNotFoundError(
             f"{key} is not there: leave the answers in the folder that `blind` wrote"
         )
-    names: list[str] = json.loads(key.read_text(encoding="utf-8"))["names"]
+    names = _names(key)
     answers = read_answers(file, names)
     right = sum(answers.get(number) == name for number, name in enumerate(names, start=1))
     low, high = share_interval(right, len(names))[:2]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,7 @@ def add(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_networks(command, has_team=True)
-    command.add_argument("--config", type=Path, help="JSON of an evaluation section")
+    command.add_argument("--config", type=Path, help="JSON or YAML of an evaluation section")
     command.add_argument("--protocol", help="named rules; --protocols lists them")
     command.add_argument("--num-images", type=int, help="captions (the protocol's, or all)")
     command.add_argument("--heldout", type=Path, help="COCO captions file or folder")
@@ -75,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         )
     else:
         results = _drawn_by(args, captions, config, common)
-    print(report.table(results))
+    print("\n".join([report.table(results), *report.unpaired(results["protocol"])]))
     print(f"{args.out / 'report.html'} shows it with pictures")
 
 
@@ -95,7 +94,7 @@ def _drawn_by(
 
     def upscale(images: list[Image], prompts: list[str], seed: int) -> list[Image]:
         with team.one() as sampler:
-            return sampler.upscale(images, prompts, seed=seed, cut=True)
+            return sampler.upscale(images, prompts, seed=seed, cut=True, faithful=False)
 
     def sample(prompts: list[str], seed: int, truncation: float) -> list[Image]:
         with team.one() as sampler:
@@ -118,11 +117,11 @@ def _drawn_by(
 
 
 def _config(args: argparse.Namespace) -> EvaluateConfig:
-    given = json.loads(args.config.read_text()) if args.config else {}
-    for name in ("protocol", "num_images"):
-        if getattr(args, name) is not None:
-            given[name] = getattr(args, name)
-    return EvaluateConfig.model_validate(given)
+    from data import settings
+
+    given = {name: getattr(args, name) for name in ("protocol", "num_images")}
+    given = {name: value for name, value in given.items() if value is not None}
+    return settings.load(EvaluateConfig, "evaluate", args.config, [], **given)
 
 
 def _list() -> None:
@@ -136,5 +135,5 @@ def _list() -> None:
 def _compare(files: list[Path]) -> None:
     from gigagan.evaluation import protocol, report
 
-    results = [json.loads(path.read_text()) for path in files]
+    results = [report.read_results(path) for path in files]
     print(report.compare(results, [str(path) for path in files], protocol.differing))

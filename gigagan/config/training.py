@@ -455,7 +455,8 @@ class EvaluateConfig(Frozen):
     dinov2: str | None = None
     """Encoder of FD-DINOv2, as in `dinov2:vitl14`; null measures none."""
     resamples: int = Field(200, ge=0)
-    """Bootstrap resamples behind each 95 % interval; 0 gives none."""
+    """Resamples behind the 95 % intervals of FID (20 at most) and of median ranks; 0 gives no
+    intervals."""
     naming_captions: int = Field(192, ge=0)
     """Most captions of each split of the gallery (trained, combinations, unseen) of which it is
     measured whether the picture can be named; 0 measures none."""

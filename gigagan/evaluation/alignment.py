@@ -1,7 +1,7 @@
 """Do pictures show what their captions say, and do several of one caption differ?
 
 Pure functions of features or pixels, but for `clip_score`, which runs the model that it names.
-Shape letters: N pictures, P prompts, Z latents per prompt, H W image, C colour, D features.
+Shape letters: N M pictures, P prompts, Z latents per prompt, H W image, C colour, D features.
 """
 
 from __future__ import annotations
@@ -40,9 +40,14 @@ def recalled(k: int, images_ND: Tensor, texts_ND: Tensor) -> np.ndarray:
     return found
 
 
-def recall_at(k: int, images_ND: Tensor, texts_ND: Tensor) -> float:
-    """R@k: share of pictures whose own caption is among the k nearest of all N; chance k / N."""
-    return (_own_ranks(images_ND, texts_ND) <= k).double().mean().item()
+def recall_at(
+    k: int, images_MD: Tensor, texts_ND: Tensor, own: Sequence[int] | None = None
+) -> float:
+    """R@k: share of pictures whose own caption is among the k nearest of all N; chance k / N.
+
+    `own` has the places of the captions of M pictures, where there are not as many as captions.
+    """
+    return (_own_ranks(images_MD, texts_ND, own) <= k).double().mean().item()
 
 
 class ProbeRank(NamedTuple):
@@ -90,16 +95,20 @@ def _probe(pictures_NHWC: np.ndarray) -> Tensor:
     return pooled_ND - pooled_ND.mean(dim=0)
 
 
-def _own_ranks(queries_ND: Tensor, keys_ND: Tensor) -> Tensor:
-    """Rank from 1 [N] of key n for query n by cosine; equal keys share the mean of their ranks."""
-    if len(queries_ND) != len(keys_ND):
-        raise ValueError(f"{len(queries_ND)} queries and {len(keys_ND)} keys are not pairs")
-    cosine_NN = F.normalize(queries_ND.double(), dim=1) @ F.normalize(keys_ND.double(), dim=1).T
-    cosine_NN = cosine_NN.round(decimals=12)  # ties must not hang on the order of additions
-    own_N1 = cosine_NN.diagonal()[:, None]
-    above_N = (cosine_NN > own_N1).sum(dim=1)
-    others_level_N = (cosine_NN == own_N1).sum(dim=1) - 1
-    return 1 + above_N + others_level_N / 2
+def _own_ranks(queries_MD: Tensor, keys_ND: Tensor, own: Sequence[int] | None = None) -> Tensor:
+    """Rank from 1 [M] of each query's own key by cosine; equal keys share the mean of their ranks.
+
+    Query n's own key is n, or `own[n]`.
+    """
+    own_M = torch.arange(len(keys_ND)) if own is None else torch.tensor(own, dtype=torch.int64)
+    if len(queries_MD) != len(own_M):
+        raise ValueError(f"{len(queries_MD)} queries and {len(own_M)} keys are not pairs")
+    cosine_MN = F.normalize(queries_MD.double(), dim=1) @ F.normalize(keys_ND.double(), dim=1).T
+    cosine_MN = cosine_MN.round(decimals=12)  # ties must not hang on the order of additions
+    own_M1 = cosine_MN.gather(1, own_M[:, None])
+    above_M = (cosine_MN > own_M1).sum(dim=1)
+    others_level_M = (cosine_MN == own_M1).sum(dim=1) - 1
+    return 1 + above_M + others_level_M / 2
 
 
 def background_colour_accuracy(

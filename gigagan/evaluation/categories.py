@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gigagan.evaluation.statistics import bootstrap
+from gigagan.evaluation.statistics import mean_interval
 
 _WORDS = {
     "count": "two three four five six seven eight nine ten several many couple pair dozen group",
@@ -39,20 +39,20 @@ OTHER = "other"
 
 
 def categories(
-    captions: Sequence[str], labels: Mapping[str, Sequence[str]] | None = None
+    captions: Sequence[str], labels: Mapping[str, Mapping[int, str]] | None = None
 ) -> dict[str, list[int]]:
     """Rows of the captions by kind; one may be of several, one of none is `other`.
 
     Kinds are by words (counts, colours, places, persons, animals, food, vehicles, negation, written
-    text) and by length (over 15 words); `labels` adds kinds that the set itself knows, as in
-    `background: teal`.
+    text) and by length (over 15 words); `labels` adds kinds that the set itself knows, by rows, as
+    in `background: teal`.
     """
     found: dict[str, list[int]] = {}
     for row, caption in enumerate(captions):
         kinds = [kind for kind, pattern in _PATTERNS.items() if pattern.search(caption)]
         if len(caption.split()) > _LONG:
             kinds.append(f"over {_LONG} words")
-        kinds += [f"{name}: {values[row]}" for name, values in (labels or {}).items()]
+        kinds += [f"{name}: {own[row]}" for name, own in (labels or {}).items() if row in own]
         for kind in kinds or [OTHER]:
             found.setdefault(kind, []).append(row)
     return found
@@ -65,23 +65,19 @@ class CategoryRow:
     name: str
     count: int
     mean: float
-    low: float
-    """95 % bootstrap interval of the mean."""
-    high: float
+    low: float | None
+    """95 % interval of the mean; one caption has none."""
+    high: float | None
     worst: list[int]
 
 
-def by_category(
-    values: Sequence[float], groups: Mapping[str, Sequence[int]], *, seed: int = 0
-) -> list[CategoryRow]:
+def by_category(values: Sequence[float], groups: Mapping[str, Sequence[int]]) -> list[CategoryRow]:
     """The mean value of each kind, worst kind first."""
     all_N = np.asarray(values, np.float64)
     rows = []
     for name, members in groups.items():
         own = all_N[list(members)]
-        interval = bootstrap(lambda x: float(x.mean()), own, seed=seed)
+        low, high, _ = mean_interval(own) or (None, None, None)
         order = [members[i] for i in np.argsort(own, kind="stable")[:3]]
-        rows.append(
-            CategoryRow(name, len(own), float(own.mean()), interval.low, interval.high, order)
-        )
+        rows.append(CategoryRow(name, len(own), float(own.mean()), low, high, order))
     return sorted(rows, key=lambda row: row.mean)

@@ -38,7 +38,8 @@ def describe(
         kind = config.protocol if is_embedded else "coco-captions"
         facts["name"] = f"{kind}-{at.px}"
     facts |= {
-        "num_pairs": min(MAX_PAIRS, len(chosen.captions)),
+        "num_with_real": len(chosen.paired),
+        "num_pairs": min(MAX_PAIRS, len(chosen.paired)),
         "diversity": {"prompts": config.diversity_prompts, "seeds": config.diversity_seeds},
         "weights_sha256": {name: pretrained.sha256(name) for name in names},
         "aligner": None,
@@ -77,7 +78,7 @@ def describe_rules(
         "truncation": config.truncation,
         "generated_size": generated_size,
         "resolution": at.px,
-        "crop": "centre square of the short side, both sets",
+        "crop": "centre square of the short side, halves to even, both sets",
         "resize": f"Pillow Lanczos to {at.px} px, then {_TO_299[at.rules.resize]} to 299 px",
         "storage": "+".join(storage),
         "kid": {"subset_size": config.kid_subset_size, "subsets": config.kid_subsets},

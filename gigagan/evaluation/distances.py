@@ -7,11 +7,13 @@ Shape letters: N M samples, D features.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import sqrt
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import t as student
 
-from gigagan.evaluation.statistics import Moments, frechet_from_moments
+from gigagan.evaluation.statistics import Interval, Moments, frechet_from_moments
 
 _CHUNK = 2048  # rows of a kernel or distance matrix that are held at a time
 
@@ -88,26 +90,74 @@ def kernel_distance(
 
 def mmd2(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
     """Mean of k(a, a′) + k(b, b′) − 2 k(a, b) over pairs of distinct samples."""
+    within_a, within_b = _Kernel(a_ND), _Kernel(b_MD)
+    return within_a.mean + within_b.mean - 2 * _Kernel(a_ND, b_MD).mean
+
+
+def mmd2_interval(a_ND: np.ndarray, b_MD: np.ndarray, *, level: float = 0.95) -> Interval:
+    """In which the squared MMD of the two distributions lies, by `mmd2` of samples from them.
+
+    With V₁ + V₂ the variance of `mmd2` (Hoeffding 1948): V₁ = 4 Var f(a) / N + 4 Var f(b) / M of
+    f(x) = mean k(x, a) − mean k(x, b), which vanishes for equal distributions, and V₂ of what is
+    left of the kernel without its means, which does not. As f grows with the distance θ, V₁ is
+    taken as c θ, and the interval holds each θ with |mmd2 − θ| ≤ t √(V₂ + c θ), as Wilson's does
+    for shares. It covers both equal and different distributions, where resampling is too wide for
+    the former. Raises ValueError with fewer than four samples on a side.
+    """
+    a_ND, b_MD = _checked(a_ND, b_MD)
     N, M = len(a_ND), len(b_MD)
-    within_a = (_kernel_sum(a_ND, a_ND) - _self_kernel_sum(a_ND)) / (N * (N - 1))
-    within_b = (_kernel_sum(b_MD, b_MD) - _self_kernel_sum(b_MD)) / (M * (M - 1))
-    return float(within_a + within_b - 2 * _kernel_sum(a_ND, b_MD) / (N * M))
-
-
-def _kernel_sum(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
-    D = a_ND.shape[1]
-    return sum(
-        float(((a_ND_part @ b_MD_part.T / D + 1) ** 3).sum())
-        for a_ND_part in _parts(a_ND)
-        for b_MD_part in _parts(b_MD)
+    if min(N, M) < 4:
+        raise ValueError(f"{N} and {M} samples: an interval needs four or more on both sides")
+    within_a, within_b, between = _Kernel(a_ND), _Kernel(b_MD), _Kernel(a_ND, b_MD)
+    value = within_a.mean + within_b.mean - 2 * between.mean
+    rest = (  # V₂
+        2 * within_a.spread / (N * (N - 1))
+        + 2 * within_b.spread / (M * (M - 1))
+        + 4 * between.spread / (N * M)
     )
+    f_N = within_a.rows_N / (N - 1) - between.rows_N / M
+    f_M = within_b.rows_N / (M - 1) - between.columns_M / N
+    linear = 4 * f_N.var(ddof=1) / N + 4 * f_M.var(ddof=1) / M - 2 * rest  # V₁: f is noisy, too
+    c = max(linear, rest / 2) / max(value, sqrt(rest))
+    t = float(student.ppf((1 + level) / 2, min(N, M) - 1))
+    middle = value + t**2 * c / 2
+    reach = t * sqrt(max(0.0, rest + c * value + t**2 * c**2 / 4))
+    return Interval(middle - reach, middle + reach, level)
 
 
-def _self_kernel_sum(a_ND: np.ndarray) -> float:
-    D = a_ND.shape[1]
-    return sum(
-        float(((np.square(part_ND).sum(axis=1) / D + 1) ** 3).sum()) for part_ND in _parts(a_ND)
-    )
+class _Kernel:
+    """Sums of k(x, y) = (x·y / D + 1)³ over two sets, or over distinct pairs of one."""
+
+    def __init__(self, a_ND: np.ndarray, b_MD: np.ndarray | None = None) -> None:
+        self._is_within = b_MD is None
+        other_MD = a_ND if b_MD is None else b_MD
+        D = a_ND.shape[1]
+        self.rows_N, self.columns_M = np.zeros(len(a_ND)), np.zeros(len(other_MD))
+        self._squares = 0.0
+        for i, a_part in enumerate(_parts(a_ND)):
+            for j, b_part in enumerate(_parts(other_MD)):
+                kernel = (a_part @ b_part.T / D + 1) ** 3
+                if self._is_within and i == j:
+                    np.fill_diagonal(kernel, 0)
+                self.rows_N[i * _CHUNK :][: len(a_part)] += kernel.sum(axis=1)
+                self.columns_M[j * _CHUNK :][: len(b_part)] += kernel.sum(axis=0)
+                self._squares += float(np.square(kernel).sum())
+
+    @property
+    def mean(self) -> float:
+        N, M = len(self.rows_N), len(self.columns_M)
+        return float(self.rows_N.sum() / (N * (N - 1) if self._is_within else N * M))
+
+    @property
+    def spread(self) -> float:
+        """Mean square of the kernel without the means of its rows and columns, unbiased."""
+        N, M, total = len(self.rows_N), len(self.columns_M), float(self.rows_N.sum())
+        of_rows, of_columns = (float(np.square(x).sum()) for x in (self.rows_N, self.columns_M))
+        if self._is_within:
+            left = self._squares - 2 * of_rows / (N - 2) + total**2 / ((N - 1) * (N - 2))
+            return left / (N * (N - 3))
+        left = self._squares - of_rows / M - of_columns / N + total**2 / (N * M)
+        return left / ((N - 1) * (M - 1))
 
 
 def cmmd(

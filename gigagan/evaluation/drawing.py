@@ -13,10 +13,6 @@ from PIL import Image
 from gigagan.evaluation.devices import deal
 from gigagan.evaluation.setting import Sample, Setting, Variants, seed_of
 
-SEEDS = 2**64 // 1_000_003 - 1
-"""Seeds that a sampler takes: it multiplies them by 1,000,003, adds the place of a picture in its
-batch, and has 64 bits for that."""
-
 Make = Callable[[slice, int], Sequence[Image.Image]]
 """(rows of the list, seed) → a picture for each row."""
 
@@ -36,7 +32,7 @@ def draw(
     def batch(start: int) -> tuple[list[Path], float]:
         rows = slice(start, min(start + size, count))
         began = time.perf_counter()
-        pictures = make(rows, seed_of(at.config, first + start) % SEEDS)
+        pictures = make(rows, seed_of(at.config, first + start))
         seconds = (time.perf_counter() - began) / (rows.stop - start)
         if len(pictures) != rows.stop - start:
             raise ValueError(f"{len(pictures)} pictures came back for {rows.stop - start} captions")
@@ -52,11 +48,6 @@ def draw(
         seconds.append(each)
         at.progress("pictures", len(paths), count)
     return paths, median(seconds)
-
-
-def within(sample: Sample) -> Sample:
-    """The same for a seed of any size: beyond `SEEDS` they begin anew."""
-    return lambda captions, seed, truncation: sample(captions, seed % SEEDS, truncation)
 
 
 def variants(sample: Sample, captions: list[str], at: Setting) -> Variants:

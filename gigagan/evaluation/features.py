@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 MAX_TEXT_BYTES = 2**28
 """Of what may be written in a PNG, unpacked: editors keep whole histories there."""
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_TEXT_BYTES
-_READING = "16 bits scaled"
-"""How files become RGB: a part of the names of what is kept of them."""
+_READING = "16 bits scaled, crops rounded to even"
+"""How files become what is judged: a part of the names of what is kept of them."""
 
 
 @functools.cache
@@ -77,11 +77,14 @@ def square(picture: Picture, px: int) -> Image.Image:
     It is the identity for a picture of that size already.
     """
     image = open_rgb(picture)
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    return image if side == px else image.resize((px, px), Image.Resampling.LANCZOS)
+    image = _centre(image, min(image.size))
+    return image if image.width == px else image.resize((px, px), Image.Resampling.LANCZOS)
+
+
+def _centre(image: Image.Image, side: int) -> Image.Image:
+    """The square in the middle; half a pixel goes to the even side, as in torchvision's crop."""
+    left, top = (round((whole - side) / 2) for whole in image.size)
+    return image.crop((left, top, left + side, top + side))
 
 
 # ---- one pass over pictures for several judges -----------------------------------------------
@@ -479,12 +482,11 @@ def clip_image_vectors(
 
 
 def _clip_pixels(picture: Picture, px: int) -> np.ndarray:
+    """As open_clip's own transform makes them [px, px, 3]: the long side is cut to whole pixels."""
     image = open_rgb(picture)
-    scale = px / min(image.size)
-    width, height = (max(px, round(side * scale)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - px) // 2, (height - px) // 2
-    return np.asarray(image.crop((left, top, left + px, top + px)))
+    short = min(image.size)
+    width, height = (int(px * side / short) for side in image.size)
+    return np.asarray(_centre(image.resize((width, height), Image.Resampling.BICUBIC), px))
 
 
 def _at_299(picture: Picture, px: int | None) -> np.ndarray:
@@ -494,7 +496,8 @@ def _at_299(picture: Picture, px: int | None) -> np.ndarray:
 
 def _content(pictures: Iterable[Picture], px: int | None) -> str:
     """Hash of the judge, of the preparation and of every picture."""
-    digest = hashlib.sha256(f"{pretrained.sha256('inception-2015-12-05')} clean {px}".encode())
+    judge = pretrained.sha256("inception-2015-12-05")
+    digest = hashlib.sha256(f"{_READING}|{judge} clean {px}".encode())
     for picture in pictures:
         image = open_rgb(picture)
         digest.update(repr(image.size).encode())

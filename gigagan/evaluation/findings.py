@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gigagan.config import EvaluateConfig
-from gigagan.evaluation.statistics import bootstrap
+from gigagan.evaluation.statistics import mean_interval
 
 _SPLITS = ("combination", "trained")
 HEADLINES = (
@@ -24,7 +24,7 @@ class Findings:
 
     metrics: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """95 % intervals over pictures, by the metrics' names."""
+    """95 % intervals over pictures drawn anew, by the metrics' names; of one training."""
     real: dict[str, float] = field(default_factory=dict)
     """The same metric of real pictures: a floor or a ceiling."""
     chance: dict[str, float] = field(default_factory=dict)
@@ -58,11 +58,9 @@ class Findings:
         real: float | None = None,
         chance: float | None = None,
     ) -> None:
-        """Note the mean over pictures with its bootstrap interval."""
-        interval = None
-        if config.resamples and len(values) > 1:
-            found = bootstrap(_mean, values, resamples=config.resamples, seed=config.seed)
-            interval = (found.low, found.high)
+        """Note the mean over pictures with its interval."""
+        found = mean_interval(values) if config.resamples else None
+        interval = None if found is None else found[:2]
         self.add(name, float(np.mean(values)), real=real, chance=chance, interval=interval)
 
 
@@ -75,10 +73,6 @@ def assemble(findings: Findings, facts: Mapping[str, Any]) -> dict[str, Any]:
         "reference": {"real": findings.real, "chance": findings.chance},
         "absent": findings.absent,
     }
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(np.mean(values))
 
 
 def _headlines_first(item: tuple[str, float]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -53,14 +53,21 @@ class Heldout:
 
     captions: list[str]
     pictures: list[Path]
-    """The picture of each caption."""
+    """The picture of each caption, or of those in `rows`."""
     all_pictures: list[Path]
     """Every distinct picture of the set: the reference of FID and KID."""
     backgrounds: list[str] | None
-    """Colour name of each background, in sets that know it."""
+    """Colour name of each picture's background, in sets that know it."""
     palette: dict[str, list[int]] | None
     gallery: Gallery | None = None
     """What the pictures are told apart from, in sets that know their concepts."""
+    rows: list[int] | None = None
+    """Which captions have pictures, in order, where some have none."""
+
+    @property
+    def paired(self) -> list[int]:
+        """Places in `captions` that `pictures` belong to."""
+        return list(range(len(self.captions))) if self.rows is None else self.rows
 
 
 def read_heldout(path: Path) -> Heldout:
@@ -71,7 +78,7 @@ def read_heldout(path: Path) -> Heldout:
     """
     file = path / "captions.json" if path.is_dir() else path
     content, pictures, annotations = _read_coco(file)
-    palette = content.get("info", {}).get("palette")
+    palette = _palette(content, annotations, file)
     has_backgrounds = palette and all("background" in a for a in annotations)
     return Heldout(
         captions=[" ".join(a["caption"].split()) for a in annotations],
@@ -106,7 +113,7 @@ def read_gallery(folder: Path) -> Gallery | None:
 
 def _work(annotation: dict[str, Any], pictures: Mapping[int, Path], file: Path) -> Work:
     fields = ("concept", "style", "background", "split")
-    missing = [name for name in fields if name not in annotation]
+    missing = [name for name in fields if not isinstance(annotation.get(name), str)]
     if missing or annotation["split"] not in SPLITS:
         what = f"lacks {', '.join(missing)}" if missing else f"has split {annotation['split']!r}"
         raise ValueError(
@@ -141,6 +148,31 @@ def _read_coco(file: Path) -> tuple[dict[str, Any], dict[int, Path], list[dict[s
     if missing is not None:
         raise FileNotFoundError(f"{missing} is listed in {file} but is not there: place it")
     return content, pictures, annotations
+
+
+def _palette(
+    content: Mapping[str, Any], annotations: Sequence[Mapping[str, Any]], file: Path
+) -> dict[str, list[int]] | None:
+    """The colours that backgrounds are of, in sets that know them."""
+    info = content.get("info")
+    palette = info.get("palette") if isinstance(info, dict) else None
+    if palette is None:
+        return None
+    if not isinstance(palette, dict) or not all(_is_colour(colour) for colour in palette.values()):
+        raise ValueError(
+            f"info.palette of {file} is not names with three values each: leave it out"
+        )
+    for note in annotations:
+        if "background" in note and note["background"] not in list(palette):
+            raise ValueError(
+                f"background {note['background']!r} of annotation {note['id']} of {file} is none "
+                f"of info.palette: choose one of {', '.join(palette)}"
+            )
+    return palette
+
+
+def _is_colour(value: Any) -> bool:
+    return isinstance(value, list) and [isinstance(v, int | float) for v in value] == [True] * 3
 
 
 def _check_note(note: Mapping[str, Any], images: Mapping[int, str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,13 @@ from PIL import Image
 
 from gigagan.config import EvaluateConfig
 from gigagan.evaluation import alignment, naming
-from gigagan.evaluation.distances import cmmd, frechet_distance, kernel_distance, mmd2, prdc
+from gigagan.evaluation.distances import (
+    cmmd,
+    frechet_distance,
+    kernel_distance,
+    mmd2_interval,
+    prdc,
+)
 from gigagan.evaluation.features import (
     Extractor,
     extract,
@@ -48,23 +54,21 @@ def judge_all(
     judge: Aligner | None,
     at: Setting,
     drawn: Sequence[Drawn] = (),
-    pairs: tuple[Sequence[Path], Heldout] | None = None,
 ) -> np.ndarray | None:
     """Every metric of pictures and captions; returns the agreement of each picture, if measured.
 
-    `drawn` are the pictures that are to be named, in sets with a gallery. `pairs` are those that
-    have a real picture, with these; they are all where none are given.
+    `drawn` are the pictures that are to be named, in sets with a gallery. What compares with the
+    real picture of the same caption is of those captions in `chosen` that have one.
     """
     sets = features_of(generated, everything.all_pictures, at)
     files = [*generated, *everything.all_pictures]
     known = dict(zip(files, itertools.chain(*sets["inception"]), strict=True))
     naming.measure(findings, everything, drawn, known, at)
     measure_distances(findings, sets, at)
-    paired, theirs = pairs or (generated, chosen)
-    if theirs.pictures:
-        drawn_NHWC = pixels(paired[:MAX_PAIRS], at.px)
-        real_NHWC = pixels(theirs.pictures[:MAX_PAIRS], at.px)
-        _measure_pixels(findings, drawn_NHWC, real_NHWC, theirs, at.px)
+    if chosen.pictures:
+        drawn_NHWC = pixels([generated[row] for row in chosen.paired[:MAX_PAIRS]], at.px)
+        real_NHWC = pixels(chosen.pictures[:MAX_PAIRS], at.px)
+        _measure_pixels(findings, drawn_NHWC, real_NHWC, chosen, at.px)
     else:
         findings.absent["pixel_probe_median_rank"] = (
             f"captions without real pictures of their own: {chosen.captions[0]!r} and all others "
@@ -111,19 +115,20 @@ def measure_distances(findings: Findings, sets: Sets, at: Setting) -> None:
     order = np.random.default_rng(config.seed).permutation(len(real_ND))
     halves = [real_ND[rows] for rows in np.array_split(order, 2)]
     has_floor = min(map(len, halves)) >= 2
+    has_intervals = config.resamples > 0 and min(len(generated_ND), len(real_ND)) >= 2 * _MIN_PART
     kid = kernel_distance(generated_ND, real_ND, **kernel)
     fid = frechet_distance(generated_ND, real_ND)
     findings.add(
         "fid",
         fid,
         real=frechet_distance(*halves) if has_floor else None,
-        interval=_interval(frechet_distance, sets["inception"], fid, config),
+        interval=_fid_interval(generated_ND, real_ND, fid, config) if has_intervals else None,
     )
     findings.add(
         "kid",
         kid.value,
         real=kernel_distance(*halves, **kernel).value if has_floor else None,
-        interval=_interval(mmd2, sets["inception"], kid.value, config),
+        interval=mmd2_interval(generated_ND, real_ND)[:2] if has_intervals else None,
     )
     findings.add("kid_subset_mean", kid.subset_mean)
     findings.add("kid_subset_std", kid.subset_std)
@@ -170,24 +175,20 @@ def patch_distance(generated: Sequence[Path], real: Sequence[Path], at: Setting)
     return frechet_distance(*sets)
 
 
-def _interval(
-    distance: Callable[[np.ndarray, np.ndarray], float],
-    sets: tuple[np.ndarray, np.ndarray],
-    value: float,
-    config: EvaluateConfig,
-) -> tuple[float, float] | None:
-    """95 % interval of a distance between sets; None where it is not asked for or too few."""
-    if not config.resamples or min(map(len, sets)) < 2 * _MIN_PART:
-        return None
-    found = subsampled(
-        distance,
-        *sets,
-        value=value,
+def _fid_interval(
+    generated_ND: np.ndarray, real_ND: np.ndarray, fid: float, config: EvaluateConfig
+) -> tuple[float, float]:
+    """95 % interval of FID at these numbers of pictures."""
+    low, high, _ = subsampled(
+        frechet_distance,
+        generated_ND,
+        real_ND,
+        value=fid,
         resamples=max(2, min(config.resamples, _MAX_SUBSAMPLES)),
-        share=min(0.5, _MAX_PART / max(map(len, sets))),
+        share=min(0.5, _MAX_PART / max(len(generated_ND), len(real_ND))),
         seed=config.seed,
     )
-    return found.low, found.high
+    return max(0.0, low), high
 
 
 def label(name: str | None) -> str:
@@ -232,17 +233,18 @@ def _measure_alignment(
     drawn_NE = embedded(judge, generated[:MAX_PAIRS], at)
     texts = text_vectors(captions, pretrained.text_encoder(judge.text_encoder, at.device))
     texts_NE = judge.embed_texts(texts)
-    real_NE = embedded(judge, chosen.pictures[:MAX_PAIRS], at) if chosen.pictures else None
+    own = [row for row in chosen.paired if row < len(captions)]
+    real_NE = embedded(judge, chosen.pictures[: len(own)], at) if own else None
     each_N = alignment.similarities(drawn_NE, texts_NE)
     other_NE = texts_NE.roll(len(captions) // 2, dims=0)
     findings.add_mean(
         "aligner_similarity",
         each_N,
         at.config,
-        real=None if real_NE is None else alignment.mean_similarity(real_NE, texts_NE),
-        chance=None if real_NE is None else alignment.mean_similarity(real_NE, other_NE),
+        real=None if real_NE is None else alignment.mean_similarity(real_NE, texts_NE[own]),
+        chance=None if real_NE is None else alignment.mean_similarity(real_NE, other_NE[own]),
     )
-    _add_recall(findings, "aligner", drawn_NE, real_NE, texts_NE, at)
+    _add_recall(findings, "aligner", drawn_NE, real_NE, texts_NE, chosen, at)
     return each_N
 
 
@@ -250,19 +252,21 @@ def _add_recall(
     findings: Findings,
     judge: str,
     drawn_ND: torch.Tensor,
-    real_ND: torch.Tensor | None,
+    real_MD: torch.Tensor | None,
     texts_ND: torch.Tensor,
+    chosen: Heldout,
     at: Setting,
 ) -> None:
-    """R@1 and R@10 of pictures for their own captions, among the first pairs."""
+    """R@1 and R@10 of pictures for their own captions, among the first captions."""
     drawn_ND, texts_ND = drawn_ND[:MAX_PAIRS], texts_ND[:MAX_PAIRS]
-    real_ND = None if real_ND is None else real_ND[:MAX_PAIRS]
+    own = [row for row in chosen.paired if row < len(texts_ND)]
+    real_MD = None if real_MD is None or not own else real_MD[: len(own)]
     for k in (1, 10):
         findings.add_mean(
             f"{judge}_recall_at_{k}",
             alignment.recalled(k, drawn_ND, texts_ND),
             at.config,
-            real=None if real_ND is None else alignment.recall_at(k, real_ND, texts_ND),
+            real=None if real_MD is None else alignment.recall_at(k, real_MD, texts_ND, own),
             chance=min(1, k / len(texts_ND)),
         )
 
@@ -282,17 +286,19 @@ def _measure_clip(
     drawn = extract(generated, [judge], folder=at.out / "features" / "clip", **settings)
     drawn_ND = torch.tensor(drawn[judge.name])
     each_N = alignment.similarities(drawn_ND, texts_ND)
-    real_ND = None
+    real_MD = None
     if chosen.pictures:
         settings |= {"transform_name": "as it is", "cache": at.statistics}
-        real_ND = torch.tensor(reference(chosen.pictures, [judge], **settings)[judge.name])
+        real_MD = torch.tensor(reference(chosen.pictures, [judge], **settings)[judge.name])
     findings.add_mean(
         f"clip_score_{label(at.clip)}",
         each_N,
         at.config,
-        real=None if real_ND is None else alignment.mean_similarity(real_ND, texts_ND),
+        real=None
+        if real_MD is None
+        else alignment.mean_similarity(real_MD, texts_ND[chosen.paired]),
     )
-    _add_recall(findings, f"clip_{label(at.clip)}", drawn_ND, real_ND, texts_ND, at)
+    _add_recall(findings, f"clip_{label(at.clip)}", drawn_ND, real_MD, texts_ND, chosen, at)
     return each_N
 
 

@@ -125,13 +125,13 @@ def _pairs(subject: Subject, at: Setting) -> list[page.Pair]:
 
     A list that goes over its concepts again and again would show few of them at even distances.
     """
-    pictures = subject.chosen.pictures
+    real = dict(zip(subject.chosen.paired, subject.chosen.pictures, strict=True))
     lot = np.random.default_rng(0).permutation(len(subject.generated))[:_GRID_PAIRS]
     return [
         (
             subject.chosen.captions[i],
             open_rgb(subject.generated[i]),
-            at.square(pictures[i]) if pictures else None,
+            at.square(real[i]) if i in real else None,
         )
         for i in sorted(lot.tolist())
     ]
@@ -294,9 +294,10 @@ def _failures(subject: Subject, at: Setting) -> list[CategoryRow] | None:
     captions = subject.chosen.captions[: len(subject.agreement)]
     labels = None
     if subject.chosen.backgrounds is not None:
-        labels = {"background": subject.chosen.backgrounds[: len(captions)]}
+        known = zip(subject.chosen.paired, subject.chosen.backgrounds, strict=True)
+        labels = {"background": dict(known)}
     groups = categories(captions, labels)
-    return by_category(subject.agreement.tolist(), groups, seed=at.config.seed)
+    return by_category(subject.agreement.tolist(), groups)
 
 
 def _worst(

@@ -8,8 +8,9 @@ reason, never zero.
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections import Counter
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from gigagan.evaluation.devices import Device
 from gigagan.evaluation.features import Progress, silent
 from gigagan.evaluation.findings import Findings, assemble
 from gigagan.evaluation.heldout import Gallery, Heldout, read_drawn, read_heldout, subset
-from gigagan.evaluation.judging import MAX_PAIRS, judge_all, measure_diversity
+from gigagan.evaluation.judging import judge_all, measure_diversity
 from gigagan.evaluation.naming import Drawn
 from gigagan.evaluation.setting import Sample, Setting, setting
 from gigagan.models.aligner import Aligner
@@ -59,7 +60,6 @@ def evaluate(
     """
     at = setting(config, out, devices=devices, statistics=statistics, progress=progress)
     _refuse_task(at, "text")
-    sample = drawing.within(sample)
     everything = read_heldout(heldout)
     chosen = subset(everything, at.config.num_images, config.seed)
     protocol.check_counts(
@@ -107,8 +107,8 @@ def score(
 
     `drawn` holds `fake_images/` and `captions.txt`, whose lines are the captions of the pictures in
     natural-sorted order. What needs a sampler (diversity, truncation, speed) is absent. Captions
-    that are not held out have no real picture: what needs pairs is of the others, and real
-    pictures' agreement is absent.
+    that are not held out have no real picture: what needs one is of the others, which are counted
+    as `num_with_real`.
     """
     at = setting(config, out, devices=devices, statistics=statistics, progress=progress)
     _refuse_task(at, "text")
@@ -119,25 +119,15 @@ def score(
     )
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").unlink(missing_ok=True)
-    places = _places(captions, everything)
-    rows = [row for row, place in enumerate(places) if place is not None]
-    paired = _of(everything, [place for place in places if place is not None])
-    is_whole = len(rows) == len(captions)
-    chosen = (
-        paired
-        if is_whole
-        else replace(paired, captions=captions, pictures=[], backgrounds=None, palette=None)
-    )
+    chosen = _chosen(captions, generated, everything)
     findings = Findings()
     judge = None if aligner is None else Aligner.load(aligner)
     to_name = _to_name(everything.gallery, generated, captions, at)
-    pairs = [generated[row] for row in rows], paired
-    agreement = judge_all(findings, generated, everything, chosen, judge, at, to_name, pairs)
+    agreement = judge_all(findings, generated, everything, chosen, judge, at, to_name)
     for name in ("seconds_per_image", "lpips_diversity", "z_sensitivity"):
         findings.absent[name] = "the pictures were there already: there is no sampler to ask"
     facts = describe(at, everything, chosen, generated, judge, aligner)
     facts |= {"seed": None, "truncation": None, "batch_size": None, "snapshots_sha256": {}}
-    facts |= {"num_pairs": min(MAX_PAIRS, len(rows))}
     results = assemble(findings, facts)
     looking = looks.Subject(generated, everything, chosen, [], agreement, judge, to_name)
     looks.write(results, looking, at)
@@ -191,30 +181,49 @@ def _refuse_task(at: Setting, task: str) -> None:
         )
 
 
-def _places(captions: list[str], everything: Heldout) -> list[int | None]:
-    """Place of each caption among the held-out ones, if it is there.
-
-    Of a caption that describes several pictures the first drawn one gets the first of these, the
-    second the second, and so on.
-    """
-    known: dict[str, list[int]] = {}
-    for place, caption in enumerate(everything.captions):
-        known.setdefault(caption, []).append(place)
-    met: Counter[str] = Counter()
-    found: list[int | None] = []
-    for caption in captions:
-        places = known.get(caption)
-        found.append(places[met[caption] % len(places)] if places else None)
-        met[caption] += 1
-    return found
-
-
-def _of(everything: Heldout, places: list[int]) -> Heldout:
-    """Some of the captions with their pictures."""
+def _chosen(captions: list[str], drawn: Sequence[Path], everything: Heldout) -> Heldout:
+    """The captions of drawn pictures with the real pictures of those that are held out."""
+    places = _places(captions, drawn, everything)
+    rows = [row for row, place in enumerate(places) if place is not None]
+    found = [place for place in places if place is not None]
     names = everything.backgrounds
     return replace(
         everything,
-        captions=[everything.captions[i] for i in places],
-        pictures=[everything.pictures[i] for i in places],
-        backgrounds=None if names is None else [names[i] for i in places],
+        captions=captions,
+        pictures=[everything.pictures[place] for place in found],
+        backgrounds=None if names is None else [names[place] for place in found],
+        rows=rows,
     )
+
+
+def _places(
+    captions: Sequence[str], drawn: Sequence[Path], everything: Heldout
+) -> list[int | None]:
+    """Place of each caption among the held-out ones, if it is there.
+
+    Of a caption that describes several pictures a drawn one with the number of one of these in its
+    name gets that one, and the others get those that are left, in their order.
+    """
+    left: dict[str, deque[int]] = {}
+    for place, caption in enumerate(everything.captions):
+        left.setdefault(caption, deque()).append(place)
+    found: list[int | None] = [None] * len(captions)
+    for by_number in (True, False):
+        for row, (caption, picture) in enumerate(zip(captions, drawn, strict=True)):
+            own = left.get(caption)
+            if found[row] is not None or own is None:
+                continue
+            number = _number(picture)
+            fit = (p for p in own if not by_number or _number(everything.pictures[p]) == number)
+            taken = next(fit, None)
+            if taken is not None:
+                found[row] = taken
+                own.remove(taken)
+                own.append(taken)  # comes again once all are taken
+    return found
+
+
+def _number(picture: Path) -> int | None:
+    """The number at the end of a name, as in COCO_val2014_000000000042.jpg."""
+    digits = re.search(r"\d+$", picture.stem)
+    return int(digits[0]) if digits else None

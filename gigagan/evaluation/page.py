@@ -16,6 +16,7 @@ from PIL import Image
 from gigagan.evaluation.categories import CategoryRow
 from gigagan.evaluation.neighbours import Memorisation
 from gigagan.evaluation.protocol import PROTOCOLS
+from gigagan.evaluation.report import unpaired
 from gigagan.evaluation.sweeps import CurvePoint, Speed
 
 _CELL = 128
@@ -110,7 +111,7 @@ def _summary(rules: Mapping[str, Any]) -> str:
         parts.append(f"truncation {rules['truncation']}, seed {rules['seed']}")
     else:
         parts.append("pictures that were there already; truncation and seed are not known")
-    return "; ".join(parts) + "."
+    return "; ".join([*parts, *unpaired(rules)]) + "."
 
 
 def _cards(results: Mapping[str, Any]) -> str:
@@ -299,7 +300,10 @@ def _categories(figures: Figures) -> str:
     if not figures.categories:
         return ""
     rows = [
-        [row.name, str(row.count), f"{row.mean:.4g}", f"{row.low:.4g} to {row.high:.4g}"]
+        [
+            *(row.name, str(row.count), f"{row.mean:.4g}"),
+            "" if row.low is None else f"{row.low:.4g} to {row.high:.4g}",
+        ]
         for row in figures.categories
     ]
     table = _table(["captions with", "number", "agreement", "95 %"], rows)

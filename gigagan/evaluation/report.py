@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from data.lettering import wrapped, write
 
 _MARGIN = 8
 _FONT_PX = 13
-_LEADING_PX = 3
-_INK = (32, 32, 32)
+_LEADING_PX = 5
+_INK = "#202020"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -20,6 +22,30 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     partial.replace(path)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What an evaluation wrote.
+
+    Raises:
+        ValueError: the file is damaged, or another one.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        for part in ("protocol", "metrics", "intervals"):
+            if not isinstance(results, dict) or not isinstance(results.get(part), dict):
+                raise ValueError(f"it has no mapping {part!r}")
+        numbers = list(results["metrics"].values())
+        for low, high in results["intervals"].values():
+            numbers += [low, high]
+        if not all(isinstance(value, int | float) for value in numbers):
+            raise ValueError("a metric or an end of an interval is no number")
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a results.json of an evaluation ({error}): give files that "
+            "`python -m gigagan evaluate` wrote"
+        ) from error
+    return results
 
 
 def caption_grid(
@@ -35,20 +61,20 @@ def caption_grid(
     All rows have the same number of pictures; each is brought to `cell_px` by nearest neighbour
     where it is smaller, so that no detail is invented.
     """
-    font, line_px = ImageFont.load_default(font_px), font_px + _LEADING_PX
+    line_px = font_px + _LEADING_PX
     row_width = max((len(pictures) for _, pictures in rows), default=1) * (cell_px + 2) - 2
-    texts = [_wrapped(caption, font, row_width) for caption, _ in rows]
+    texts = [list(wrapped(caption, font_px, row_width)) for caption, _ in rows]
     text_px = max((len(lines) for lines in texts), default=1) * line_px
     step_x, step_y = row_width + 2 * _MARGIN, text_px + cell_px + _MARGIN
     height = _MARGIN * 2 + line_px + step_y * -(-len(rows) // columns)
     canvas = Image.new("RGB", (step_x * columns + _MARGIN, height), "white")
     draw = ImageDraw.Draw(canvas)
-    draw.text((_MARGIN, _MARGIN), title, fill=_INK, font=font)
+    write(draw, (_MARGIN, _MARGIN), title, font_px, _INK)
     for index, ((_, pictures), lines) in enumerate(zip(rows, texts, strict=True)):
         left = _MARGIN + step_x * (index % columns)
         top = 2 * _MARGIN + line_px + step_y * (index // columns)
         for number, line in enumerate(lines):
-            draw.text((left, top + number * line_px), line, fill=_INK, font=font)
+            write(draw, (left, top + number * line_px), line, font_px, _INK)
         for number, picture in enumerate(pictures):
             where = (left + number * (cell_px + 2), top + text_px)
             canvas.paste(_cell(picture, cell_px), where)
@@ -68,6 +94,14 @@ def table(results: Mapping[str, Any]) -> str:
         f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip()
         for a, b, c, d in lines
     )
+
+
+def unpaired(rules: Mapping[str, Any]) -> list[str]:
+    """What is to be said, if anything, of captions that have no real picture."""
+    drawn, found = rules.get("num_generated"), rules.get("num_with_real")
+    if found is None or found == drawn:
+        return []
+    return [f"{found:,} of {drawn:,} captions have a real picture: what needs one is of these"]
 
 
 Differing = Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[str, Any, Any] | None]
@@ -121,20 +155,3 @@ def _cell(picture: Image.Image, px: int) -> Image.Image:
     is_smaller = max(picture.size) < px
     how = Image.Resampling.NEAREST if is_smaller else Image.Resampling.LANCZOS
     return picture.convert("RGB").resize((px, px), how)
-
-
-def _wrapped(text: str, font: Any, width: int) -> list[str]:
-    """Break at spaces so that every line fits; a word that is too long alone is broken too."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width:
-            lines[-1] = longer
-            continue
-        if lines[-1]:
-            lines.append("")
-        for letter in word:
-            if font.getlength(lines[-1] + letter) > width:
-                lines.append("")
-            lines[-1] += letter
-    return lines

@@ -16,6 +16,7 @@ from gigagan.evaluation.devices import Device
 from gigagan.evaluation.features import Progress, image_vectors, silent, square
 from gigagan.models import pretrained
 from gigagan.models.aligner import Aligner
+from gigagan.seeds import derived
 
 INCEPTION = "inception-2015-12-05"
 _DEFAULT_RESOLUTION = 128
@@ -83,7 +84,7 @@ def setting(
 
 def seed_of(config: EvaluateConfig, position: int) -> int:
     """Seed of the batch that begins at this caption."""
-    return config.seed * 1_000_003 + position
+    return derived(config.seed, position)
 
 
 def embedded(judge: Aligner, pictures: Sequence[Path | Image.Image], at: Setting) -> torch.Tensor:

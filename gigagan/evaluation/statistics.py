@@ -1,6 +1,8 @@
-"""Statistics: streaming moments of features, intervals by the bootstrap, and those of counts.
+"""Statistics: streaming moments of features, intervals by resampling, and those of counts.
 
-Pure functions in float64. Shape letters: N M samples, D features.
+Intervals are of drawing the pictures anew, from the same networks and the same kind of real
+pictures: what another training, of another seed, would give is not in them. Pure functions in
+float64. Shape letters: N M samples, D features.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from math import comb, factorial, sqrt
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import t as student
 
 
 class Moments:
@@ -70,7 +73,7 @@ def frechet_from_moments(a: Moments, b: Moments) -> float:
 
 
 class Interval(NamedTuple):
-    """Between which values a statistic lies, under resampling of its pictures."""
+    """Between which values a statistic lies, of pictures drawn anew."""
 
     low: float
     high: float
@@ -86,8 +89,8 @@ def bootstrap(
 ) -> Interval:
     """Percentile interval of `statistic(*sets)` (Efron 1979): rows are drawn with replacement.
 
-    For means over pictures (similarity, recall). Not for distances between sets: repeated rows make
-    a set look narrower than it is, which lifts FID and KID; `subsampled` is for those.
+    For medians and the like; `mean_interval` is for means. Not for distances between sets: repeated
+    rows make a set look narrower than it is, which lifts FID; `subsampled` is for those.
     """
     if resamples < 1 or not all(len(rows) for rows in sets):
         raise ValueError(f"resamples={resamples} of {[len(rows) for rows in sets]} samples")
@@ -114,8 +117,10 @@ def subsampled(
 
     Each part holds `share` of every set's rows, drawn without replacement, so that no row repeats
     (Politis & Romano 1994). Parts of b of n rows vary by about √((n − b) / b) of what whole sets
-    would between data sets: their deviations from their own mean, which takes the bias of small
-    sets away, are scaled by its inverse.
+    would between data sets: their standard deviation is scaled by its inverse, and Student's t
+    makes up for their small number, of which percentiles cover too little. It covers the mean of
+    the statistic over sets of these sizes, with its bias; where both sets come from one
+    distribution it is up to √3 times too wide, as parts vary by 1 / b there.
     """
     if resamples < 2 or not 0 < share < 1:
         raise ValueError(f"resamples={resamples}, share={share}: give two or more, and a share")
@@ -127,10 +132,24 @@ def subsampled(
             size = max(2, round(len(rows) * share))
             parts.append(rows[np.sort(random.choice(len(rows), size, replace=False))])
         found.append(statistic(*parts))
-    deviations = (np.array(found) - np.mean(found)) * np.sqrt(share / (1 - share))
-    tail = (1 - level) / 2
-    low, high = np.quantile(deviations, [tail, 1 - tail])
-    return Interval(float(value + low), float(value + high), level)
+    deviation = float(np.std(found, ddof=1)) * sqrt(share / (1 - share))
+    reach = float(student.ppf((1 + level) / 2, resamples - 1)) * deviation
+    return Interval(value - reach, value + reach, level)
+
+
+def mean_interval(values_N: np.ndarray) -> Interval | None:
+    """95 % interval of a mean by Student's t, of a share where all values are 0 or 1 by Wilson's.
+
+    None for fewer than two values, which do not say how far they spread.
+    """
+    N = len(values_N)
+    if N < 2:
+        return None
+    if np.isin(values_N, (0, 1)).all():
+        return share_interval(int(np.sum(values_N)), N)
+    reach = float(student.ppf(0.975, N - 1) * np.std(values_N, ddof=1)) / sqrt(N)
+    mean = float(np.mean(values_N))
+    return Interval(mean - reach, mean + reach)
 
 
 def share_interval(successes: int, count: int) -> Interval:

@@ -15,6 +15,10 @@ RUN grep -E '^torch(vision)?==' /tmp/pipeline.txt > /tmp/torch.txt \
     && /opt/venv/bin/pip install --no-cache-dir --no-deps -r /tmp/others.txt
 
 FROM ${RUN_IMAGE}
+# Letters of scripts that are written to the left are ordered and joined by it.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends libfribidi0 \
+    && rm -rf /var/lib/apt/lists/*
 RUN groupadd --gid 10001 app && useradd --uid 10001 --gid 10001 --create-home app \
     && mkdir -p /app/runs && chown app:app /app/runs
 COPY --from=build /opt/venv /opt/venv

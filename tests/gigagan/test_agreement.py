@@ -5,11 +5,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cleanfid.resize import build_resizer
+from open_clip.transform import image_transform
 from PIL import Image
+from torchvision.transforms import CenterCrop
 
-from gigagan.evaluation.distances import cmmd, frechet_distance, kernel_distance, prdc
+from gigagan.evaluation.distances import (
+    cmmd,
+    frechet_distance,
+    kernel_distance,
+    mmd2,
+    mmd2_interval,
+    prdc,
+)
 from gigagan.evaluation.features import (
     PictureError,
+    _clip_pixels,
     extract,
     extractor,
     legacy_resize,
@@ -17,7 +27,13 @@ from gigagan.evaluation.features import (
     square,
 )
 from gigagan.evaluation.fidelity import lpips_pairs, psnr, ssim
-from gigagan.evaluation.statistics import Moments, bootstrap, frechet_from_moments, subsampled
+from gigagan.evaluation.statistics import (
+    Moments,
+    bootstrap,
+    frechet_from_moments,
+    mean_interval,
+    subsampled,
+)
 from gigagan.models import pretrained
 
 RANDOM = np.random.default_rng(0)
@@ -123,28 +139,95 @@ def test_files_larger_than_memory_give_what_arrays_do(tmp_path, monkeypatch):
     assert frechet_distance(mapped, MADE) == pytest.approx(whole, rel=1e-9)
 
 
-def test_an_interval_of_a_mean_covers_it_about_as_often_as_it_says():
+def test_an_interval_of_a_median_covers_it_about_as_often_as_it_says():
     random = np.random.default_rng(1)
     hits = 0
     for trial in range(200):
-        found = bootstrap(np.mean, random.normal(3, 1, 40), resamples=200, seed=trial)
+        found = bootstrap(np.median, random.normal(3, 1, 40), resamples=200, seed=trial)
         hits += found.low <= 3 <= found.high
-    assert 0.88 <= hits / 200 <= 0.98
+    assert 0.88 <= hits / 200 <= 0.985
 
 
-def test_an_interval_of_a_distance_is_as_wide_as_distances_of_fresh_sets_spread():
+@pytest.mark.parametrize("num", [7, 40])
+@pytest.mark.parametrize("share", [False, True])
+def test_an_interval_of_a_mean_of_few_covers_it_about_as_often_as_it_says(num, share):
+    random = np.random.default_rng(1)
+    values = [
+        random.random(num) < 0.8 if share else random.normal(0.8, 1, num) for _ in range(2000)
+    ]
+    found = [mean_interval(x) for x in values]
+    assert 0.91 <= np.mean([low <= 0.8 <= high for low, high, _ in found]) <= 0.995
+
+
+def test_what_all_pictures_do_is_no_certainty_and_one_picture_has_no_interval():
+    low, high, _ = mean_interval(np.ones(12))
+    assert 0.7 < low < 0.9
+    assert high == 1
+    assert mean_interval(np.array([0.3])) is None
+
+
+def share_covered(draw, interval, truth=None, trials=300):
+    """Of how many fresh pairs of sets the interval holds the truth, or else the mean value."""
+    found = [interval(*draw()) for _ in range(trials)]
+    truth = np.mean([value for value, _ in found]) if truth is None else truth
+    return np.mean([low <= truth <= high for _, (low, high, _) in found])
+
+
+def kid_interval(a, b):
+    return mmd2(a, b), mmd2_interval(a, b)
+
+
+MIX = np.random.default_rng(5).normal(size=(24, 8))
+
+
+def features(random, size, shift):
+    """Positive and skewed, as those behind a ReLU."""
+    return np.maximum(0, 0.2 + 0.2 * (random.normal(size=(size, 8)) + shift) @ MIX.T)
+
+
+@pytest.mark.parametrize("shift", [0, 0.1, 0.3, 1])
+@pytest.mark.parametrize(
+    ("num_a", "num_b", "trials"),
+    [(40, 60, 300), pytest.param(60, 300, 600, marks=pytest.mark.slow)],
+)
+def test_a_kernel_distances_interval_covers_what_it_says(num_a, num_b, trials, shift):
+    random = np.random.default_rng(11)
+    truth = None if shift else 0.0  # equal distributions: it has no bias
+
+    def draw():
+        return features(random, num_a, shift), features(random, num_b, 0)
+
+    assert 0.91 <= share_covered(draw, kid_interval, truth, trials) <= 0.985
+
+
+def test_a_kernel_distances_interval_is_about_as_wide_as_fresh_sets_spread():
+    random = np.random.default_rng(12)
+    pairs = [(features(random, 50, 0.3), features(random, 70, 0)) for _ in range(200)]
+    reach = np.median([(high - low) / 2 for low, high, _ in (mmd2_interval(*p) for p in pairs)])
+    assert reach == pytest.approx(1.96 * np.std([mmd2(*p) for p in pairs]), rel=0.2)
+
+
+def test_a_kernel_distances_interval_is_summed_in_chunks_and_needs_four(monkeypatch):
+    a, b = REAL[:11], MADE[:7]
+    whole = mmd2_interval(a, b)
+    monkeypatch.setattr("gigagan.evaluation.distances._CHUNK", 4)
+    np.testing.assert_allclose(mmd2_interval(a, b), whole)
+    with pytest.raises(ValueError, match="11 and 3 samples"):
+        mmd2_interval(a, b[:3])
+
+
+@pytest.mark.parametrize(("shift", "low", "high"), [(1, 0.925, 0.98), (0, 0.95, 1)])
+def test_an_interval_of_resampled_parts_covers_at_least_what_it_says(shift, low, high):
     random = np.random.default_rng(2)
 
-    def sets():
-        return random.normal(size=(300, 3)), random.normal(0.4, 1, size=(300, 3))
+    def draw():
+        return random.normal(size=(60, 3)), random.normal(shift, 1, size=(80, 3))
 
-    fresh = [frechet_distance(*sets()) for _ in range(100)]
-    a, b = sets()
-    value = frechet_distance(a, b)
-    found = subsampled(frechet_distance, a, b, value=value, resamples=100)
-    expected = np.quantile(fresh, 0.975) - np.quantile(fresh, 0.025)
-    assert found.low < value < found.high
-    assert (found.high - found.low) == pytest.approx(expected, rel=0.4)
+    def interval(a, b):
+        value = frechet_distance(a, b)
+        return value, subsampled(frechet_distance, a, b, value=value)
+
+    assert low <= share_covered(draw, interval) <= high
 
 
 # ---- pictures
@@ -152,6 +235,28 @@ def test_an_interval_of_a_distance_is_as_wide_as_distances_of_fresh_sets_spread(
 
 def picture(side=37, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (side, side + 4, 3), np.uint8)
+
+
+SIZES = [(w, h) for w in (8, 9, 10, 11, 12, 23) for h in range(7, 20)]
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_the_centre_square_is_torchvisions(width, height):
+    random = np.random.default_rng(width * 100 + height)
+    image = Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8))
+    side = min(image.size)
+    assert np.array_equal(square(image, side), CenterCrop(side)(image))
+
+
+@pytest.mark.parametrize(
+    ("width", "height"), [(37, 37), (61, 40), (40, 61), (43, 40), (97, 31), (31, 98), (20, 27)]
+)
+def test_the_pixels_of_clip_are_open_clips(width, height):
+    random = np.random.default_rng(width * 100 + height)
+    image = Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8))
+    theirs = image_transform(32, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))(image)
+    ours = torch.from_numpy(_clip_pixels(image, 32).copy())
+    assert torch.equal(ours, (theirs * 255).round().byte().permute(1, 2, 0))
 
 
 def test_the_clean_resize_is_clean_fids():

@@ -198,6 +198,10 @@ def test_answers_without_their_key_or_of_no_text_are_refused(answers, tmp_path):
     file.write_bytes(b"1: \xff\n")
     with pytest.raises(ValueError, match="not UTF-8"):
         score(file)
+    for text in ("{", "[]", "{}", '{"names": []}', '{"names": [3]}'):
+        (tmp_path / KEY).write_text(text)
+        with pytest.raises(ValueError, match=r"key\.json is not a key that `blind` wrote"):
+            score(file)
     (tmp_path / KEY).unlink()
     with pytest.raises(FileNotFoundError, match=r"key\.json is not there: leave the answers"):
         score(file)

@@ -60,12 +60,12 @@ def test_copies_of_training_pictures_are_found_out():
 
 def test_every_caption_has_a_kind_and_may_have_several():
     captions = ["two red dogs beside a car", "something abstract", 'a sign that says "stop"']
-    found = categories(captions, {"background": ["teal", "pink", "teal"]})
+    found = categories(captions, {"background": {0: "teal", 2: "teal"}})
     for kind in ("count", "colour", "animal", "place", "vehicle"):
         assert found[kind] == [0], kind
     assert found["written text"] == [2]
     assert found["background: teal"] == [0, 2]
-    assert OTHER not in found
+    assert found[OTHER] == [1]
     assert categories(["something abstract"]) == {OTHER: [0]}
     assert categories(["redo the carpet"]) == {OTHER: [0]}  # words, not parts of them
     assert categories(["word " * 16]) == {"over 15 words": [0]}
@@ -78,6 +78,8 @@ def test_the_worst_kind_and_its_worst_pictures_come_first():
     assert rows[0].mean == pytest.approx(0.2)
     assert rows[0].low <= rows[0].mean <= rows[0].high
     assert rows[1].count == 4
+    (alone,) = by_category([0.1, 0.7], {"alone": [1]})
+    assert (alone.low, alone.high) == (None, None)
 
 
 # ---- the page
@@ -108,7 +110,7 @@ def figures():
         speeds=[Speed(1, 0.1, 10.0)],
         neighbours=[("caption", picture, [(picture, 0.91)])],
         memorisation=Memorisation(0.5, 0.6, 0.013),
-        categories=by_category([0.1, 0.2], {"colour": [0, 1]}),
+        categories=by_category([0.1, 0.2], {"colour": [0, 1], "place": [1]}),
         worst=[("colour", EVIL, picture, 0.1)],
     )
 

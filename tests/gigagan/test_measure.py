@@ -183,7 +183,7 @@ def test_pictures_and_captions_are_written_in_one_order(evaluated):
     captions = (out / "captions.txt").read_text().splitlines()
     files = sorted((out / "images").iterdir())
     assert len(captions) == len(files) == 12
-    expected = sampler(captions[5:10], CONFIG.seed * 1_000_003 + 5)[1]
+    expected = sampler(captions[5:10], seed_of(CONFIG, 5))[1]
     assert np.array_equal(np.asarray(Image.open(files[6])), np.asarray(expected))
     assert (out / "grid.png").is_file()
     assert (out / "latents.png").is_file()
@@ -438,6 +438,12 @@ def test_grid_has_room_for_every_picture_and_caption():
     assert red == 4 * 40 * 40
 
 
+def test_grids_show_captions_of_every_script():
+    rows = [[(caption, [Image.new("RGB", (8, 8))])] for caption in ("猫", "犬")]
+    one, other = (np.asarray(caption_grid(row, title="t")) for row in rows)
+    assert not np.array_equal(one, other)
+
+
 def test_json_is_replaced_whole_and_refuses_nan(tmp_path):
     write_json(tmp_path / "r.json", {"a": 1})
     with pytest.raises(ValueError, match="JSON"):
@@ -474,3 +480,14 @@ def test_a_clip_judges_by_its_own_name_with_scores_and_recall(heldout, tmp_path,
     assert results["protocol"]["clip"] == {"model": clip, "prefix": "A photo depicts "}
     assert clip in results["protocol"]["weights_sha256"]
     assert results["categories"]  # agreement by kind of caption, by CLIP without an aligner
+
+    # Of captions of which two are none of the set, real pictures are judged with the others.
+    shutil.move(tmp_path / "out" / "images", tmp_path / "out" / "fake_images")
+    (tmp_path / "out" / "captions.txt").write_text("\n".join([*captions[:-2], "one", "two"]))
+    part = score(tmp_path / "out", heldout, tmp_path / "part", config)
+    real = read_heldout(heldout).pictures[:-2]
+    expected = clip_score(real, captions[:-2], clip)
+    assert part["reference"]["real"][f"clip_score_{name}"] == pytest.approx(expected, abs=1e-5)
+    assert part["reference"]["real"].keys() == results["reference"]["real"].keys()
+    assert part["protocol"]["num_with_real"] == 10
+    assert not [kind for kind in part["categories"] if kind["name"] == "background: None"]
