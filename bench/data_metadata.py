@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from bench.timing import medians
 from data.config import DownloadConfig
-from data.prefilter import BATCH_ROWS, columns_of, judged, reasons
+from data.prefilter import BATCH_ROWS, columns_of, judged, reasons, tidied
 from data.schema import TYPES
 from data.sources import Source, connect
 
@@ -48,8 +48,12 @@ def compare(rows: int = ROWS) -> dict[str, float]:
         )
         claims = " AND ".join(f"({c})" for r, c in reasons(config) if r != "unreadable row")
         query = (
-            f"SELECT {', '.join(TYPES)}, row FROM (SELECT {columns}, file_row_number AS row FROM "
-            f"read_parquet('{source.path}', file_row_number = true)) WHERE {claims}"
+            f"SELECT {', '.join(TYPES)}, row FROM "
+            + tidied(
+                f"(SELECT {columns}, file_row_number AS row FROM "
+                f"read_parquet('{source.path}', file_row_number = true))"
+            )
+            + f" WHERE {claims}"
         )
 
         def ours() -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import traceback
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +40,7 @@ example, from a list to shards:
 
 GIGAGAN_DEBUG=1 shows the traceback of an error.
 """
-DEFAULT_ENCODERS = "flows.score:encoders"
+DEFAULT_ENCODERS = "gigagan.scoring:encoders"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -74,13 +76,13 @@ def _metadata(options: argparse.Namespace) -> None:
     from data import metadata
     from data.config import DownloadConfig
     from data.console import shown
-    from data.processes import only_writer
 
     given = {"metadata": tuple(options.lists), "source": "metadata"} if options.lists else {}
     config = _config(DownloadConfig, "download", options, **given)
     if not config.metadata:
         raise ValueError("no lists: name them after OUT, or as --set 'metadata=[…]'")
-    with only_writer(options.out), shown() as progress:
+    config = config.model_copy(update={"source": "metadata"})
+    with _writing(options.out), shown() as progress:
         funnel = metadata.prepare(
             config.metadata,
             options.out,
@@ -93,18 +95,26 @@ def _metadata(options: argparse.Namespace) -> None:
 
 
 def _download(options: argparse.Namespace) -> None:
-    from data import download
+    from data import download, metadata
     from data.config import DownloadConfig
     from data.console import shown
-    from data.processes import only_writer
 
-    config = _config(DownloadConfig, "download", options)
-    with only_writer(options.out), shown() as progress:
+    lists = metadata.listed(options.out)
+    begun = {**lists, **download.begun(options.out)}
+    usual = {name: begun[name] for name in DownloadConfig.model_fields if name in begun}
+    config = _config(DownloadConfig, "download", options, usual)
+    if lists and config.source != lists["source"]:
+        raise ValueError(
+            f"{options.out} has lists of {lists['metadata'][0]}, and download.source "
+            f"is {config.source!r}: leave that out, or give another folder"
+        )
+    with _writing(options.out), shown() as progress:
         report = download.run(
             options.out,
             config,
             processes=options.workers,
             threads=options.threads,
+            verify=options.verify,
             progress=progress,
         )
     _print_report(report)
@@ -114,13 +124,19 @@ def _score(options: argparse.Namespace) -> None:
     from data import score
     from data.config import ScoreConfig
     from data.console import shown
-    from data.processes import only_writer
     from data.settings import EncoderFactory
+    from data.sources import fingerprint
 
     config = _config(ScoreConfig, "score", options)
     make_encoders = EncoderFactory(options.encoders, config)
     make_encoders.function()  # a wrong name is an error now, not in every worker
-    with only_writer(options.out), shown() as progress:
+    lists = sorted((options.download / "lists").glob("*.parquet"))
+    plan = {
+        **config.model_dump(mode="json", exclude={"devices", "batch_size"}),
+        "encoders": options.encoders,
+        "download": fingerprint(tuple(map(str, lists))),
+    }
+    with _writing(options.out), _planned(options.out / "plan.json", plan), shown() as progress:
         report = score.run(
             options.out,
             options.download,
@@ -138,10 +154,9 @@ def _filter(options: argparse.Namespace) -> None:
     from data import filter as filtering
     from data.config import FilterConfig
     from data.console import shown
-    from data.processes import only_writer
 
     config = _config(FilterConfig, "filter", options)
-    with only_writer(options.out), shown() as progress:
+    with _writing(options.out), shown() as progress:
         report = filtering.run(
             options.out,
             options.scores,
@@ -158,14 +173,19 @@ def _shards(options: argparse.Namespace) -> None:
     from data import shards
     from data.config import FilterConfig
     from data.console import shown
-    from data.processes import only_writer
+    from data.schema import SCORES
+    from data.tables import opened
 
     config = _config(FilterConfig, "filter", options)
     kept = options.kept or options.out / "kept.parquet"
     if not kept.is_file():
         raise ValueError(f"{kept} is not there: run the filter, or name it with --kept")
-    with only_writer(options.out), shown() as progress:
-        shards.write(
+    if absent := {*SCORES.names} - {*opened(kept).schema_arrow.names}:
+        raise ValueError(
+            f"{kept} has no column {min(absent)}: name a kept.parquet of the filter with --kept"
+        )
+    with _writing(options.out), shown() as progress:
+        lost = shards.write(
             kept,
             options.download,
             options.out,
@@ -175,16 +195,18 @@ def _shards(options: argparse.Namespace) -> None:
             progress=progress,
         )
     for side in config.resolutions:
-        print(f"{options.out / str(side)}: training shards at {side} px")
+        print(f"{options.out / f'{side:03d}'}: training shards at {side} px")
+    if lost:
+        first = min(lost)
+        print(f"{len(lost):,} kept pictures are in no shard (first: {first}: {lost[first]})")
 
 
 def _coco_fetch(options: argparse.Namespace) -> None:
     from data import coco
     from data.console import shown
-    from data.processes import only_writer
 
     base_url = options.base_url or coco.BASE_URL
-    with only_writer(options.out), shown() as progress:
+    with _writing(options.out), shown() as progress:
         captions = coco.fetch(
             options.out, options.year, options.split, base_url=base_url, progress=progress
         )
@@ -194,14 +216,13 @@ def _coco_fetch(options: argparse.Namespace) -> None:
 
 def _coco_captions(options: argparse.Namespace) -> None:
     from data import coco
-    from data.processes import only_writer
 
     chosen = coco.evaluation_captions(options.captions, options.num, options.seed)
     if options.out:
-        with only_writer(options.out, is_file=True):
+        with _writing(options.out, is_file=True):
             chosen.write(options.out)
     if options.heldout:
-        with only_writer(options.heldout, is_file=True):
+        with _writing(options.heldout, is_file=True):
             coco.write_heldout(options.captions, chosen, options.heldout)
     print(f"{len(chosen):,} captions of seed {chosen.seed}, one a picture")
     print(f"sha256 of the list      {chosen.sha256}")
@@ -211,9 +232,8 @@ def _coco_captions(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     from data import inspect
     from data.console import shown
-    from data.processes import only_writer
 
-    alone = only_writer(options.out, is_file=True) if options.out else nullcontext()
+    alone = _writing(options.out, is_file=True) if options.out else nullcontext()
     with alone, shown() as progress:
         findings = inspect.look(
             options.shard,
@@ -226,10 +246,57 @@ def _inspect(options: argparse.Namespace) -> None:
     print(findings)
 
 
-def _config(model: Any, section: str, options: argparse.Namespace, **given: Any) -> Any:
+def _config(
+    model: Any, section: str, options: argparse.Namespace, usual: Any = None, **given: Any
+) -> Any:
     from data.settings import load
 
-    return load(model, section, options.config, options.set, **given)
+    return load(model, section, options.config, options.set, usual, **given)
+
+
+@contextmanager
+def _writing(out: Path, *, is_file: bool = False) -> Iterator[None]:
+    """Be the only command that writes there; folders made for nothing go again."""
+    from data.processes import only_writer
+
+    place = next(p for p in ([] if is_file else [out]) + [*out.parents] if p.exists())
+    if not place.is_dir():
+        raise ValueError(f"{out} cannot be written: {place} is a file; give another path")
+    if is_file and out.is_dir():
+        raise ValueError(f"{out} is a folder, and a file is written: give another path")
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        with only_writer(out, is_file=is_file):
+            yield
+    except BaseException:
+        below = sorted(out.rglob("*/"), reverse=True) if out in made else []
+        for folder in [*below, *made]:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def _planned(path: Path, plan: dict[str, Any]) -> Iterator[None]:
+    """Refuse to go on in a folder that was begun with other settings, or from other inputs."""
+    from data.processes import LOCK
+
+    begun = json.loads(path.read_text(encoding="utf-8")) if path.exists() else plan
+    if changed := sorted(name for name in plan if begun.get(name) != plan[name]):
+        raise ValueError(
+            f"{path.parent} was begun with another {', '.join(changed)} (see {path.name}): go on "
+            "with that, or give another folder"
+        )
+    if not path.exists():
+        path.with_suffix(".partial").write_text(json.dumps(plan, indent=1), encoding="utf-8")
+        path.with_suffix(".partial").replace(path)
+    try:
+        yield
+    except BaseException:
+        ours = {path.parent / LOCK, path}
+        if all(found in ours or found.is_dir() for found in path.parent.rglob("*")):
+            path.unlink()  # nothing was begun
+        raise
 
 
 def _print_funnel(funnel: Funnel) -> None:
@@ -258,6 +325,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     step = _step(steps, "download", _download, "lists → original bytes in OUT/images", "download")
     step.add_argument("--threads", type=_count, default=32, help="of each process; 32 by default")
+    step.add_argument(
+        "--verify",
+        action="store_true",
+        help="also read every picture that is there, and fetch damaged ones again",
+    )
     step = _step(steps, "score", _score, "a download → OUT/scores", "score", spread=True)
     _folder(step, "--download", "OUT of the download")
     step.add_argument(
@@ -289,8 +361,8 @@ def _step(
     step: argparse.ArgumentParser = steps.add_parser(
         name,
         description=f"{brief[0].upper()}{brief[1:]}.\n\n{DETAILS[name]}",
-        epilog=f"Settings and their meaning: the section `{section}` in data/config.py.",
-        formatter_class=_Plain,
+        epilog=section,
+        formatter_class=_WithSettings,
     )
     step.set_defaults(run=run)
     step.add_argument("out", type=Path, metavar="OUT", help="folder to write to, or to resume")
@@ -376,8 +448,8 @@ duplicates; writes the rest in a seeded order that spreads hosts. Prints the fun
 
     python -m data metadata work/download lists/*.parquet --set min_side=256 --workers 4""",
     "download": """\
-Fetches every row once and politely, and says of each what became of it. Makes the lists first
-where they are not there yet.
+Fetches every row once and politely, and says of each what became of it. Where OUT was begun,
+or has lists, it goes on with the settings of that; else it makes the lists first.
 
     python -m data download work/download --config run.yaml --workers 8 --threads 64""",
     "score": """\
@@ -386,8 +458,9 @@ Decodes each picture once and writes what the models say of it, shard by shard.
     python -m data score work/scores --download work/download --workers 4 \\
         --set encoder=open_clip:ViT-L-14/openai --set aesthetic=laion-v2""",
     "filter": """\
-Chooses by thresholds, drops near duplicates, writes verdicts, a report with pictures, and the
-training shards. No score is computed: another threshold takes seconds.
+Chooses by thresholds on scores, sizes and captions, drops near duplicates, writes verdicts, a
+report with pictures, and the training shards. No score is computed: another threshold takes
+seconds. Captions that are empty or hold control characters always go.
 
     python -m data filter work/filtered --scores work/scores --download work/download \\
         --set top_similarity=0.3 --set 'resolutions=[64, 512]'""",
@@ -413,6 +486,22 @@ codecs, captions, damage. Of a Parquet: schema, nulls, first rows, and how often
 
 class _Plain(argparse.RawDescriptionHelpFormatter):
     """Texts as they are written."""
+
+
+class _WithSettings(_Plain):
+    """An epilog names a section, whose settings are told; only help itself imports them."""
+
+    def add_text(self, text: str | None) -> None:
+        """Part of the help."""
+        from data.config import DownloadConfig, FilterConfig, ScoreConfig
+        from data.settings import described
+
+        models: dict[str, Any] = {
+            "download": DownloadConfig,
+            "score": ScoreConfig,
+            "filter": FilterConfig,
+        }
+        super().add_text(described(models[text], text) if text and text in models else text)
 
 
 def _count(text: str) -> int:

@@ -178,6 +178,7 @@ class DownloadConfig(Frozen):
 
 LIMITS = frozenset(
     {
+        "metadata",  # whose content counts, wherever it lies
         "max_bytes",
         "max_pixels",
         "timeout_s",
@@ -196,7 +197,7 @@ LIMITS = frozenset(
         "stall_s",
     }
 )
-"""Settings that a download may go on with changed: keys name the same rows."""
+"""Settings that a download may go on with changed: keys name the same rows, of the same lists."""
 
 SHIPPED = ("similarity_b32", "similarity_l14", "unsafe", "watermark", "aesthetic")
 """Scores that metadata may bring along."""

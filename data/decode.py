@@ -1,15 +1,19 @@
 """Bytes of any picture that the web sends → RGB as its author saw it.
 
 Hostile bytes end in UndecodableError and nothing else; what they may claim of memory is bounded by
-the pixel cap, which is read from the header.
+the pixel cap, which is read from the header. Of time only the scans of a JPEG are bounded here: the
+rest is for decoders.py.
 """
 
 from __future__ import annotations
 
 import io
+import re
 import struct
+import threading
 import warnings
 import zlib
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -21,12 +25,20 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "JPEG2000", "PPM
 """Pillow's readers of what is fetched and decoded. Others run programs (EPS), or are for no
 photographs."""
 MAX_PIXELS = 100_000_000
+MAX_SCANS = 100
+"""Passes over a JPEG, each over all of its pixels though it may have next to no bytes. Progressive
+ones have some 10; libtiff stops at as many as this for JPEGs in a TIFF."""
+GREAT_PIXELS = 16_000_000
+"""A picture with more of them is decoded while no other such is: that takes 8 to 25 bytes each."""
 MAX_PROFILE_BYTES = 4_000_000
 """A longer ICC profile is ignored; those of presses have up to 3 MB."""
 MAX_NOTE_BYTES = 16_000_000
 """Longer texts in a PNG are passed over, unpacked and all together."""
 ICON_PX = 256
 """Longest side of a bitmap in an ICO."""
+
+JPEG = b"\xff\xd8"
+"""How one begins."""
 
 Image.init()  # all codecs: those it loads on demand are missing where threads come first
 # A PNG with a text or profile longer than this is no picture to Pillow.
@@ -38,9 +50,18 @@ class UndecodableError(ValueError):
     """Bytes that are not a whole picture. The text is `kind: why`."""
 
     def __init__(self, kind: str, why: str) -> None:
-        super().__init__(f"{kind}: {why}")
+        super().__init__(kind, why)  # which is how it goes from process to process
         self.kind = kind
-        """`not a picture`, `truncated`, `too many pixels` or `broken`."""
+        """`not a picture`, `truncated`, `too many pixels`, `too many scans`, `too slow`, or
+        `broken`."""
+
+    def __str__(self) -> str:
+        return ": ".join(self.args)
+
+
+alone: AbstractContextManager[object] = threading.Lock()
+"""Held while a picture of more than GREAT_PIXELS is decoded: a lock of this process's threads, or,
+in those of decoders.py, one of them all."""
 
 
 class Picture(NamedTuple):
@@ -57,12 +78,35 @@ def opened(data: bytes) -> Image.Image:
     """A picture of which only the header has been read, with one of FORMATS.
 
     Raises:
-        UndecodableError: an icon that is none.
+        UndecodableError: an icon that is none, or more than MAX_SCANS.
         Exception: whatever Pillow's readers raise on hostile bytes.
     """
     if data.startswith(_ICO):
         data = _out_of_icon(data)
+    if data.startswith(JPEG) and (scans := _scans(data)) > MAX_SCANS:
+        raise UndecodableError("too many scans", f"{scans:,}, at most {MAX_SCANS} are decoded")
     return Image.open(io.BytesIO(_without_long_notes(data)), formats=FORMATS)
+
+
+def check(data: bytes, max_pixels: int) -> None:
+    """Read the header alone.
+
+    Raises:
+        UndecodableError: `too many pixels`, `too many scans` or `not a picture`.
+    """
+    # Pillow has a limit for the whole process, at twice this: ours goes before it.
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
+    try:
+        with opened(data) as image:
+            width, height = image.size
+    except Image.DecompressionBombError as error:
+        raise UndecodableError("too many pixels", str(error)) from error
+    except UndecodableError:
+        raise
+    except Exception as error:  # a hostile header may raise anything
+        raise UndecodableError("not a picture", f"begins with {data[:8]!r}") from error
+    if width * height > max_pixels:
+        raise UndecodableError("too many pixels", f"{width * height}, {max_pixels} allowed")
 
 
 def decode(
@@ -91,7 +135,8 @@ def open_picture(
                 "too many pixels", f"{width} × {height}, at most {max_pixels:,} are decoded"
             )
         turn = _turn(source)
-        image = _upright(_loaded(source, at_least), turn)
+        with alone if width * height > GREAT_PIXELS else nullcontext():
+            image = _upright(_loaded(source, at_least), turn)
         return Picture(image, *((height, width) if turn in _SIDEWAYS else (width, height)))
     except UndecodableError:
         raise
@@ -214,6 +259,23 @@ def square(image: Image.Image, side: int) -> Image.Image:
 
 _PNG, _ICO = b"\x89PNG\r\n\x1a\n", b"\0\0\1\0"
 _NOTES = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+
+
+_START_OF_SCAN = b"\xff\xda"
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+"""What begins a segment with a length; in between are compressed pixels."""
+
+
+def _scans(data: bytes) -> int:
+    """Scans of a JPEG, up to its end: what follows may be a film."""
+    if data.count(_START_OF_SCAN) <= MAX_SCANS:  # also those inside of segments
+        return data.count(_START_OF_SCAN)
+    scans, found = 0, _MARKER.search(data, len(JPEG))
+    while found and found[0] != b"\xff\xd9":
+        scans += found[0] == _START_OF_SCAN
+        length = int.from_bytes(data[found.end() : found.end() + 2])
+        found = _MARKER.search(data, found.end() + length)
+    return scans
 
 
 def _without_long_notes(data: bytes) -> bytes:

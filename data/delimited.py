@@ -74,8 +74,10 @@ class _Lines:
 
 @contextmanager
 def _opened(path: str) -> Iterator[_Lines]:
-    with fsspec.open(path, "rb", compression="infer") as file:
-        text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+    is_zst = path.lower().endswith(".zst")  # fsspec infers that only with another package
+    with fsspec.open(path, "rb", compression=None if is_zst else "infer") as file:
+        plain = pa.CompressedInputStream(pa.PythonFile(file), "zstd") if is_zst else file
+        text = io.TextIOWrapper(plain, "utf-8-sig", errors="surrogateescape", newline="")
         yield _Lines(text)
 
 

@@ -3,6 +3,7 @@
 img2dataset does the work, one part after the other, as processes of its own (collect.py) with the
 fetch of fetch.py. Its exit code says little, so counts on disk decide what is done (parts.py), and
 signs of life when it must be begun anew (processes.py). Running again does only what is missing.
+What was damaged since is found when asked for, as that reads every byte (originals.py, mend.py).
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import disk_usage, rmtree
+from typing import Any
 
-from data import demo, metadata
+from data import demo, mend, metadata, originals
 from data.config import LIMITS, DownloadConfig
 from data.fetch import FetchSettings
 from data.layout import PART_DIGITS, SHARD_DIGITS
@@ -49,9 +51,14 @@ def run(
     *,
     processes: int = 1,
     threads: int = 32,
+    verify: bool = False,
     progress: Progress = silent,
 ) -> Report:
     """Fetch everything that the metadata lists into `out`; resume what an earlier run left.
+
+    With `verify`, every picture that is there is read as well, and those that are damaged are
+    fetched again; the metrics `damaged` and `mended` say of how many, and the fates why others
+    cannot be had again.
 
     Writes what layout.py names, `report.json`, and for the embedded source `heldout/` and
     `site/truth.parquet`. Opt-outs are rows of the fates: `opt_out` and `robots_txt`, with what
@@ -78,10 +85,29 @@ def run(
     if missing:
         _collect_all(missing, out, config, Pace(processes, threads), _Told(parts, progress))
 
+    verified = _verify(out, config, Pace(processes, threads), progress) if verify else {}
     report = _report(parts, funnel)
     report.save(out / "report.json")
     rmtree(out / "site" / "files", ignore_errors=True)  # every byte of use is in the tars now
-    return report
+    return replace(report, metrics=report.metrics | verified)
+
+
+def _verify(out: Path, config: DownloadConfig, pace: Pace, progress: Progress) -> dict[str, float]:
+    """Fetch again what is damaged; how many pictures that was, and how many it is no more."""
+    damaged = originals.verify(out, workers=pace.processes, progress=progress)
+    mended = 0
+    if damaged:
+        with _workshop(out) as folder:
+            site = out
+            if config.source == "embedded":  # its pictures are rendered anew, beside all else
+                site = folder
+                demo.build(site, config.embedded, progress=progress)
+            with _connections(site, config) as connect_to:
+                settings = FetchSettings.of(config, connect_to)
+                fates = mend.mend(out, damaged, settings, threads=pace.threads, progress=progress)
+        _log.warning("damaged pictures, asked for again: %s", dict(fates.most_common()))
+        mended = fates["ok"]
+    return {"damaged": float(len(damaged)), "mended": float(mended)}
 
 
 def _refuse_impossible(config: DownloadConfig) -> None:
@@ -90,19 +116,28 @@ def _refuse_impossible(config: DownloadConfig) -> None:
             "download.contact is null: who asks strangers for their pictures says where they "
             "reach them; give an e-mail address, or a page that has one"
         )
+    if config.source == "embedded":
+        demo.split(config.embedded)
+
+
+def begun(out: Path) -> dict[str, Any]:
+    """Settings with which a download was begun, but for LIMITS; empty where none was."""
+    path = out / "plan.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _hold_to_plan(out: Path, config: DownloadConfig) -> None:
     """Refuse to resume with settings under which keys would name other rows."""
     plan = config.model_dump(mode="json", exclude={*LIMITS})
-    path = out / "plan.json"
-    if not path.exists():
+    found = begun(out)
+    if not found:
+        path = out / "plan.json"
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(plan, indent=1))
         partial.replace(path)
         return
-    begun = {"columns": {}, **json.loads(path.read_text())}
-    if changed := sorted(name for name in plan if begun.get(name) != plan[name]):
+    found = {"columns": {}, **found}
+    if changed := sorted(name for name in plan if found.get(name) != plan[name]):
         raise ValueError(
             f"{out} was begun with other settings ({', '.join(f'download.{n}' for n in changed)}); "
             "resume with those it was begun with (plan.json), or give another folder"
@@ -156,7 +191,7 @@ def _collect_all(
     with (
         _connections(out, config) as connect_to,
         _workshop(out) as folder,
-        tempfile.TemporaryDirectory(prefix="hosts-") as local,  # SQLite wants a local disk
+        _local(folder, config) as local,
     ):
         settings = FetchSettings.of(config, connect_to, str(Path(local, "hosts.sqlite")))
         for part in parts:
@@ -174,6 +209,13 @@ def _connections(out: Path, config: DownloadConfig) -> Iterator[dict[str, str]]:
         return
     with demo.serve(out / "site") as port:
         yield {**config.connect_to, demo.HOST: f"127.0.0.1:{port}"}
+
+
+def _local(folder: Path, config: DownloadConfig) -> tempfile.TemporaryDirectory[str]:
+    """A folder for what one machine's processes share: in `folder`, of which nothing stays after
+    a kill, unless other machines see that too."""
+    home = folder if config.distributor == "multiprocessing" else None
+    return tempfile.TemporaryDirectory(prefix="hosts-", dir=home)
 
 
 @contextmanager

@@ -175,7 +175,9 @@ def _drive(
             match outcome:
                 case _Failed(error, trace):
                     what = f"setting up worker {number}" if task is None else task.item
-                    raise TaskError(f"{what}: {error}\n{trace}")
+                    failure = TaskError(f"{what}: {error}")
+                    failure.add_note(trace)  # for who asks for a traceback
+                    raise failure
                 case _Done(result):
                     idle.append(number)
                     results += [] if task is None else [(task.item, result)]

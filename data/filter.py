@@ -13,8 +13,11 @@ import pyarrow.parquet as pq
 from data import pictures, select, shards, sql
 from data.config import FilterConfig
 from data.demo import HARMLESS
-from data.report import Progress, Report, silent
+from data.judge import path_of
+from data.layout import image_shards
+from data.report import Progress, Report, Step, silent
 from data.rules import SAME
+from data.score import FITTED
 
 
 def run(
@@ -33,10 +36,12 @@ def run(
     interruption, it makes what is missing.
 
     Raises:
+        ValueError: the scoring is not finished, or is that of another download.
         NothingKeptError, UnscoredError: see select.select.
     """
+    num_shards = _demand_finished(scores, download)
     found = select.select(out, scores, config, workers=workers, progress=progress)
-    shards.write(
+    lost = shards.write(
         out / "kept.parquet",
         download,
         out / "shards",
@@ -47,17 +52,62 @@ def run(
     )
     truth = download / "site" / "truth.parquet"
     planted = against_truth(_verdicts(out, scores), truth) if truth.exists() else {}
-    report = _report(found, planted, config)
+    report = _report(
+        found, Counter(why.partition(":")[0] for why in lost.values()), planted, config
+    )
+    report.details["scored_shards"] = num_shards
     pictures.draw(report, out / "funnel.png")
     pictures.sheets(out, scores, download, progress=progress)
     report.save(out / "report.json")
     return report
 
 
+def _demand_finished(scores: Path, download: Path) -> int:
+    """How many shards the download has, all of which must be scored, and no others."""
+    shards = [*image_shards(download)]
+    if not shards:
+        raise ValueError(f"{download} is not a finished download: it has no fates")
+    wanted = [path_of(scores, "scores", shard) for shard in shards]
+    files = {*select.score_files(scores)}
+    done = [path for path in wanted if path in files]
+    if done and (strange := files - {*wanted}):
+        raise ValueError(
+            f"{min(strange)} is of no shard of {download}: name the download that was scored"
+        )
+    if not (scores / FITTED).exists():  # nor is it beside scores that come from a store far away
+        fitted = {
+            path_of(scores, "scores", shard)
+            for shard in shards
+            if path_of(scores, "embeddings", shard).exists()
+        }
+        done = [path for path in done if path not in fitted or not _is_bare(path)]
+    if len(done) < len(wanted):
+        raise ValueError(
+            f"{scores}: scoring is not finished: {len(done):,} of {len(wanted):,} shards; run "
+            f"`python -m data score {scores} --download {download}` again"
+        )
+    return len(wanted)
+
+
+def _is_bare(path: Path) -> bool:
+    """Whether a score file waits for its similarities, by its footer."""
+    rows = pq.read_metadata(path)
+    place = rows.schema.names.index("similarity")
+    counts = [rows.row_group(n).column(place).statistics for n in range(rows.num_row_groups)]
+    return rows.num_rows == sum(count.null_count for count in counts)
+
+
 def _report(
-    found: select.Selection, planted: dict[str, dict[str, int]], config: FilterConfig
+    found: select.Selection,
+    lost: Counter[str],
+    planted: dict[str, dict[str, int]],
+    config: FilterConfig,
 ) -> Report:
+    """`lost` are pictures that were kept and are not what was scored, by reason."""
     steps = select.funnel(found.counts, config)
+    for why, rows in sorted(lost.items()):
+        steps.append(Step(why, rows, steps[-1].rows - rows))
+    counts = {**found.counts, "ok": steps[-1].rows, **lost}
     metrics = {"pictures": steps[0].rows, "kept": steps[-1].rows, **_recall(planted)}
     nulls = {
         rule: {"dropped": found.counts[rule], "without a value": missing}
@@ -69,7 +119,7 @@ def _report(
         "histograms": found.histograms,
         "planted": planted,
     }
-    return Report(found.counts, steps, {k: float(v) for k, v in metrics.items()}, details)
+    return Report(counts, steps, {k: float(v) for k, v in metrics.items()}, details)
 
 
 def _verdicts(out: Path, scores: Path) -> pa.Table:

@@ -17,14 +17,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
+from data import decoders
 from data.console import amount
 from data.decode import decode, opened
 from data.report import Progress, silent
 from data.sheet import CELL_PX, Tile, contact_sheet
 from data.tables import describe_tables
+from data.tables import opened as opened_table
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "avif", "bmp", "tif", "tiff")
 """Kinds of members that hold pictures."""
@@ -59,6 +60,8 @@ def look(
     for number, tar in enumerate(tars, start=1):
         seen.read(tar)
         progress("shards", number, len(tars))
+    if not seen.samples and seen.broken:
+        raise ValueError(f"{path} holds no sample: {seen.broken[0]}")
     if sheet is not None:
         title = f"{path.name}: {len(seen.draw)} of {seen.samples:,} samples"
         _save(contact_sheet(seen.draw.tiles(), columns=8, title=title), sheet)
@@ -91,7 +94,7 @@ def _beside(tables: list[Path], samples: int) -> Iterator[str]:
         return
     rows, status = 0, Counter[str]()
     for table in tables:
-        with pq.ParquetFile(table) as file:
+        with opened_table(table) as file:
             rows += file.metadata.num_rows
             if "status" in file.schema_arrow.names:
                 status.update(map(str, file.read(["status"])["status"].to_pylist()))
@@ -255,11 +258,10 @@ class Findings:
             return None, "no picture", ""
         image, fault, described = None, None, ""
         try:
-            with opened(sample.picture) as header:
-                codec, size = str(header.format), header.size
+            codec, size = decoders.shared().run(_header, sample.picture)
             described = f"{size[0]}×{size[1]} {codec}, {amount(len(sample.picture), True)}"
             if is_drawn or not self.quick:
-                image = decode(sample.picture, at_least=CELL_PX)
+                image = decoders.shared().run(decode, sample.picture, at_least=CELL_PX)
         except UnidentifiedImageError:
             fault = "not a picture"
         except Exception as error:  # codecs raise anything on hostile bytes
@@ -292,6 +294,12 @@ class Findings:
             yield _row("strange", _named(self.strange))
         if self.broken:
             yield _row("broken tars", _named(self.broken))
+
+
+def _header(picture: bytes) -> tuple[str, tuple[int, int]]:
+    """Codec and size, px."""
+    with opened(picture) as header:
+        return str(header.format), header.size
 
 
 def _tile(

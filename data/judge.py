@@ -8,7 +8,6 @@ Shape letters: N pictures, M decodable ones, K distinct captions, D image featur
 from __future__ import annotations
 
 import os
-import tarfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,8 +22,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
+from data import decoders, originals
 from data.config import ScoreConfig
-from data.decode import UndecodableError, open_picture
+from data.decode import JPEG, UndecodableError, open_picture
 from data.duplicates import fingerprint
 from data.language import language
 from data.layout import ImageShard
@@ -50,8 +50,8 @@ MAX_SIDE = 4 * AT_LEAST
 """Longest side that encoders are given, px: bounds a batch of very long pictures."""
 
 
-class ShardError(ValueError):
-    """An image shard whose pictures and fates disagree; the text names it and one key."""
+DAMAGED = "damaged"
+"""How the error of a picture begins that is not the one that was downloaded."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,7 @@ def score_shard(
 ) -> Summary:
     """Score one shard's pictures; write its embeddings and then, as done-marker, its scores.
 
-    Raises:
-        ShardError: a picture without fate, or an `ok` fate without picture.
+    A picture that is gone, or has not the bytes of its fate, is a row with the error DAMAGED.
     """
     similarity = _taken_over(config)
     features = encoders.image_features if similarity is None else None
@@ -143,7 +142,8 @@ def score_shard(
         )
     fates = shard.fates()
     fates = fates.filter(pc.equal(fates["fate"], "ok")).sort_by("key")
-    judged = _judge_all(shard, fates["key"].to_pylist(), encoders, features, config)
+    wanted = dict(zip(fates["key"].to_pylist(), fates["sha256"].to_pylist(), strict=True))
+    judged = _judge_all(shard, wanted, encoders, features, config)
     keys = [key for key in fates["key"].to_pylist() if judged.looks[key].error is None]
     columns = _of_pixels(fates, judged, keys, encoders, config) | _of_captions(fates, config)
     if similarity is not None:
@@ -162,7 +162,7 @@ def _taken_over(config: ScoreConfig) -> str | None:
 
 def _judge_all(
     shard: ImageShard,
-    expected: list[str],
+    wanted: dict[str, str],
     encoders: Encoders,
     features: ImageFeatures | None,
     config: ScoreConfig,
@@ -171,7 +171,7 @@ def _judge_all(
     judged = _Judged()
     unsafe = None if "unsafe" in config.take_over else encoders.unsafe
     with ThreadPoolExecutor(_num_threads(), "decode") as pool:
-        pictures = _pictures(shard, set(expected), pool, config, judged.looks)
+        pictures = _pictures(shard, wanted, pool, config, judged.looks)
         while batch := list(islice(pictures, config.batch_size)):
             images = [image for _, image in batch]
             judged.keys += [key for key, _ in batch]
@@ -179,11 +179,8 @@ def _judge_all(
                 judged.features.append(np.asarray(features(images), np.float16))
             if unsafe is not None:
                 judged.unsafe.append(np.asarray(unsafe(images), np.float32))
-    if absent := sorted(set(expected) - judged.looks.keys()):
-        raise ShardError(
-            f"{shard.tar}: no picture of {absent[0]} (and {len(absent) - 1} more), whose fate is "
-            f"ok; delete {shard.stem}_stats.json and the part's fates and download again"
-        )
+    for key in wanted.keys() - judged.looks.keys():
+        judged.looks[key] = _Look(error=f"{DAMAGED}: gone, or not the bytes that were downloaded")
     return judged
 
 
@@ -195,12 +192,13 @@ def _num_threads() -> int:
 
 def _pictures(
     shard: ImageShard,
-    expected: set[str],
+    wanted: dict[str, str],
     pool: ThreadPoolExecutor,
     config: ScoreConfig,
     looks: dict[str, _Look],
 ) -> Iterator[tuple[str, Image.Image]]:
-    """Key and picture of the decodable ones, decoded ahead by one batch; fills `looks` of all."""
+    """Key and picture of the decodable ones, decoded ahead by one batch; fills `looks` of all that
+    are not damaged."""
     ahead: deque[tuple[str, Future[tuple[_Look, Image.Image | None]]]] = deque()
 
     def finished() -> Iterator[tuple[str, Image.Image]]:
@@ -209,46 +207,31 @@ def _pictures(
         if image is not None:
             yield key, image
 
-    for key, data in members(shard, expected):
-        ahead.append((key, pool.submit(_look, data, config.aesthetic == "colourfulness")))
+    for key, data in originals.whole(shard, wanted):
+        ahead.append((key, pool.submit(_seen, data, config.aesthetic == "colourfulness")))
         if len(ahead) > config.batch_size:
             yield from finished()
     while ahead:
         yield from finished()
 
 
-def members(shard: ImageShard, expected: set[str]) -> Iterator[tuple[str, bytes]]:
-    """(key, original bytes) of each picture of a shard, in the tar's order.
+def _seen(data: bytes, colours: bool) -> tuple[_Look, Image.Image | None]:
+    """What is seen in a picture; in a thread, so encoders need not wait for it.
 
-    Raises:
-        ShardError: a picture that is not among the expected ones, or comes twice.
+    A JPEG whose header the fetch has read in time takes no more than its pixels and scans allow,
+    some 10 s. To have its pixels from another process costs half as much again as to decode it.
     """
-    if not expected and not shard.tar.exists():
-        return
-    missing = set(expected)
-    with tarfile.open(shard.tar) as archive:
-        for member in archive:
-            if not (member.isfile() and member.name.endswith(".jpg")):  # whatever the codec is
-                continue
-            key = shard.key(member.name)
-            if key not in missing:
-                why = "comes twice" if key in expected else "has no fate `ok`"
-                raise ShardError(
-                    f"{shard.tar}: {member.name} {why}; delete {shard.stem}_stats.json and the "
-                    "part's fates and download again"
-                )
-            missing.remove(key)
-            file = archive.extractfile(member)
-            assert file is not None
-            yield key, file.read()
-
-
-def _look(data: bytes, colours: bool) -> tuple[_Look, Image.Image | None]:
-    """One decode, and what is seen in it; in a thread, so encoders need not wait for it."""
     try:
-        picture = open_picture(data, at_least=AT_LEAST)
+        if data.startswith(JPEG):
+            return _look(data, colours)
+        return decoders.shared().run(_look, data, colours)
     except UndecodableError as error:
         return _Look(error=str(error)), None
+
+
+def _look(data: bytes, colours: bool) -> tuple[_Look, Image.Image]:
+    """One decode, and what is seen in it."""
+    picture = open_picture(data, at_least=AT_LEAST)
     small = picture.image.copy()
     small.thumbnail((256, 256))  # once: both would do it, and it is most of their cost
     phash, miniature = fingerprint(small)
@@ -256,6 +239,7 @@ def _look(data: bytes, colours: bool) -> tuple[_Look, Image.Image | None]:
     if max(picture.image.size) > MAX_SIDE:
         picture.image.thumbnail((MAX_SIDE, MAX_SIDE))
     look = _Look(picture.width, picture.height, phash, miniature, colour)
+    picture.image.info = {}  # profiles and texts, which nobody reads any more
     return look, picture.image
 
 

@@ -10,6 +10,7 @@ all, and no step holds more than a part. Nothing here looks at a picture.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,12 +28,13 @@ from data.prefilter import columns_of, reasons
 from data.report import Funnel, Progress, Step, silent
 from data.scatter import GatherJob, ScanJob, commit, gather, opened, scan
 from data.schema import MetadataError
-from data.sources import Source, find, fingerprint
+from data.sources import Source, absolute, find, fingerprint, is_there
 
-__all__ = ["fingerprint", "prepare"]
+__all__ = ["fingerprint", "listed", "prepare"]
 
 READ_BY_US = (
     *(
+        "source",
         "columns",
         "allow_withdrawn",
         "unique",
@@ -64,17 +66,24 @@ def prepare(
 
     Raises:
         MetadataError: a list that cannot be read, is withdrawn or lacks a column that a rule reads;
-            no row left; or lists that were made with other settings.
+            no row left; or `out` has lists that were made with other settings or of other files.
     """
     lists = out.resolve() / "lists"
     if (lists / "index.json").exists():
-        return _finished(lists, config)
-    sources = find(tuple(str(file) for file in files))
-    _hold_to_plan(lists, sources, config)
+        return _finished(lists, tuple(map(str, files)), config)
+    sources = find(tuple(map(str, files)))
+    for source in sources:  # before anything is written or read, so that a bad one is told at once
+        columns_of(source, config)
+    made_of = {"files": [s.absolute for s in sources], "contents": _contents(sources)}
+    _hold_to_plan(lists, {**_settings(config), **made_of})
     scans = _scan_jobs(lists / "_scatter", sources, config)
     crew = _Crew(workers, backend)
     _scan_all(scans, crew, progress)
-    funnel = _judged(scans, config)
+    try:
+        funnel = _judged(scans, config)
+    except MetadataError:
+        rmtree(lists)  # there is nothing to go on with
+        raise
     gathers = _gather_all(scans, funnel[-1].rows, config, crew, progress)
     counts = [json.loads(job.done.read_text()) for job in gathers]
     rows, same = (sum(count[name] for count in counts) for name in ("rows", "same"))
@@ -85,10 +94,20 @@ def prepare(
     parts = _name_parts(lists, gathers)
     commit(
         lists / "index.json",
-        {"funnel": funnel, "parts": parts, "settings": _settings(config)},
+        {"funnel": funnel, "parts": parts, "settings": _settings(config), **made_of},
     )
     rmtree(lists / "_scatter")
     return funnel
+
+
+def listed(out: Path) -> dict[str, Any]:
+    """Settings under which `out` has its lists, if they are made of files of the user's."""
+    path = out / "lists" / "index.json"
+    index = _read_index(path) if path.exists() else {}
+    settings: dict[str, Any] = index.get("settings", {})
+    if settings.get("source") != "metadata":
+        return {}
+    return {**settings, "metadata": tuple(index["files"])}
 
 
 class _Crew(NamedTuple):
@@ -112,29 +131,73 @@ def _settings(config: DownloadConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", include={*READ_BY_US})
 
 
-def _finished(lists: Path, config: DownloadConfig) -> Funnel:
-    """The funnel of an earlier call."""
-    index = json.loads((lists / "index.json").read_text(encoding="utf-8"))
+def _contents(sources: list[Source]) -> str:
+    return fingerprint(tuple(source.path for source in sources))
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not {"funnel", "parts"} <= {*index}:
+            raise ValueError("no funnel and parts in it")
+    except (ValueError, TypeError) as error:
+        raise MetadataError(
+            f"{path} is not what `python -m data metadata` writes ({error}): use another folder"
+        ) from error
+    return index
+
+
+def _finished(lists: Path, files: tuple[str, ...], config: DownloadConfig) -> Funnel:
+    """The funnel of an earlier call, which must have been of the same."""
+    index = _read_index(lists / "index.json")
     wanted = _settings(config)
-    made = {"columns": {}, **index.get("settings", wanted)}
-    if made != wanted:
-        changed = [f"{k} {made.get(k)} → {v}" for k, v in wanted.items() if made.get(k) != v]
+    made = {"columns": {}, "source": config.source, **index.get("settings", wanted)}
+    if changed := [f"{k} {made.get(k)} → {v}" for k, v in wanted.items() if made.get(k) != v]:
         raise MetadataError(
             f"{lists} was made with other settings of the download ({', '.join(changed)}); "
             "set them back, or use another folder"
         )
+    if "files" in index and config.source == "metadata":  # the embedded source's are its settings'
+        _demand_same(lists, files, index)
     rmtree(lists / "_scatter", ignore_errors=True)
     return [Step(*step) for step in index["funnel"]]
 
 
-def _hold_to_plan(lists: Path, sources: list[Source], config: DownloadConfig) -> None:
+def _demand_same(lists: Path, files: tuple[str, ...], index: dict[str, Any]) -> None:
+    """The content decides; files that are gone since are taken by their names."""
+    made_of = index["files"]
+    if all(fnmatch.filter(made_of, absolute(file)) and not is_there(file) for file in files):
+        return
+    sources = find(files)
+    if _contents(sources) == index["contents"]:
+        return
+    theirs = [source.absolute for source in sources]
+    what = "files of the same names with other contents" if theirs == made_of else _few(made_of)
+    raise MetadataError(
+        f"{lists} was made of {what}, and {_few(theirs)} would give other rows; name those lists, "
+        "or use another folder"
+    )
+
+
+def _few(files: list[str]) -> str:
+    """The first few names."""
+    rest = len(files) - 3
+    return ", ".join(files[:3]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def _hold_to_plan(lists: Path, wanted: dict[str, Any]) -> None:
     """Begin anew if what an unfinished call left is of other lists or settings."""
     plan = lists / "_scatter" / "plan.json"
-    paths = [source.path for source in sources]
-    wanted = {**_settings(config), "files": paths, "contents": fingerprint(tuple(paths))}
     if plan.exists() and json.loads(plan.read_text(encoding="utf-8")) == wanted:
         return
-    rmtree(lists, ignore_errors=True)
+    if not plan.parent.exists() and lists.exists() and (strange := next(lists.iterdir(), None)):
+        raise MetadataError(
+            f"{strange} is not ours, and lists are written to {lists}: give another folder than "
+            f"{lists.parent}"
+        )
+    for part in lists.glob("[0-9]*.parquet"):  # moved before a kill
+        part.unlink()
+    rmtree(plan.parent, ignore_errors=True)
     plan.parent.mkdir(parents=True)
     commit(plan, wanted)
 
@@ -149,10 +212,7 @@ def _scan_jobs(folder: Path, sources: list[Source], config: DownloadConfig) -> l
 
 
 def _scan_all(jobs: list[ScanJob], crew: _Crew, progress: Progress) -> None:
-    """All lists are looked at before the first is read, so that a bad one is told at once."""
     missing = [job for job in jobs if not job.done.exists()]
-    for job in missing:
-        columns_of(job.source, job.config)
     done = len(jobs) - len(missing)
     progress("reading lists", done, len(jobs))
     for number, (_, problem) in enumerate(crew.each(scan, missing), done + 1):
@@ -172,11 +232,15 @@ def _judged(jobs: list[ScanJob], config: DownloadConfig) -> Funnel:
         left -= counts[reason]
         funnel.append(Step(reason, counts[reason], left))
     if left == 0:
+        files = _few([job.source.path for job in jobs])
+        if not funnel[0].rows:
+            raise MetadataError(
+                f"download.metadata: {files} has no rows: give lists that have some"
+            )
         worst = max(funnel[1:], key=lambda step: step.dropped)
         raise MetadataError(
-            f"no row of {', '.join(job.source.path for job in jobs[:5])} is left to ask for; the "
-            f"rule {worst.step!r} dropped most ({worst.dropped} of {funnel[0].rows}): loosen it in "
-            "`download`"
+            f"no row of {files} is left to ask for; the rule {worst.step!r} dropped most "
+            f"({worst.dropped} of {funnel[0].rows}): loosen it in `download`"
         )
     return funnel
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 import duckdb
 from PIL import Image
 
-from data import sql
+from data import decoders, originals, sql
 from data.decode import UndecodableError, decode
-from data.layout import PART_DIGITS, SHARD_DIGITS, ImageShard, shard_of
+from data.layout import PART_DIGITS, SHARD_DIGITS, shard_of
 from data.report import Progress, Report, silent
 from data.rules import RULES
 from data.select import score_files
@@ -104,7 +103,8 @@ def sheets(out: Path, scores: Path, download: Path, *, progress: Progress = sile
     }
     progress("reading pictures for the contact sheets", 0, None)
     asked = {key for keys in shown.values() for key in keys}
-    images = _images(download, asked | {twins[key] for key in asked & {*twins}} & {*rows})
+    asked |= {twins[key] for key in asked & {*twins}} & {*rows}
+    images = _images(download, {key: rows[key]["sha256"] for key in asked})
     for done, (verdict, keys) in enumerate(shown.items(), 1):
         tiles = [
             tile
@@ -162,31 +162,23 @@ def _rows(database: duckdb.DuckDBPyConnection, scores: Path, keys: Iterable[str]
     return {row[0]: dict(zip(names, row, strict=True)) for row in cursor.fetchall()}
 
 
-def _images(download: Path, keys: Iterable[str]) -> dict[str, Image.Image | str]:
-    """Pictures by key, or why there is none."""
+def _images(download: Path, wanted: dict[str, str]) -> dict[str, Image.Image | str]:
+    """Pictures by key (of key → sha256), or why there is none."""
     found: dict[str, Image.Image | str] = {}
-    for shard, of_shard in groupby(sorted(keys), key=lambda key: shard_of(download, key)):
-        wanted = {shard.member(key): key for key in of_shard}
-        for member, data in _members(shard, set(wanted)):
+    for shard, keys in groupby(sorted(wanted), key=lambda key: shard_of(download, key)):
+        for key, data in originals.whole(shard, {key: wanted[key] for key in keys}):
             try:
-                image = decode(data)
-                image.thumbnail((256, 256))
-                found[wanted[member]] = image
+                found[key] = decoders.shared().run(_miniature, data)
             except UndecodableError as error:
-                found[wanted[member]] = str(error)
+                found[key] = str(error)
     return found
 
 
-def _members(shard: ImageShard, names: set[str]) -> Iterator[tuple[str, bytes]]:
-    """Bytes of these members; the tar is read no further than the last of them."""
-    left = set(names)
-    with tarfile.open(shard.tar) as archive:
-        for member in archive:
-            if member.name in left and (file := archive.extractfile(member)):
-                left.discard(member.name)
-                yield member.name, file.read()
-            if not left:
-                return
+def _miniature(data: bytes) -> Image.Image:
+    image = decode(data)
+    image.thumbnail((256, 256))
+    image.info = {}
+    return image
 
 
 def _tiles(
@@ -199,10 +191,10 @@ def _tiles(
     """The picture, and beside it the one that it yields to."""
     other = rows.get(twin or "")
     yield _tile(
-        images.get(row["key"], "not in its shard"), row["caption"], _why(verdict, row, other)
+        images.get(row["key"], "gone, or damaged"), row["caption"], _why(verdict, row, other)
     )
     if other is not None:
-        yield _tile(images.get(other["key"], "not in its shard"), other["caption"], _size(other))
+        yield _tile(images.get(other["key"], "gone, or damaged"), other["caption"], _size(other))
     elif twin is not None:
         path = Path(twin)
         yield _tile(decode(path.read_bytes()), path.name, "evaluation picture")

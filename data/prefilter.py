@@ -68,6 +68,7 @@ def reasons(config: DownloadConfig) -> list[tuple[str, str]]:
         *((rule.setting, rule.claim) for rule in used),
         ("no url", "url IS NOT NULL AND trim(url) <> ''"),
         ("null caption", "caption IS NOT NULL"),
+        ("control characters in caption", "NOT controls"),
         ("caption too short", _long_enough(config.min_caption_words, config.min_caption_chars)),
         ("caption too long", f"length(caption) <= {MAX_CAPTION_CHARS}"),
     ]
@@ -85,6 +86,27 @@ def _long_enough(words: int, chars: int) -> str:
     if chars > 0:
         claims.append(f"length(trim(caption)) >= {chars}")
     return " AND ".join(claims)
+
+
+ODD = r"\p{Cc}|[^ \P{Z}]|  |^ | $"
+"""A control character, a blank that is not the usual one, or one too many."""
+BLANK = r"\t-\r\x{85}\p{Z}"
+"""Tabs, ends of lines and unicode's blanks, as part of a class."""
+CONTROLS = r"[^\P{Cc}\t-\r\x{85}]"
+"""Control characters but these."""
+
+
+def tidied(rows: str) -> str:
+    """SQL: the rows with single blanks in captions, and `controls`: there are other characters.
+
+    Most captions have nothing odd, which one look tells; replacing costs ten times that.
+    """
+    single = f"trim(regexp_replace(caption, '[{BLANK}]+', ' ', 'g'))"
+    return (
+        f"(SELECT * REPLACE (CASE WHEN odd THEN {single} ELSE caption END AS caption), "
+        f"odd AND regexp_matches(caption, '{CONTROLS}') AS controls "
+        f"FROM (SELECT *, regexp_matches(caption, '{ODD}') AS odd FROM {rows}))"
+    )
 
 
 class Columns(NamedTuple):
@@ -170,6 +192,6 @@ def judged(
     query = (
         f"SELECT {', '.join(['verdict', *kept, *ours.listed])} "
         f"FROM (SELECT *, (CASE {tests} ELSE 0 END)::UTINYINT AS verdict "
-        f"FROM (SELECT {columns}, row, readable FROM {relation}))"
+        f"FROM {tidied(f'(SELECT {columns}, row, readable FROM {relation})')})"
     )
     yield from db.sql(query).to_arrow_reader(BATCH_ROWS)

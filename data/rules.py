@@ -9,10 +9,13 @@ import pyarrow as pa
 
 from data import sql
 from data.config import FilterConfig
+from data.prefilter import BLANK, CONTROLS
 from data.schema import SCORES
 
 RULES = (
-    "undecodable", "min_side", "max_aspect", "max_unsafe", "max_watermark", "languages",
+    "undecodable", "broken caption", "min_side", "max_aspect", "max_unsafe", "max_watermark",
+    "min_caption_words", "max_caption_words", "min_caption_chars", "max_caption_chars",
+    "min_distinct_words", "languages",
     "max_phash_change", "min_aesthetic", "top_aesthetic", "min_similarity", "top_similarity",
     "contaminated", "same bytes", "near duplicate", "near duplicate (embedding)",
 )  # fmt: skip
@@ -32,7 +35,17 @@ REMEDIES = {
     "watermark": "name watermark in score.take_over, for lists that bring it",
     "language": "set score.language",
     "phash": "score the pictures anew",
+    "caption_words": "score the download anew",
+    "caption_chars": "score the download anew",
 }
+BROKEN_CAPTION = (
+    rf"caption IS NULL OR NOT regexp_matches(caption, '[^{BLANK}]') "
+    rf"OR regexp_matches(caption, '{CONTROLS}')"
+)
+"""SQL: there is nothing but blanks, or a control character that is none."""
+_WORDS = "string_split(lower(caption), ' ')"
+DISTINCT_WORDS = f"list_unique({_WORDS}) / len({_WORDS})::FLOAT"
+"""SQL: share of the words that differ."""
 MISSING = 100
 """Added to a rule's number where a null broke it."""
 
@@ -56,6 +69,7 @@ def rules(database: duckdb.DuckDBPyConnection, config: FilterConfig) -> list[Rul
     size = ("width", "height")
     asked = [
         Rule("undecodable", (), "error IS NULL", ""),
+        Rule("broken caption", (), "NOT broken_caption", ""),
         Rule("min_side", size, f"least(width, height) >= {config.min_side}", config.min_side),
         Rule(
             "max_aspect",
@@ -67,6 +81,12 @@ def rules(database: duckdb.DuckDBPyConnection, config: FilterConfig) -> list[Rul
     for name in ("max_unsafe", "max_watermark"):
         if (limit := getattr(config, name)) is not None:
             asked.append(_bound(name, "<=", limit))
+    for column in ("caption_words", "caption_chars"):
+        for bound, sign in (("min", ">="), ("max", "<=")):
+            if (limit := getattr(config, f"{bound}_{column}")) is not None:
+                asked.append(_bound(f"{bound}_{column}", sign, limit))
+    if (share := config.min_distinct_words) is not None:
+        asked.append(Rule("min_distinct_words", (), f"distinct_words >= {share!r}::FLOAT", share))
     if config.languages is not None:
         known = ", ".join(sql.text(language) for language in config.languages)
         spoken = f"language IN ({known})" if known else "false"

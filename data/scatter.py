@@ -137,13 +137,17 @@ def _scan(job: ScanJob, *, doubted: bool) -> dict[int, int] | None:
 
 
 def _sorted(job: ScanJob, target: Path) -> str:
-    """SQL that writes `passing` by digest. `pick` decides which of equal rows stays."""
+    """SQL that writes `passing` by digest. `pick` decides which of equal rows stays.
+
+    What a fragment (#…) names is for who shows a page: URLs that differ in it ask for the same.
+    """
     groups = max(VECTOR, min(60 * VECTOR, job.slice_rows // VECTOR * VECTOR))
     seeded = f"'{job.config.seed} ' || url"
     return (
         f"COPY (SELECT *, {sql.text(job.source.stem)} AS source, {job.number} AS list, "
         f"md5_number_upper({seeded}) AS digest, "
-        f"md5_number_upper({seeded} || ' ' || caption) AS pick FROM passing ORDER BY digest) "
+        f"md5_number_upper({seeded} || ' ' || caption) AS pick "
+        "FROM (SELECT * REPLACE (split_part(url, '#', 1) AS url) FROM passing) ORDER BY digest) "
         f"TO {sql.text(str(target))} (FORMAT parquet, ROW_GROUP_SIZE {groups})"
     )
 

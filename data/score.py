@@ -19,15 +19,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data import sql
+from data import originals, sql
 from data.config import ScoreConfig
 from data.executor import Backend, each
-from data.judge import Encoders, ShardError, path_of, score_shard, write
-from data.layout import ImageShard, image_shards
+from data.judge import DAMAGED, Encoders, path_of, score_shard, write
+from data.layout import PART_DIGITS, SHARD_DIGITS, ImageShard, image_shards
 from data.report import Progress, Report, Step, silent
 from data.schema import SCORES
 
-__all__ = ["Encoders", "ShardError", "run"]
+__all__ = ["Encoders", "run"]
 
 MAX_FITTED = 1_000_000
 """Most pictures that a fitted similarity is fitted to: all their embeddings are in memory then."""
@@ -48,16 +48,19 @@ def run(
     gpus: float = 0.0,
     progress: Progress = silent,
 ) -> Report:
-    """Score every downloaded picture; what is done already is not done again.
+    """Score every downloaded picture; what is done already is not done again, but for shards with
+    damaged pictures, which may have been fetched again.
 
     `make_encoders(worker)` is called once in each worker. `gpus` is each worker's on a Ray cluster.
 
     Raises:
         ValueError: the download is not finished, or too large for a fitted similarity.
-        TaskError: a shard could not be scored: ShardError or an encoder's own error, as text.
+        DamagedError: too many of its pictures are not those that were downloaded.
+        TaskError: a shard could not be scored: an encoder's own error, as text.
     """
     shards = _finished(download)
     _clear(out)
+    _forget_damage(out, shards)
     missing = [shard for shard in shards if not _is_scored(shard, out)]
     if missing:
         (out / FITTED).unlink(missing_ok=True)
@@ -71,13 +74,28 @@ def run(
         if is_fitted:
             _refuse_above_limit(num_pictures)
         progress("scoring shards", done, len(shards))
-    if not (out / FITTED).exists():
-        if is_fitted is not False:
-            _fit(out, shards, make_encoders(0), progress)
-        _write_text(json.dumps({"shards": len(shards)}), out / FITTED)
+    is_done = (out / FITTED).exists()
+    if not is_done and is_fitted is not False:
+        _fit(out, shards, make_encoders(0), progress)
     report = _report(out)
     report.save(out / "report.json")
+    if found := report.details.get(DAMAGED):
+        pictures = int(report.metrics["pictures"])
+        originals.refuse_many(report.counts[DAMAGED], pictures, found["first"], download)
+    if not is_done:
+        _write_text(json.dumps({"shards": len(shards)}), out / FITTED)
     return report
+
+
+def _forget_damage(out: Path, shards: list[ImageShard]) -> None:
+    """Remove the scores of shards in which an earlier run found damaged pictures."""
+    path = out / "report.json"
+    told = json.loads(path.read_text(encoding="utf-8"))["details"] if path.exists() else {}
+    damaged = set(told.get(DAMAGED, {}).get("shards", ()))
+    for shard in shards if damaged else ():
+        if shard.name in damaged:
+            for table in ("scores", "embeddings"):
+                path_of(out, table, shard).unlink(missing_ok=True)
 
 
 def _finished(download: Path) -> list[ImageShard]:
@@ -184,15 +202,26 @@ def _report(out: Path) -> Report:
         languages = connection.execute(
             "SELECT coalesce(language, ''), count(*) FROM scores GROUP BY 1 ORDER BY 2 DESC, 1"
         ).fetchall()
+        damaged = connection.execute(
+            f"SELECT substr(key, 1, {PART_DIGITS + SHARD_DIGITS}), count(*), min(key) FROM scores "
+            f"WHERE error LIKE '{DAMAGED}: %' GROUP BY 1 ORDER BY 1"
+        ).fetchall()
         histograms = {name: _histogram(connection, name) for name in HISTOGRAMS}
-    undecodable = {f"undecodable: {kind}": rows for kind, rows in kinds if kind is not None}
+    lost = {DAMAGED: sum(rows for _, rows, _ in damaged)} if damaged else {}
+    undecodable = {f"undecodable: {k}": rows for k, rows in kinds if k not in (None, DAMAGED)}
     scored, dropped = dict(kinds).get(None, 0), sum(undecodable.values())
-    rows = scored + dropped
+    rows = scored + dropped + sum(lost.values())
+    where = {"shards": [shard for shard, _, _ in damaged], "first": damaged[0][2]} if lost else None
     return Report(
-        counts={"scored": scored, **undecodable},
-        funnel=[Step("downloaded", 0, rows), Step("undecodable", dropped, scored)],
+        counts={"scored": scored, **lost, **undecodable},
+        funnel=[
+            Step("downloaded", 0, rows),
+            *(Step(DAMAGED, count, rows - count) for count in lost.values()),
+            Step("undecodable", dropped, scored),
+        ],
         metrics={"pictures": float(rows), "scored": float(scored)},
         details={
+            **({DAMAGED: where} if where else {}),
             "histograms": {name: found for name, found in histograms.items() if found},
             "languages": dict(languages),
         },

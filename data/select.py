@@ -22,14 +22,22 @@ import pyarrow.parquet as pq
 from data import duplicates, rules, sql
 from data.config import FilterConfig
 from data.report import Funnel, Progress, Step, silent
-from data.rules import MISSING, RULES, SETTINGS, UnscoredError
+from data.rules import (
+    BROKEN_CAPTION,
+    DISTINCT_WORDS,
+    MISSING,
+    RULES,
+    SETTINGS,
+    UnscoredError,
+)
 from data.schema import MINIATURE, SCORES
+from data.tables import opened
 
 JUDGED = (
     "key", "error", "width", "height", "similarity", "aesthetic", "unsafe", "watermark", "language",
-    "phash", "listed_phash", "miniature", "sha256",
+    "phash", "listed_phash", "miniature", "sha256", "caption_words", "caption_chars",
 )  # fmt: skip
-"""Columns that decide."""
+"""Columns that decide; of captions it is what is counted in them."""
 HISTOGRAMS = ("similarity", "aesthetic", "unsafe", "watermark")
 BINS = 40
 MEMORY = "1GB"
@@ -79,10 +87,11 @@ def select(
     """
     out.mkdir(parents=True, exist_ok=True)
     done, state = out / "selection.json", _state(scores, config)
-    if done.exists() and (found := json.loads(done.read_text()))["state"] == state:
+    written = all((out / f"{name}.parquet").exists() for name in ("kept", "twins", "verdicts"))
+    if written and done.exists() and (found := json.loads(done.read_text()))["state"] == state:
         return Selection(**found)
     with _connect(out, workers) as database:
-        _open(database, scores)
+        _open(database, scores, config)
         selection = _judge(database, out, scores, config, state, workers, progress)
     partial = done.with_suffix(".partial")
     partial.write_text(json.dumps(asdict(selection), indent=1))
@@ -129,7 +138,7 @@ def _connect(out: Path, workers: int) -> duckdb.DuckDBPyConnection:
     return database
 
 
-def _open(database: duckdb.DuckDBPyConnection, scores: Path) -> None:
+def _open(database: duckdb.DuckDBPyConnection, scores: Path, config: FilterConfig) -> None:
     """Name the score files `files`, and copy the columns that are judged by into `scores`.
 
     The copy is read many times. Also, DuckDB takes the statistics of Parquet, which leave out
@@ -138,11 +147,13 @@ def _open(database: duckdb.DuckDBPyConnection, scores: Path) -> None:
     files = score_files(scores)
     if not files:
         raise UnscoredError(f"no scores in {scores / 'scores'}: score the download first")
-    absent = {*SCORES.names} - {*pq.read_schema(files[0]).names}
+    absent = {*SCORES.names} - {*opened(files[0]).schema_arrow.names}
     if absent:
         raise UnscoredError(f"{files[0]} has no column {min(absent)}: score the download anew")
     database.sql(f"FROM {sql.parquet(files)}").create_view("files")
-    database.execute(f"CREATE TABLE scores AS SELECT {', '.join(JUDGED)} FROM files")
+    counted = "NULL" if config.min_distinct_words is None else DISTINCT_WORDS
+    of_captions = f"{BROKEN_CAPTION} AS broken_caption, {counted} AS distinct_words"
+    database.execute(f"CREATE TABLE scores AS SELECT {', '.join(JUDGED)}, {of_captions} FROM files")
 
 
 def _judge(
@@ -179,7 +190,7 @@ def _judge(
     _assert_something_is_kept(counts)
     _write(database, out)
     thresholds: dict[str, Any] = {
-        rule.name: rule.threshold for rule in asked if rule.name != "undecodable"
+        rule.name: rule.threshold for rule in asked if rule.threshold != ""
     }
     for share in ("top_similarity", "top_aesthetic"):
         if share in thresholds:
@@ -379,9 +390,14 @@ def _assert_something_is_kept(counts: dict[str, int]) -> None:
     if counts.get("ok"):
         return
     worst, dropped = next(iter(counts.items()), ("no rows", 0))
+    setting = SETTINGS.get(worst, worst)
+    is_setting = setting in FilterConfig.model_fields
+    remedy = (
+        f"loosen filter.{setting}" if is_setting else "look at the download's pictures and lists"
+    )
     raise NothingKeptError(
         f"the filter keeps none of {sum(counts.values())} pictures; the rule {worst!r} dropped "
-        f"most ({dropped}): loosen filter.{SETTINGS.get(worst, worst)}"
+        f"most ({dropped}): {remedy}"
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,23 +23,45 @@ class SettingsError(ValueError):
 
 
 def load(
-    model: type[Model], section: str, file: Path | None, assignments: list[str], **given: Any
+    model: type[Model],
+    section: str,
+    file: Path | None,
+    assignments: list[str],
+    usual: Mapping[str, Any] | None = None,
+    **given: Any,
 ) -> Model:
-    """The section's model from a JSON or YAML file, then `key=value` assignments, then `given`.
+    """The section's model from `usual`, a JSON or YAML file, `key=value` assignments, and `given`.
 
-    The file holds the section itself, or a whole run's settings with the section under its name.
-    Values are YAML; a dotted key reaches into a part (`embedded.seed=3`).
+    Each goes before what stands left of it. The file holds the section itself, or a whole run's
+    settings with the section under its name. Values are YAML; a dotted key reaches into a part
+    (`embedded.seed=3`).
 
     Raises:
         SettingsError: naming every wrong setting, and for unknown ones the nearest that there is.
     """
-    values = _from_file(file, section) if file else {}
+    told = _from_file(file, section) if file else {}
+    values = {**(usual or {}), **told}
     for assignment in assignments:
         _assign(values, assignment, section)
     try:
         return model.model_validate({**values, **given})
     except ValidationError as error:
-        raise SettingsError("; ".join(_fault(e, model, section) for e in error.errors())) from error
+        faults = "; ".join(_fault(e, model, section) for e in error.errors())
+        is_of_file = any(e["loc"] and e["loc"][0] in told for e in error.errors())
+        raise SettingsError(f"{file}: {faults}" if is_of_file else faults) from error
+
+
+def described(model: type[BaseModel], section: str) -> str:
+    """Every setting of a section with its default and what it means, for people."""
+    lines = [f"settings of the section `{section}`, for --set and --config:"]
+    for name, field in model.model_fields.items():
+        is_part = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        default = "…" if is_part else json.dumps(field.get_default(), ensure_ascii=False)
+        text = " ".join((field.description or "").split())
+        lines += textwrap.wrap(
+            f"{name}: {default}", 88, initial_indent="  ", subsequent_indent="    "
+        ) + textwrap.wrap(text, 88, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
 
 
 def _from_file(file: Path, section: str) -> dict[str, Any]:
@@ -47,7 +70,8 @@ def _from_file(file: Path, section: str) -> dict[str, Any]:
         content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise SettingsError(f"{file} is not a settings file: {error}") from error
-    content = {} if content is None else content
+    if content is None:
+        raise SettingsError(f"{file} holds nothing: write {{}} for the settings that are usual")
     if isinstance(content, dict) and isinstance(content.get(section), dict):
         content = content[section]
     if not isinstance(content, dict):

@@ -11,18 +11,20 @@ import os
 import re
 import tarfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from data import decoders, originals
 from data.config import FilterConfig
 from data.decode import UndecodableError, decode, square
 from data.executor import each
@@ -38,13 +40,25 @@ COLUMNS = (
 )  # fmt: skip
 """What is read of the kept rows."""
 SCORES = ("similarity", "aesthetic", "unsafe", "watermark")
-RECIPE, BYTES, DIGEST = b"recipe", b"tar_bytes", b"tar_sha256"
-"""Metadata of a sidecar: what its shard was made from, and what came of it."""
+RECIPE, BYTES, DIGEST, LACKS = b"recipe", b"tar_bytes", b"tar_sha256", b"lacks"
+"""Metadata of a sidecar: what its shard was made from, what came of it, and of how many rows it
+lacks the pictures."""
+DAMAGED, UNDECODABLE = "damaged original", "undecodable original"
+"""Why a kept row can be in no shard."""
 ROWS_AT_ONCE = 4096
 
 
 class ShardError(ValueError):
-    """A training shard that cannot be written: which, for which key, and why."""
+    """A training shard that cannot be written: which, and why."""
+
+
+class Written(NamedTuple):
+    """What became of one training shard."""
+
+    entries: dict[int, Entry]
+    """By side; empty where no picture was left."""
+    lost: dict[str, str]
+    """Key → why its picture is in no tar: `DAMAGED`, or `UNDECODABLE` with a reason."""
 
 
 @dataclass(frozen=True)
@@ -82,30 +96,40 @@ def write(
     workers: int = 1,
     backend: Literal["processes", "ray"] = "processes",
     progress: Progress = silent,
-) -> None:
+) -> dict[str, str]:
     """Write `out/RES/`: tars, their sidecars, and last `index.json`, one set per resolution.
 
     `kept` is Parquet with schema.SCORES, sorted by key. The download's order is a seeded shuffle,
     so that shard n is simply rows [n·S, (n+1)·S), and a fair sample. A second call writes only
-    what is missing or was made from other rows.
+    what is missing, was made from other rows, or lacks a picture.
+
+    Returns key → why (`DAMAGED`, `UNDECODABLE: …`) of rows that are in no shard, because their
+    pictures are not those that were scored.
 
     Raises:
-        TaskError: a kept picture is gone or broken; it names shard and key.
+        DamagedError: too many are damaged.
+        TaskError: a shard cannot be written.
     """
     num_rows = pq.read_metadata(kept).num_rows
     for side in config.resolutions:
         (out / f"{side:03d}").mkdir(parents=True, exist_ok=True)
     jobs = _jobs(kept, download, out, config, num_rows)
     found: dict[int, dict[int, Entry]] = {}
+    lost: dict[str, str] = {}
     done = 0
-    for job, entries in each(write_shard, jobs, workers=workers, backend=backend):
-        found[job.number] = entries
+    for job, written in each(write_shard, jobs, workers=workers, backend=backend):
+        found[job.number] = written.entries
+        lost |= written.lost
+        if damaged := [key for key, why in lost.items() if why == DAMAGED]:
+            originals.refuse_many(len(damaged), num_rows, min(damaged), download)
         done += job.stop - job.start
         progress("writing training shards", done, num_rows)
     for side in config.resolutions:
-        shards = tuple(found[number][side] for number in sorted(found))
-        index = Index(resolution=side, codec=config.codec, samples=num_rows, shards=shards)
+        shards = tuple(found[n][side] for n in sorted(found) if side in found[n])
+        samples = sum(entry.samples for entry in shards)
+        index = Index(resolution=side, codec=config.codec, samples=samples, shards=shards)
         write_index(out / f"{side:03d}", index)
+    return lost
 
 
 def _jobs(
@@ -136,58 +160,59 @@ def write_index(folder: Path, index: Index) -> None:
 # One shard --------------------------------------------------------------------------------------
 
 
-def write_shard(job: ShardJob) -> dict[int, Entry]:
-    """Write one shard in each resolution that lacks it; its entries of the indices, by side.
+def write_shard(job: ShardJob) -> Written:
+    """Write one shard in each resolution that lacks it.
 
-    Each picture is decoded once. One decoded picture and the table of rows is all it keeps in
-    memory. Files appear whole, the sidecar after its tar.
+    Each picture is decoded once, by a process of its own. One picture and the table of rows is all
+    this one keeps in memory. Files appear whole, the sidecar after its tar.
 
     Raises:
-        ShardError: a picture is gone, broken or not the one that was scored.
+        ShardError: the rows are none of ours.
     """
     honoured = _honoured(job.download)
     rows = [row | {"honoured": honoured} for row in _rows(job)]
     recipes = {side: _recipe(rows, side, job.codec) for side in job.sides}
     found = {side: _finished(job, side, recipes[side]) for side in job.sides}
     todo = [side for side, entry in found.items() if entry is None]
-    if todo:
-        made = _make(job, rows, {side: recipes[side] for side in todo})
-        found = {**found, **made}
-    return {side: entry for side, entry in found.items() if entry is not None}
+    made = _make(job, rows, {side: recipes[side] for side in todo}) if todo else Written({}, {})
+    done = {side: entry for side, entry in found.items() if entry is not None}
+    return Written(done | made.entries, made.lost)
 
 
-def _make(
-    job: ShardJob, rows: list[dict[str, Any]], recipes: Mapping[int, str]
-) -> dict[int, Entry]:
+def _make(job: ShardJob, rows: list[dict[str, Any]], recipes: Mapping[int, str]) -> Written:
     """Write the shard in these resolutions."""
     sets = {side: ShardWriter(job.folder(side), job.name) for side in recipes}
+    lost: dict[str, str] = {}
     try:
-        with _Originals(job.download) as originals:
+        with _Originals(job.download) as pictures:
             for row in rows:
-                pictures = _pictures(job, row, originals, recipes)
-                for side, picture in pictures.items():
+                data = pictures.read(row["key"], row["sha256"])
+                if data is None:
+                    lost[row["key"]] = DAMAGED
+                    continue
+                try:
+                    made = decoders.shared().run(drawn, data, tuple(recipes), job.codec)
+                except UndecodableError as error:
+                    lost[row["key"]] = f"{UNDECODABLE}: {error}"
+                    continue
+                for side, picture in made.items():
                     sets[side].add(row, picture, job.codec)
-        return {side: sets[side].commit(recipe) for side, recipe in recipes.items()}
+        if len(lost) == len(rows):
+            return Written({}, lost)
+        return Written({n: sets[n].commit(recipes[n], lacks=len(lost)) for n in recipes}, lost)
     finally:
         for one in sets.values():
             one.discard()
 
 
-def _pictures(
-    job: ShardJob, row: dict[str, Any], originals: _Originals, sides: Iterable[int]
-) -> dict[int, bytes]:
-    """The training pictures of one row, each resized once from the original."""
-    try:
-        data = originals.read(row["key"])
-        if (digest := hashlib.sha256(data).hexdigest()) != row["sha256"]:
-            raise ShardError(f"sha256 is {digest[:12]}…, {str(row['sha256'])[:12]}… was scored")
-        image = decode(data)
-    except (ShardError, UndecodableError, OSError, tarfile.TarError) as error:
-        raise ShardError(
-            f"{job.name}, key {row['key']}: {error}; its scores say it was fine, so the download "
-            f"in {job.download} has changed: run download and score again"
-        ) from error
-    return {side: encoded(square(image, side), job.codec) for side in sides}
+def drawn(data: bytes, sides: tuple[int, ...], codec: str) -> dict[int, bytes]:
+    """The training pictures of an original by their sides, each resized once from it.
+
+    Raises:
+        UndecodableError: it is not a whole picture.
+    """
+    image = decode(data)
+    return {side: encoded(square(image, side), codec) for side in sides}
 
 
 def encoded(image: Image.Image, codec: str) -> bytes:
@@ -286,7 +311,7 @@ class _Originals:
     def __init__(self, download: Path) -> None:
         self._download = download
         self._tar: Path | None = None
-        self._file: io.BufferedReader | None = None
+        self._file: io.FileIO | None = None
         self._members: dict[str, tuple[int, int]] = {}
 
     def __enter__(self) -> _Originals:
@@ -297,28 +322,25 @@ class _Originals:
     ) -> None:
         self._close()
 
-    def read(self, key: str) -> bytes:
-        """The bytes as they were downloaded."""
+    def read(self, key: str, sha256: str) -> bytes | None:
+        """The bytes as they were downloaded; None if they are gone, or others."""
         shard = shard_of(self._download, key)
-        if shard.tar != self._tar or self._file is None:
+        if shard.tar != self._tar:
             self._open(shard.tar)
-        assert self._file is not None
-        name = shard.member(key)
-        if name not in self._members:
-            raise ShardError(f"{shard.tar} has no member {name}")
-        offset, size = self._members[name]
-        self._file.seek(offset)
-        data = self._file.read(size)
-        if len(data) < size:
-            raise ShardError(f"{shard.tar} is cut short in member {name}")
-        return data
+        if (place := self._members.get(shard.member(key))) is None:
+            return None
+        data = b""
+        with suppress(OSError):  # of a bad block of the disk
+            data = os.pread(self._file.fileno(), *reversed(place)) if self._file else b""
+        return data if hashlib.sha256(data).hexdigest() == sha256 else None
 
     def _open(self, tar: Path) -> None:
         self._close()
-        self._file = tar.open("rb")
-        with tarfile.open(fileobj=self._file, mode="r:") as archive:
-            self._members = {m.name: (m.offset_data, m.size) for m in archive if m.isreg()}
-        self._tar = tar
+        self._tar, self._members = tar, {}
+        with suppress(OSError):
+            self._file = tar.open("rb", buffering=0)
+            for name, offset, size in originals.members(self._file):
+                self._members.setdefault(name, (offset, size))
 
     def _close(self) -> None:
         if self._file is not None:
@@ -365,7 +387,7 @@ class ShardWriter:
         self._digest.update(data)
         self._bytes += len(data)
 
-    def commit(self, recipe: str) -> Entry:
+    def commit(self, recipe: str, *, lacks: int = 0) -> Entry:
         """Put tar, then sidecar in place. There is no index from before until after."""
         self._put(bytes(2 * tarfile.BLOCKSIZE))
         self._put(bytes(-self._bytes % tarfile.RECORDSIZE))
@@ -374,6 +396,7 @@ class ShardWriter:
         self._file.close()
         digest = self._digest.hexdigest()
         told = {RECIPE: recipe, BYTES: str(self._bytes), DIGEST: digest}
+        told |= {LACKS: str(lacks)} if lacks else {}
         table = pa.Table.from_pylist(self._rows, SIDECAR.with_metadata(told))
 
         tar, sidecar = _tar(self._stem), _sidecar(self._stem)
@@ -420,6 +443,8 @@ def _finished(job: ShardJob, side: int, recipe: str) -> Entry | None:
         told = pq.read_schema(_sidecar(stem)).metadata or {}
         num_bytes, digest = int(told[BYTES]), told[DIGEST].decode()
         if told[RECIPE].decode() != recipe or _tar(stem).stat().st_size != num_bytes:
+            return None
+        if LACKS in told:  # what was damaged may have been fetched again
             return None
     except (OSError, KeyError, ValueError, pa.ArrowException):  # none, or of another format
         return None

@@ -53,6 +53,11 @@ class Source:
         return "://" in self.path
 
     @property
+    def absolute(self) -> str:
+        """Path that means the same from any folder."""
+        return absolute(self.path)
+
+    @property
     def size(self) -> int:
         """Bytes."""
         filesystem, path = fsspec.url_to_fs(self.path)
@@ -141,15 +146,29 @@ def find(patterns: tuple[str, ...]) -> list[Source]:
     found: dict[str, Source] = {}
     for pattern in patterns:
         paths = _matches(pattern)
+        if not paths and Path(pattern).is_dir():
+            raise MetadataError(
+                f"download.metadata: {pattern} is a folder: name the lists in it, for example "
+                f"'{pattern.rstrip('/')}/*.parquet'"
+            )
         if not paths:
             raise MetadataError(
                 f"download.metadata: no file matches {pattern!r} (seen from {Path.cwd()}); "
                 "give a Parquet, CSV or TSV file, or a glob, that exists"
             )
         for path in paths:
-            same = path if "://" in path else str(Path(path).resolve())
-            found.setdefault(same, Source(path))
+            found.setdefault(absolute(path), Source(path))
     return list(found.values())
+
+
+def absolute(path: str) -> str:
+    """The same from any folder; URLs are that already."""
+    return path if "://" in path else str(Path(path).resolve())
+
+
+def is_there(pattern: str) -> bool:
+    """Whether any file matches."""
+    return bool(_matches(pattern))
 
 
 def fingerprint(files: tuple[str, ...]) -> str:

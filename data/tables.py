@@ -10,8 +10,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data.prefilter import CONTROLS
+
 CLASSES = ("fate", "verdict", "status", "language", "source", "error")
 """Columns whose values are counted."""
+SPANNED = ("width", "height", "caption_words", "caption_chars")
+"""Columns of which the smallest and the greatest value are told."""
+CAPTIONS = ("caption", "text", "TEXT")
 _FIRST_ROWS = 3
 _MOST_VALUES = 20
 _MOST_CLASSES = 10_000
@@ -25,11 +30,16 @@ def describe_tables(paths: list[Path]) -> str:
     """
     groups: dict[str, list[Path]] = {}
     for path in paths:
-        groups.setdefault(str(_open(path).schema_arrow.remove_metadata()), []).append(path)
+        groups.setdefault(str(opened(path).schema_arrow.remove_metadata()), []).append(path)
     return "\n\n".join(_describe(group) for group in groups.values())
 
 
-def _open(path: Path) -> pq.ParquetFile:
+def opened(path: Path) -> pq.ParquetFile:
+    """A table to read.
+
+    Raises:
+        ValueError: it is no Parquet.
+    """
     try:
         return pq.ParquetFile(path, memory_map=True)
     except (pa.ArrowInvalid, OSError) as error:
@@ -37,17 +47,18 @@ def _open(path: Path) -> pq.ParquetFile:
 
 
 def _describe(paths: list[Path]) -> str:
-    files = [_open(path) for path in paths]
+    files = [opened(path) for path in paths]
     rows = sum(file.metadata.num_rows for file in files)
     groups = sum(file.metadata.num_row_groups for file in files)
     schema = files[0].schema_arrow
-    nulls, classes = _count(files)
+    nulls, classes, notes = _count(files)
     name = str(paths[0]) + (f" and {len(paths) - 1:,} more" if len(paths) > 1 else "")
     width = max((len(field.name) for field in schema), default=0)
     lines = [f"{name}\n  {rows:,} rows in {groups:,} row groups"]
     for field in schema:
         share = f"  {nulls[field.name]:,} null" if nulls[field.name] else ""
-        lines.append(f"  {_safe(field.name):<{width}}  {field.type}{share}")
+        note = f"  {notes[field.name]}" if field.name in notes else ""
+        lines.append(f"  {_safe(field.name):<{width}}  {field.type}{share}{note}")
     for column, counts in classes.items():
         lines.append(f"  {column}:")
         lines += [f"    {_safe(str(v)):<40} {n:>11,}" for v, n in counts.most_common(_MOST_VALUES)]
@@ -56,8 +67,15 @@ def _describe(paths: list[Path]) -> str:
     return "\n".join([*lines, *_first_rows(files, width)])
 
 
-def _count(files: list[pq.ParquetFile]) -> tuple[Counter[str], dict[str, Counter[Any]]]:
-    """Nulls of each column and values of the classes, a batch at a time."""
+def _count(
+    files: list[pq.ParquetFile],
+) -> tuple[Counter[str], dict[str, Counter[Any]], dict[str, str]]:
+    """Nulls of each column, values of the classes, and what else is noted of a column.
+
+    A batch at a time.
+    """
+    spans: dict[str, tuple[Any, Any]] = {}
+    broken: Counter[str] = Counter()
     nulls: Counter[str] = Counter()
     names = [name for name in CLASSES if name in files[0].schema_arrow.names]
     classes: dict[str, Counter[Any]] = {name: Counter() for name in names}
@@ -65,10 +83,19 @@ def _count(files: list[pq.ParquetFile]) -> tuple[Counter[str], dict[str, Counter
         for batch in file.iter_batches(batch_size=10_000):
             for name, column in zip(batch.schema.names, batch.columns, strict=True):
                 nulls[name] += column.null_count
+                if name in SPANNED and column.null_count < len(column):
+                    low, high = pc.min_max(column).as_py().values()
+                    before = spans.get(name, (low, high))
+                    spans[name] = min(low, before[0]), max(high, before[1])
+                if name in CAPTIONS and pa.types.is_string(column.type):
+                    found = pc.match_substring_regex(column, f"^$|{CONTROLS}")
+                    broken[name] += pc.sum(found).as_py() or 0
                 if name in classes and len(classes[name]) < _MOST_CLASSES:
                     for value in pc.value_counts(column).to_pylist():
                         classes[name][value["values"]] += value["counts"]
-    return nulls, {name: counts for name, counts in classes.items() if set(counts) - {None}}
+    notes = {name: f"{low:,} to {high:,}" for name, (low, high) in spans.items()}
+    notes |= {name: f"{n:,} empty or with control characters" for name, n in broken.items() if n}
+    return nulls, {name: counts for name, counts in classes.items() if set(counts) - {None}}, notes
 
 
 def _first_rows(files: list[pq.ParquetFile], width: int) -> list[str]:

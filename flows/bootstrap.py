@@ -13,7 +13,7 @@ from uuid import UUID
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
-from prefect.client.schemas.objects import StateType, WorkerStatus
+from prefect.client.schemas.objects import FlowRun, StateType, WorkerStatus
 from prefect.events import AutomationCore, EventTrigger, Posture
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.events import ResourceSpecification
@@ -22,9 +22,9 @@ from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import from_qualified_name
 from prefect.utilities.templating import apply_values
-from rich.progress import track
+from rich.console import Console
 
-from flows import settings
+from flows import progress, settings
 from flows.conductor import GPU_LIMIT
 from flows.config import ROOT, PipelineConfig
 from flows.safety.aftermath import SILENT
@@ -131,6 +131,13 @@ def has_worker() -> bool:
     return any(worker.status == WorkerStatus.ONLINE for worker in workers)
 
 
+def start_run(deployment: str, parameters: dict[str, Any]) -> FlowRun:
+    """Let a worker run a deployment."""
+    with get_client(sync_client=True) as client:
+        found = client.read_deployment_by_name(deployment)
+        return client.create_flow_run_from_deployment(found.id, parameters=parameters)
+
+
 def deploy(
     client: SyncPrefectClient, pool: str, job_variables: Mapping[str, Any] | None = None
 ) -> None:
@@ -140,26 +147,29 @@ def deploy(
     file, five times as slowly: it derives the form of every deployment anew.
     """
     flows: dict[str, tuple[UUID, dict[str, Any], str | None]] = {}
-    for deployment in track(deployments(), "deployments", transient=True):
-        entrypoint = deployment["entrypoint"]
-        if entrypoint not in flows:
-            flow: Flow[..., Any] = load_flow_from_entrypoint(entrypoint)
-            form = parameter_schema(flow).model_dump_for_openapi()
-            flows[entrypoint] = client.create_flow(flow), form, about(flow)
-        flow_id, form, description = flows[entrypoint]
-        client.create_deployment(
-            flow_id,
-            deployment["name"],
-            entrypoint=entrypoint,
-            description=description,
-            parameters=deployment["parameters"],
-            parameter_openapi_schema=form,
-            enforce_parameter_schema=True,
-            tags=deployment["tags"],
-            work_pool_name=pool,
-            job_variables=dict(job_variables or deployment["work_pool"]["job_variables"]),
-            pull_steps=[],
-        )
+    found = deployments()
+    with progress.reporting(Console()) as reporter:
+        for number, deployment in enumerate(found, 1):
+            entrypoint = deployment["entrypoint"]
+            if entrypoint not in flows:
+                flow: Flow[..., Any] = load_flow_from_entrypoint(entrypoint)
+                form = parameter_schema(flow).model_dump_for_openapi()
+                flows[entrypoint] = client.create_flow(flow), form, about(flow)
+            flow_id, form, description = flows[entrypoint]
+            client.create_deployment(
+                flow_id,
+                deployment["name"],
+                entrypoint=entrypoint,
+                description=description,
+                parameters=deployment["parameters"],
+                parameter_openapi_schema=form,
+                enforce_parameter_schema=True,
+                tags=deployment["tags"],
+                work_pool_name=pool,
+                job_variables=dict(job_variables or deployment["work_pool"]["job_variables"]),
+                pull_steps=[],
+            )
+            reporter.progress("bootstrap", "deployments", number, len(found))
 
 
 def about(flow: Flow[..., Any]) -> str:

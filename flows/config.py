@@ -15,12 +15,13 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from data.config import DownloadConfig, FilterConfig, ScoreConfig
+from flows.places import ROOT as ROOT  # part of this module's interface
+from flows.places import runs
 from flows.resources import Frozen, ResourcesConfig
 from flows.resources import Resources as Resources  # part of this module's interface
 from gigagan.config import EvaluateConfig, TrainBaseConfig, TrainUpsamplerConfig
 from gigagan.config import presets as training_presets
 
-ROOT = Path(__file__).resolve().parents[1]
 PRESETS = Path(__file__).with_name("presets")
 TRAINING = frozenset({"train_base", "train_upsampler"})
 """Sections that may start from one of the networks' own presets."""
@@ -50,7 +51,7 @@ class PipelineConfig(Frozen):
     """Prefix of the MLflow experiments."""
     store: str = "runs/store"
     """Folder of all outputs, or an fsspec URL such as s3://bucket/prefix; a relative path starts at
-    the project's folder."""
+    the project's folder, and what is below `runs` lies in GIGAGAN_RUNS where that is set."""
     save_every_s: float = Field(300.0, gt=0)
     """Seconds between two savings of unfinished work to a store behind a URL."""
     download: DownloadConfig = DownloadConfig()
@@ -81,8 +82,10 @@ class PipelineConfig(Frozen):
         Of a store behind a URL the mirror, below `GIGAGAN_STORE_CACHE` or `runs/mirror`.
         """
         if self.store_url is None:
-            return ROOT / Path(self.store.removeprefix("file://")).expanduser()
-        mirrors = os.environ.get("GIGAGAN_STORE_CACHE") or ROOT / "runs" / "mirror"
+            given = Path(self.store.removeprefix("file://")).expanduser()
+            is_ours = given.parts[:1] == ("runs",)
+            return runs().joinpath(*given.parts[1:]) if is_ours else ROOT / given
+        mirrors = os.environ.get("GIGAGAN_STORE_CACHE") or runs() / "mirror"
         name = re.sub(r"[^A-Za-z0-9]+", "-", self.store_url).strip("-")
         short = hashlib.sha256(self.store_url.encode()).hexdigest()[:8]
         return Path(mirrors).absolute() / f"{name}-{short}"
@@ -90,11 +93,10 @@ class PipelineConfig(Frozen):
     @classmethod
     def preset(cls, name: str) -> PipelineConfig:
         """One of the presets by name."""
-        path = PRESETS / f"{name}.yaml"
-        if not path.is_file():
-            names = presets()
+        names = presets()
+        if name not in names:
             raise ConfigError(f"unknown preset {name!r}{_nearest(name, names)}: {', '.join(names)}")
-        return cls.parse(yaml.safe_load(path.read_text()) or {})
+        return cls.parse(yaml.safe_load((PRESETS / f"{name}.yaml").read_text()) or {})
 
     @classmethod
     def parse(cls, tree: Mapping[str, Any]) -> PipelineConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -10,7 +11,7 @@ from prefect import flow
 from data.config import LIMITS
 from flows.conductor import Outcome, conduct
 from flows.config import PipelineConfig
-from flows.stage import Context, Stage
+from flows.stage import Context, Progress, Stage
 
 
 def run(context: Context) -> None:
@@ -36,10 +37,22 @@ def external(config: PipelineConfig) -> Mapping[str, str]:
 
 
 def unkeyed(config: PipelineConfig) -> set[str]:
-    """Limits and politeness, with which a download goes on; where its lists lie, for their content
-    counts; and what its source does not read."""
+    """Limits and manners with which a download goes on, and what its source does not read."""
     is_embedded = config.download.source == "embedded"
-    return {*LIMITS, "metadata", *(["columns", "allow_withdrawn"] if is_embedded else ["embedded"])}
+    return {*LIMITS, *(["columns", "allow_withdrawn"] if is_embedded else ["embedded"])}
+
+
+def harm(folder: Path, progress: Progress) -> str | None:
+    """Pictures whose bytes are not those that were downloaded."""
+    from data.originals import verify
+
+    found = verify(folder, progress=progress)
+    if not found:
+        return None
+    return (
+        f"{len(found):,} pictures are not those that were downloaded (first: key {found[0].key}): "
+        f"`python -m data download {folder} --verify` fetches them again"
+    )
 
 
 STAGE = Stage(
@@ -50,6 +63,7 @@ STAGE = Stage(
     unkeyed=unkeyed,
     # The fates have each picture's sha256, and what comes after depends on those.
     vouched=("images",),
+    harm=harm,
     scratch=("img2dataset.log", "work"),
 )
 

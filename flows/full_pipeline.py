@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.runtime import flow_run
 
-from flows import download, evaluate, filter, progress, score, train_base, train_upsampler
+from flows import download, evaluate, filter, outside, progress, score, train_base, train_upsampler
 from flows.conductor import prefect_tags
 from flows.config import PipelineConfig, StageName
 from flows.record.tracking import PIPELINE, Tracker
@@ -63,6 +63,8 @@ def full_pipeline(
         config: all settings; the deployment comes with those of its preset
     """
     config = config.override(overrides)
+    chosen = [name for name in ALL if name in stages and name not in upstream]
+    refuse_if_lacking(config, chosen, force, upstream)
     Store.of(config).prepare()
     tracker = Tracker(config.name, config.store_path)
     run_id = tracker.start_pipeline(
@@ -73,12 +75,14 @@ def full_pipeline(
         create_link_artifact(url, key="mlflow", description="The run in MLflow.")
 
     outputs: dict[str, StageOutput] = {}
+    log = get_run_logger().info
     try:
-        with tracker.status_of(run_id):
-            for name in ALL:
-                if name in stages and name not in upstream:
-                    outcome = FLOWS[name](force=name in force, upstream=upstream, config=config)
-                    outputs[name.value] = cast(StageOutput, outcome)  # Prefect unwraps a state
+        with tracker.status_of(run_id), progress.logged(log):
+            for number, name in enumerate(chosen, 1):
+                about = PipelineConfig.model_fields[stage(name).section].description
+                log("stage %d of %d, %s: %s", number, len(chosen), name, about)
+                outcome = FLOWS[name](force=name in force, upstream=upstream, config=config)
+                outputs[name.value] = cast(StageOutput, outcome)  # Prefect unwraps a state
     finally:
         with spare("the summary"):
             create_markdown_artifact(_summary(outputs, tracker, run_id), key="pipeline-summary")
@@ -95,6 +99,21 @@ class Step:
     key: str | None
     """None while it depends on output that is not there yet."""
     reason: str
+    lacks: tuple[str, ...] = ()
+    """What it needs from outside the store and is not there."""
+
+
+def refuse_if_lacking(
+    config: PipelineConfig,
+    stages: Sequence[StageName],
+    force: Sequence[StageName] = (),
+    upstream: Mapping[str, str] | None = None,
+) -> None:
+    """Raise `MissingInputError` when a stage that would run is sure to fail, before any works."""
+    if not any(outside.lacking(config, name) for name in stages):
+        return
+    if lacks := [text for step in plan(config, stages, force, upstream) for text in step.lacks]:
+        raise MissingInputError("; ".join(lacks))
 
 
 def plan(
@@ -117,6 +136,7 @@ def plan(
         step = _step(this, config, store, given, waits_for, name in force)
         if step.action != "skip":
             pending.append(this.name)
+            step = replace(step, lacks=tuple(outside.lacking(config, name)))
         steps.append(step)
     return steps
 

@@ -24,6 +24,7 @@ from rich.progress import (
 from rich.text import Text
 
 LINE_EVERY_S = 10.0
+LOG_EVERY_S = 60.0
 COUNT = re.compile(r"\b([\d,_]+)\s*/\s*([\d,_]+)\b(?: ([a-z]+))?")
 STATES = {"done": "green", "skipped": "cyan", "failed": "red"}
 
@@ -57,10 +58,16 @@ class Reporter:
 class Lines(Reporter):
     """A line now and then, for logs and pipes."""
 
+    every_s = LINE_EVERY_S
+
     def __init__(self, console: Console):
         super().__init__()
         self.console = console
         self._last: dict[tuple[str, str], tuple[float, int]] = {}
+
+    def say(self, markup: str) -> None:
+        """Print a line."""
+        self.console.print(markup, soft_wrap=True)
 
     def live(self) -> AbstractContextManager[object]:
         """Nothing to draw."""
@@ -68,28 +75,58 @@ class Lines(Reporter):
 
     def started(self, stage: str, note: str) -> None:
         """Print the start."""
-        self.console.print(f"[bold]{stage}[/] started: {escape(note)}", soft_wrap=True)
+        self.say(f"[bold]{stage}[/] started: {escape(note)}")
 
     def progress(self, stage: str, what: str, done: int, total: int | None) -> None:
-        """Print at most one line in `LINE_EVERY_S` for each part, with rate and time left."""
+        """Print at most one line in `every_s` for each part, with rate and time left."""
         now = time.monotonic()
         before, seen = self._last.setdefault((stage, what), (now, done))
-        if now - before < LINE_EVERY_S:
+        if now - before < self.every_s:
             return
         self._last[stage, what] = (now, done)
         rate = max(done - seen, 0) / (now - before)
-        text = f"{stage}: {what} {done:,}" + (f"/{total:,}" if total else "")
+        text = f"{stage}: {what} {done:,}"
+        if total:
+            text += f"/{total:,} ({done / total:.0%})"
         text += f", {rate:.3g}/s"
         if total and rate:
             text += f", {clock((total - done) / rate)} left"
-        self.console.print(escape(text), soft_wrap=True)
+        self.say(escape(text))
 
     def ended(self, stage: str, state: str, seconds: float, note: str) -> None:
         """Print the end."""
         super().ended(stage, state, seconds, note)
         mark = f"[{STATES[state]}]{state}[/]"
-        text = f"[bold]{stage}[/] {mark} in {clock(seconds)}: {escape(note)}"
-        self.console.print(text, soft_wrap=True)
+        self.say(f"[bold]{stage}[/] {mark} in {clock(seconds)}: {escape(note)}")
+
+
+class Log(Lines):
+    """Lines for the log of a run, beside what another reporter shows."""
+
+    every_s = LOG_EVERY_S
+
+    def __init__(self, log: Callable[[str], None], also: Reporter):
+        super().__init__(Console(quiet=True))
+        self.log, self.also = log, also
+
+    def say(self, markup: str) -> None:
+        """Log a line."""
+        self.log(Text.from_markup(markup).plain)
+
+    def started(self, stage: str, note: str) -> None:
+        """Log the start."""
+        self.also.started(stage, note)
+        super().started(stage, note)
+
+    def progress(self, stage: str, what: str, done: int, total: int | None) -> None:
+        """Log at most a line in `every_s`."""
+        self.also.progress(stage, what, done, total)
+        super().progress(stage, what, done, total)
+
+    def ended(self, stage: str, state: str, seconds: float, note: str) -> None:
+        """Log the end."""
+        self.also.ended(stage, state, seconds, note)
+        super().ended(stage, state, seconds, note)
 
 
 class Bars(Lines):
@@ -152,6 +189,16 @@ def reporting(console: Console) -> Iterator[Reporter]:
     try:
         with listener.live():
             yield listener
+    finally:
+        _current.reset(token)
+
+
+@contextmanager
+def logged(log: Callable[[str], None]) -> Iterator[None]:
+    """Report what the block does to a log as well."""
+    token = _current.set(Log(log, _current.get()))
+    try:
+        yield
     finally:
         _current.reset(token)
 

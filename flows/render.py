@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 from flows import evaluate, launch, train_base
 from flows.config import ConfigError, PipelineConfig, StageName
 from flows.full_pipeline import stage as stage_of
-from flows.record import outages, scrub
-from flows.record.tracking import tracking_uri
+from flows.record import scrub
+from flows.record.tracking import child_environment, tracking_uri
 from flows.stage import Context, MissingInputError, Stage
 from flows.storage.store import Resolved, Store
 
@@ -44,7 +41,7 @@ def rendered(name: StageName, config: PipelineConfig) -> str:
         config=getattr(config, stage.section),
         inputs=resolved.paths,
         resources=getattr(config.resources, stage.section),
-        env=_environment(store.root),
+        env=child_environment(tracking_uri(store.root), RUN),
     )
     text = scrub.text(launch.render(context, PROCESSES[name])).rstrip("\n")
     # At the end: a batch script begins with its interpreter.
@@ -52,12 +49,6 @@ def rendered(name: StageName, config: PipelineConfig) -> str:
         f"; {UNKNOWN} follows from inputs that are not there yet" if resolved.key == UNKNOWN else ""
     )
     return f"{text}\n# {RUN} is the id of the MLflow run that is made when it starts{key}"
-
-
-def _environment(store: Path) -> dict[str, str]:
-    """As `Tracker.child_environment`, without asking the server."""
-    bounds = {name: os.environ.get(name, bound) for name, bound in outages.BOUNDS.items()}
-    return {"MLFLOW_TRACKING_URI": tracking_uri(store), "MLFLOW_RUN_ID": RUN, **bounds}
 
 
 def _assumed(stage: Stage, config: PipelineConfig, store: Store) -> Resolved:

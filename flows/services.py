@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -12,18 +13,19 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from flows import settings
+from flows import places, settings
 from flows.safety import guardian, processes
 from flows.storage.files import write_atomically
 
 HOST = "127.0.0.1"
 WORKER = ["prefect", "worker", "start", "--pool", settings.POOL, "--type", "process"]
 """The module and arguments of a worker of this machine's pool."""
-READY_S = 120.0
+READY_S = 300.0
+"""A new database takes a minute, on a machine that is busy with other work several."""
 GRACE_S = 15.0
 
 
@@ -43,8 +45,8 @@ class Service:
     ):
         self.name = name
         self.health = health
-        self.log = settings.RUNS / "logs" / f"{name}.log"
-        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.log = places.runs() / "logs" / f"{name}.log"
+        places.make(self.log.parent)
         with self.log.open("w") as log:
             # A group of its own, so that stopping it takes its workers along.
             self.process = subprocess.Popen(
@@ -88,7 +90,7 @@ def running(
     env: Mapping[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a service during the block, which begins when it answers."""
-    mark = f"{name} of process {os.getpid()}, {time.time_ns()}"
+    mark = _mark(name)
     with guardian.watching(mark):
         service = Service(name, module, health, {**(env or {}), guardian.MARK: mark})
         try:
@@ -102,10 +104,10 @@ def running(
 def prefect_api(port: int | None = None) -> Iterator[str]:
     """The API of a Prefect server: `PREFECT_API_URL`, one of ours that runs, or a new one.
 
-    A new one ends with the block. Sets `PREFECT_API_URL` and `PREFECT_UI_URL`.
+    A new one ends with the block, or with the last command that uses it: others find it by its
+    record. Sets `PREFECT_API_URL` and `PREFECT_UI_URL`.
     """
-    given = _given() or _recorded()
-    if given:
+    if given := _given():
         if not (found := _answering(given)):
             raise ServiceError(
                 f"PREFECT_API_URL is {given}, where no Prefect server answers: "
@@ -114,22 +116,42 @@ def prefect_api(port: int | None = None) -> Iterator[str]:
         _announce(found)
         yield found
         return
-    port = port or choose_port(4200)
-    api = f"http://{HOST}:{port}/api"
-    module = ["prefect", "server", "start", "--host", HOST, "--port", str(port)]
-    pages = {"PREFECT_SERVER_UI_API_URL": api}  # they would ask port 4200, whatever ours is
-    with running("prefect", module, f"{api}/health", pages) as process:
-        record = _record(api, process.pid)
-        _record_file().parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(_record_file(), json.dumps(record))
+    places.make(settings.home())
+    with ExitStack() as stack:
+        users = stack.enter_context(_locked("server.users", fcntl.LOCK_SH))
+        with _locked("server.start", fcntl.LOCK_EX):  # two on one database would quarrel
+            api = _recorded() or stack.enter_context(_server(port or choose_port(4200), users))
         _announce(api)
         try:
             yield api
         finally:
-            if _read_record() == record:
-                _record_file().unlink(missing_ok=True)
             for name in ("PREFECT_API_URL", "PREFECT_UI_URL"):
                 os.environ.pop(name, None)
+
+
+@contextmanager
+def _server(port: int, users: IO[bytes]) -> Iterator[str]:
+    """A new server and its record; left to its guardian where others use it at the block's end."""
+    api, mark = f"http://{HOST}:{port}/api", _mark("prefect")
+    module = ["prefect", "server", "start", "--host", HOST, "--port", str(port)]
+    # Its pages would ask port 4200, whatever ours is.
+    env = {"PREFECT_SERVER_UI_API_URL": api, guardian.MARK: mark}
+    keeper = guardian.start(mark, Path(users.name))
+    service = Service("prefect", module, f"{api}/health", env)
+    try:
+        service.wait_until_ready()
+        write_atomically(_record_file(), json.dumps(_record(api, service.process.pid)))
+        yield api
+    finally:
+        if _is_free(users):
+            _record_file().unlink(missing_ok=True)
+            service.stop()
+            keeper.kill()
+            keeper.communicate()
+        else:
+            print(f"{api}: other commands use this server, which ends with them", file=sys.stderr)
+            assert keeper.stdin is not None, "it is a pipe"
+            keeper.stdin.close()
 
 
 def use_running_api() -> None:
@@ -173,6 +195,27 @@ def answers(url: str) -> bool:
             return bool(response.status == 200)
     except OSError:
         return False
+
+
+def _mark(name: str) -> str:
+    return f"{name} of process {os.getpid()}, {time.time_ns()}"
+
+
+@contextmanager
+def _locked(name: str, how: int) -> Iterator[IO[bytes]]:
+    """A file of Prefect's home, locked until the block ends or this process is gone."""
+    with (settings.home() / name).open("ab") as file:
+        fcntl.flock(file, how)
+        yield file
+
+
+def _is_free(lock: IO[bytes]) -> bool:
+    """Whether nobody else holds a lock of that file; then it is ours alone."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _record_file() -> Path:

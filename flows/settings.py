@@ -6,17 +6,17 @@ Imported before either of them; a variable that is set already stays as it is.
 from __future__ import annotations
 
 import os
+import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from flows import databases
-from flows.config import ROOT
+from flows.places import ROOT, runs
 
-RUNS = ROOT / "runs"
 POOL = "local"
 """The work pool of this machine."""
 
 DEFAULTS = {
-    "PREFECT_HOME": str(RUNS / "prefect"),
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "true",  # not "1", which MLflow ignores
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -41,7 +41,7 @@ DATABASES = (
     *(PREFECT_DATABASE, "PREFECT_API_DATABASE_CONNECTION_URL"),
 )
 """Variables that may name an SQLite file."""
-FOLDERS = ("PREFECT_HOME", "GIGAGAN_STORE_CACHE", "GIGAGAN_CACHE")
+FOLDERS = ("GIGAGAN_RUNS", "PREFECT_HOME", "GIGAGAN_STORE_CACHE", "GIGAGAN_CACHE")
 """Variables that name a folder."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -51,7 +51,8 @@ def apply() -> None:
 
     What is relative to this folder means the same place in processes that run in another one.
     """
-    for name, value in DEFAULTS.items():
+    _name_a_home()
+    for name, value in {"PREFECT_HOME": str(runs() / "prefect"), **DEFAULTS}.items():
         os.environ.setdefault(name, value)
     for name in set(FOLDERS) & os.environ.keys():
         os.environ[name] = os.environ[name] and str(Path(os.environ[name]).expanduser().absolute())
@@ -61,7 +62,17 @@ def apply() -> None:
     _spare_loopback()
     paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
-    home().mkdir(parents=True, exist_ok=True)  # Prefect makes one level only
+    with suppress(OSError):  # what only looks needs none, and what writes says so itself
+        home().mkdir(parents=True, exist_ok=True)  # Prefect makes one level only
+    warnings.filterwarnings("ignore", "Failed to create the Prefect home")
+
+
+def _name_a_home() -> None:
+    """A user id without a name, as containers have it, and without HOME keeps what it has here."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = str(runs())
 
 
 def _name_prefects_database() -> None:

@@ -202,6 +202,8 @@ class Stage:
     vouched: tuple[str, ...] = ()
     """Top-level folders whose files are listed by size alone: other files of the output hold
     digests of what is in them, and terabytes need not be read again."""
+    harm: Callable[[Path, Progress], str | None] | None = None
+    """Reads what is `vouched` whole: what is wrong with it and the remedy, or None."""
     gpu: bool = False
     """Whether runs of it queue for the `gpu` concurrency limit."""
     unkeyed: Callable[[PipelineConfig], Collection[str]] = _all_keyed

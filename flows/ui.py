@@ -39,6 +39,7 @@ def serve(
     store: Path, console: Console, prefect_port: int | None = None, mlflow_port: int | None = None
 ) -> None:
     """Open both pages and wait for Ctrl-C or SIGTERM."""
+    relocation.relocate(tracking_uri(store), store)  # be refused before anything starts
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
+import yaml
+
 from flows.config import PipelineConfig, StageName, parse_assignments
 
 DEFAULT_PRESET = "demo"
@@ -65,21 +68,55 @@ def configured(arguments: argparse.Namespace) -> PipelineConfig:
 
 def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The changes of the command line; a store is relative to where it was typed."""
-    overrides = parse_assignments(arguments.assignments)
-    if arguments.store:
+    overrides = assigned(arguments.assignments)
+    if arguments.store is not None:
         overrides["store"] = located(arguments.store)
     return overrides
 
 
 def recorded(arguments: argparse.Namespace) -> PipelineConfig:
     """The configuration whose record is meant; a folder is relative to where it was typed."""
-    given = {"store": located(arguments.store)} if arguments.store else {}
+    given = {} if arguments.store is None else {"store": located(arguments.store)}
     return PipelineConfig.preset(arguments.preset).override(given)
 
 
 def located(store: str) -> str:
-    """A store as typed: a URL, or a folder relative to where it was typed."""
-    return store if "://" in store else str(Path(store).absolute())
+    """A store as typed: a URL, or a folder relative to where it was typed.
+
+    Raises:
+        UsageError: it is neither, or a file lies where its folder would.
+    """
+    scheme, sign, rest = store.partition("://")
+    if sign and scheme != "file":
+        known = "::" in scheme or scheme in fsspec.available_protocols()
+        if not known or not rest.strip("/"):
+            raise UsageError(f"--store {store!r}: give a folder, or a URL such as s3://bucket/name")
+        return store
+    typed = rest if sign else store
+    if not typed.strip():
+        raise UsageError(f"--store {store!r}: give a folder, or a URL such as s3://bucket/name")
+    try:
+        path = Path(typed).expanduser().absolute()
+    except RuntimeError as error:
+        raise UsageError(f"--store {store!r}: there is no such user's home") from error
+    above = next(above for above in (path, *path.parents) if above.exists())
+    if not above.is_dir():
+        raise UsageError(f"--store {store!r}: {above} is a file: give a folder")
+    return str(path)
+
+
+def assigned(items: Sequence[str], option: str = "--set") -> dict[str, Any]:
+    """What KEY=VALUE on the command line says, by key; `UsageError` where a value is no YAML."""
+    found: dict[str, Any] = {}
+    for item in items:
+        try:
+            found |= parse_assignments([item], option)
+        except yaml.YAMLError as error:
+            why = " ".join(str(error).split())
+            raise UsageError(f"{option} {item!r}: the value is not YAML ({why})") from error
+        if "" in found:
+            raise UsageError(f"{option} {item!r}: write it as KEY=VALUE")
+    return found
 
 
 def deployment_of(preset: str) -> str:

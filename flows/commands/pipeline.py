@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from flows import progress, settings
 from flows.commands.options import (
+    UsageError,
     add_choice,
     add_debug,
     configured,
@@ -29,6 +29,8 @@ from flows.config import PRESETS, PipelineConfig, StageName, presets
 
 if TYPE_CHECKING:
     from flows.stage import StageOutput
+
+STARTING = "starting Prefect, or finding it: seconds, a minute where its database is new …"
 
 
 def add_parsers(commands: Any) -> None:
@@ -61,12 +63,22 @@ def run_command(arguments: argparse.Namespace) -> None:
         _show_plan(config, stages, force, arguments.upstream)
         return
     from flows import services
+    from flows.outside import lacking
+    from flows.record import relocation
+    from flows.record.tracking import tracking_uri
     from flows.storage import upstream
     from flows.storage.store import Store
 
-    Store.of(config).prepare()
+    store = Store.of(config)
+    store.prepare()
     named = upstream.parse(arguments.upstream)
+    for stage in stages:
+        # What the store has an output of may be up to date: the run itself looks.
+        if stage not in named and not store.keys(stage) and (lacks := lacking(config, stage)):
+            raise UsageError("; ".join(lacks))
+    relocation.relocate(tracking_uri(store.root), store.root)
     console = Console()
+    console.print(STARTING)
     with services.prefect_api():
         from prefect.logging.handlers import APILogHandler
 
@@ -93,21 +105,24 @@ def submit_command(arguments: argparse.Namespace) -> int:
     from flows.storage import upstream
 
     parameters["upstream"] = upstream.parse(arguments.upstream)
-
+    console = Console()
+    console.print(STARTING)
     with services.prefect_api():
-        from flows.bootstrap import bootstrap, has_worker
+        from flows.bootstrap import bootstrap, has_worker, start_run
+        from flows.watch import watch
 
-        print(f"Prefect page: {os.environ['PREFECT_UI_URL']}", flush=True)
+        console.print(f"Prefect page: {os.environ['PREFECT_UI_URL']}")
+        console.print("registering the deployments of all presets: it may take a minute or two …")
         bootstrap()
-        with nullcontext() if has_worker() else services.running("worker", services.WORKER):
-            run = [
-                "prefect",
-                "deployment",
-                "run",
-                f"full-pipeline/{deployment_of(arguments.preset)}",
-            ]
-            run += ["--watch", "--params", json.dumps(parameters)]
-            return subprocess.run([sys.executable, "-m", *run], check=False).returncode
+        is_there = has_worker()
+        if not is_there:
+            console.print("starting a worker for as long as this command runs …")
+        with nullcontext() if is_there else services.running("worker", services.WORKER):
+            deployment = f"full-pipeline/{deployment_of(arguments.preset)}"
+            run = start_run(deployment, parameters)
+            page = f"{os.environ['PREFECT_UI_URL']}/runs/flow-run/{run.id}"
+            console.print(f"run {run.name} of {deployment}: {page}", soft_wrap=True)
+            return 0 if watch(run.id, console).is_completed() else 1
 
 
 def render_command(arguments: argparse.Namespace) -> None:
@@ -136,18 +151,27 @@ def _show_plan(
     upstream: Sequence[str],
 ) -> None:
     from flows.full_pipeline import plan
+    from flows.outside import weights
     from flows.storage.upstream import parse
 
     console = Console()
     console.print_json(config.model_dump_json())
     table = Table(
-        title=f"Plan in {config.store_url or config.store_path}", title_justify="left", box=None
+        title=escape(f"Plan in {config.store_url or config.store_path}"),
+        title_justify="left",
+        box=None,
     )
     for column in ("stage", "action", "key", "why"):
         table.add_column(column, overflow="fold")
-    for step in plan(config, stages, force, parse(upstream)):
+    steps = plan(config, stages, force, parse(upstream))
+    for step in steps:
         table.add_row(step.stage, step.action, (step.key or "")[:16], escape(step.reason))
     console.print(table)
+    for step in steps:
+        absent = weights(config, StageName(step.stage)) if step.action != "skip" else []
+        for text in (*step.lacks, *absent):
+            line = f"[red]missing[/] for {step.stage}: {escape(text)}"
+            console.print(line, soft_wrap=True, highlight=False)
 
 
 def _show_results(
@@ -156,7 +180,8 @@ def _show_results(
     outputs: Mapping[str, StageOutput],
     endings: Sequence[progress.Ending],
 ) -> None:
-    from flows.record.tracking import Tracker
+    from flows.record.compare import shows
+    from flows.record.tracking import LOCAL_UI, Tracker
 
     table = Table(title="Stages", title_justify="left", box=None)
     for column in ("stage", "state", "time", "figures"):
@@ -170,21 +195,33 @@ def _show_results(
     if results is not None and results.is_file():
         from gigagan.evaluation import report
 
-        console.print(f"\n[bold]Result[/] ({results})", soft_wrap=True, highlight=False)
+        console.print(
+            f"\n[bold]Result[/] ({escape(str(results))})", soft_wrap=True, highlight=False
+        )
         text = report.table(json.loads(results.read_text()))
         console.print(escape(text), soft_wrap=True, highlight=False)
     if shown := [path for output in outputs.values() for path in pictures(output.path)]:
         console.print("\n[bold]Pictures and reports[/]")
     for path in shown:
-        console.print(f"  {path}", soft_wrap=True, highlight=False)
-    page = Tracker(config.name, config.store_path).compare_url()
-    console.print(
-        "\n[bold]Pages[/] (both from `make ui`)\n"
-        f"  Prefect  {os.environ.get('PREFECT_UI_URL', 'http://127.0.0.1:4200')}/runs\n"
-        f"  MLflow   {page}",
-        soft_wrap=True,
-        highlight=False,
-    )
+        console.print(f"  {escape(str(path))}", soft_wrap=True, highlight=False)
+    tracker = Tracker(config.name, config.store_path)
+    is_open = tracker.is_server or shows(LOCAL_UI, tracker)
+    opens, prefect = f"{ui_of(config)} opens it", os.environ.get("PREFECT_UI_URL")
+    pages = {
+        "Prefect": f"{prefect}/runs" if prefect else opens,
+        "MLflow": tracker.compare_url() if is_open else opens,
+    }
+    console.print("\n[bold]Pages[/]")
+    for name, page in pages.items():
+        console.print(f"  {name:8} {escape(page)}", soft_wrap=True, highlight=False)
+
+
+def ui_of(config: PipelineConfig) -> str:
+    """The command that opens the pages of a store."""
+    is_default = config.store_path == PipelineConfig().store_path
+    store = shlex.quote(config.store_url or str(config.store_path))
+    named = "" if is_default else f" --store {store}"
+    return f"`python -m flows ui{named}`"
 
 
 def pictures(folder: Path) -> list[Path]:

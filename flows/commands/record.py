@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.commands.options import UsageError, add_debug, add_record, named_stages, recorded
+from flows.config import PipelineConfig, presets
 
 if TYPE_CHECKING:
     from flows.record.registry import Registry
@@ -36,22 +37,27 @@ def add_parsers(commands: Any) -> None:
 
 def compare_command(arguments: argparse.Namespace) -> None:
     """Show the page that compares runs; serve it until Ctrl-C where none is served."""
-    from flows.record import compare
+    from flows.record import compare, references
 
     stage = named_stages([arguments.stage])[0] if arguments.stage else None
     config = recorded(arguments)
+    references.known(config.store_path)
     compare.compare(config, stage, Console(), browse=not arguments.no_open and sys.stdout.isatty())
 
 
 def champion_command(arguments: argparse.Namespace) -> None:
     """Show the registered versions, or move the title between them."""
+    from flows.record import references
     from flows.record.registry import Registry
     from flows.record.tracking import Tracker
 
     config = recorded(arguments)
     if (arguments.action == "set") != bool(arguments.version):
         raise UsageError("write `champion set VERSION`, `champion rollback` or `champion`")
+    where = references.known(config.store_path)
     registry = Registry(Tracker(config.name, config.store_path).client, config.name)
+    if not registry.versions():
+        raise UsageError(f"{where} has no version of {config.name}: {_elsewhere(registry)}")
     console = Console()
     if arguments.action == "set":
         console.print(registry.choose(arguments.version))
@@ -59,6 +65,19 @@ def champion_command(arguments: argparse.Namespace) -> None:
         console.print(registry.roll_back())
     else:
         _show_versions(console, registry)
+
+
+def _elsewhere(registry: Registry) -> str:
+    """Which registered models there are instead, and the options that name them."""
+    names = {PipelineConfig.preset(preset).name: preset for preset in reversed(presets())}
+    there = [
+        f"{name} (--preset {names[name]})" if name in names else name
+        for name in registry.others()
+        if name != registry.name
+    ]
+    if not there:
+        return "an evaluation registers one (--store names another store)"
+    return f"there are versions of {', '.join(there)}"
 
 
 def _show_versions(console: Console, registry: Registry) -> None:
@@ -75,5 +94,6 @@ def _show_versions(console: Console, registry: Registry) -> None:
         score = score_under(version, protocol)
         run = version.tags.get("evaluation.run_id", "")
         shown = f"{score.metric} {score.value:.4g}"
+        protocol = escape(protocol)
         table.add_row(f"{version.version}", title, shown, protocol, run[:8], escape(note))
     console.print(table)

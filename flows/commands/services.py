@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from typing import Any, NoReturn
 
 from rich.console import Console
 
 from flows import settings
-from flows.commands.options import UsageError, add_debug, located
-from flows.config import PipelineConfig, parse_assignments
+from flows.commands.options import UsageError, add_debug, assigned, located
+from flows.config import PipelineConfig
 
 
 def add_parsers(commands: Any) -> None:
@@ -57,9 +58,11 @@ def ui_command(arguments: argparse.Namespace) -> None:
     from flows import services, ui
 
     for port in (arguments.prefect_port, arguments.mlflow_port):
+        if port is not None and not 0 < port < 65536:
+            raise UsageError(f"port {port} is none: give one from 1 to 65535")
         if port and not services.port_is_free(port):
             raise UsageError(f"port {port} is in use: name another, or none to get a free one")
-    given = {"store": located(arguments.store)} if arguments.store else {}
+    given = {} if arguments.store is None else {"store": located(arguments.store)}
     store = PipelineConfig().override(given).store_path
     ui.serve(store, Console(), arguments.prefect_port, arguments.mlflow_port)
 
@@ -68,6 +71,7 @@ def bootstrap_command(arguments: argparse.Namespace) -> None:
     """Prepare a Prefect server: the one of PREFECT_API_URL, or the database in runs/."""
     from flows import services
 
+    variables = assigned(arguments.job_variables, "--job-variable")
     with services.prefect_api() as api:
         from flows.bootstrap import bootstrap
 
@@ -75,7 +79,7 @@ def bootstrap_command(arguments: argparse.Namespace) -> None:
             arguments.gpu_jobs,
             pool=arguments.pool,
             kind=arguments.type,
-            job_variables=parse_assignments(arguments.job_variables, "--job-variable"),
+            job_variables=variables,
         )
         Console().print(f"{api}: pool, limit, automation and deployments are up to date")
 
@@ -85,4 +89,6 @@ def worker_command(arguments: argparse.Namespace) -> NoReturn:
     from flows import services
 
     services.use_running_api()
+    # A shell's `&` has us ignore SIGINT, by which Prefect's worker ends itself on SIGTERM.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.execv(sys.executable, [sys.executable, "-m", *services.WORKER])

@@ -1,9 +1,10 @@
-"""`python -m flows store ls | show | verify | gc`: what housekeeping finds, on a terminal."""
+"""`python -m flows store ls | show | verify | gc | rm`: what housekeeping finds, on a terminal."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows import progress
-from flows.commands.options import add_debug, located
-from flows.config import PipelineConfig
+from flows.commands.options import UsageError, add_debug, located
+from flows.config import PipelineConfig, StageName
 
 if TYPE_CHECKING:
-    from flows.storage.housekeeping import Item
+    from flows.storage.housekeeping import Item, Record, Verdict
     from flows.storage.store import Store
 
 COLOURS = {"complete": "green", "unfinished": "yellow", "in use": "cyan", "damaged": "red"}
@@ -42,7 +43,10 @@ def add_parsers(commands: Any) -> None:
     verify = action("verify", verify_command, "read every file again; status 1 on damage")
     verify.add_argument("keys", nargs="*", metavar="KEY", help="only these (default: all)")
     gc = action("gc", gc_command, "delete what nothing refers to; without --yes only say what")
-    gc.add_argument("--yes", action="store_true", help="delete")
+    rm = action("rm", rm_command, "delete outputs by name, also those of runs that are forgotten")
+    rm.add_argument("keys", nargs="+", metavar="KEY", help="beginning of a key, or STAGE/KEY")
+    for parser in (gc, rm):
+        parser.add_argument("--yes", action="store_true", help="delete")
     gc.add_argument(
         "--older-than", default="0d", metavar="AGE", help="keep what is younger, as in 12h, 7d, 2w"
     )
@@ -60,8 +64,8 @@ def ls_command(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps([_as_json(item, users[item.name]) for item in found], indent=1))
         return
-    table = Table(box=None)
-    for column in ("stage", "key", "state", "size", "age", "MLflow run", "users"):
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)  # 80 columns hold all of it
+    for column in ("stage", "key", "state", "size", "age", "MLflow", "users"):
         is_number = column in ("size", "age", "users")
         table.add_column(column, justify="right" if is_number else "left", no_wrap=True)
     for item in found:
@@ -76,7 +80,10 @@ def ls_command(arguments: argparse.Namespace) -> None:
         if item.note:
             console.print(f"{item.name}: {escape(item.note)}", soft_wrap=True, highlight=False)
     total = _size(sum(item.bytes for item in found))
-    console.print(f"{housekeeping.states(found)}: {total} in {_store(arguments)}")
+    where = escape(str(_store(arguments)))
+    console.print(
+        f"{housekeeping.states(found)}: {total} in {where}", soft_wrap=True, highlight=False
+    )
 
 
 def show_command(arguments: argparse.Namespace) -> None:
@@ -89,7 +96,7 @@ def show_command(arguments: argparse.Namespace) -> None:
     console = Console()
     where = store.place(item.stage, item.key)
     console.print(f"[bold]{item.name}[/] {item.state} {escape(item.note)}", soft_wrap=True)
-    console.print(f"in {where}, {_size(item.bytes)}", soft_wrap=True, highlight=False)
+    console.print(f"in {escape(str(where))}, {_size(item.bytes)}", soft_wrap=True, highlight=False)
     console.print(f"used by: {', '.join(housekeeping.used_by(found)[item.name]) or 'nothing'}")
     if item.manifest is None:
         return
@@ -98,17 +105,22 @@ def show_command(arguments: argparse.Namespace) -> None:
     for column in ("file", "bytes", "sha256"):
         table.add_column(column, justify="right" if column == "bytes" else "left")
     for entry in item.manifest.files:
-        table.add_row(entry.path, f"{entry.size:,}", (entry.sha256 or "by other files")[:16])
+        table.add_row(
+            escape(entry.path), f"{entry.size:,}", (entry.sha256 or "by other files")[:16]
+        )
     console.print(table)
 
 
 def verify_command(arguments: argparse.Namespace) -> int:
     """Read every file; 1 when one is damaged."""
+    from flows.full_pipeline import stage
     from flows.storage import housekeeping
 
     store, console = _store(arguments), Console()
     found = housekeeping.items(store)
     chosen = [housekeeping.pick(found, key) for key in arguments.keys] or found
+    if not chosen:
+        console.print(f"nothing to verify in {escape(str(store))}", soft_wrap=True, highlight=False)
     harmed = 0
     with progress.reporting(console) as reporter:
         for item in chosen:
@@ -117,11 +129,13 @@ def verify_command(arguments: argparse.Namespace) -> int:
                 reporter.progress(name, what, done, total)
 
             damage = housekeeping.verify(store, item, show)
+            harm = stage(StageName(item.stage)).harm
+            if harm and item.manifest and not damage:  # files whose digests others of it hold
+                place = store.place(item.stage, item.key)
+                place.pull(item.manifest, item.manifest.files, show)
+                damage = harm(place.folder, show)
             harmed += damage is not None
-            unread = sum(e.sha256 is None for e in item.manifest.files) if item.manifest else 0
             text = escape(damage) if damage else "not finished" if not item.manifest else "good"
-            if unread and not damage:
-                text += f" ({unread} files by their size alone: others hold their digests)"
             mark = "[red]damaged[/]: " if damage else ""
             console.print(f"{item.name}: {mark}{text}", soft_wrap=True, highlight=False)
     return 1 if harmed else 0
@@ -130,21 +144,47 @@ def verify_command(arguments: argparse.Namespace) -> int:
 def gc_command(arguments: argparse.Namespace) -> int:
     """Delete what nothing refers to, or say what would be; first the list, then what it lists."""
     from flows.record import references
-    from flows.stage import BusyError
     from flows.storage import housekeeping
 
     store, console = _store(arguments), Console()
     age = housekeeping.parse_age(arguments.older_than)
     record = references.ask(store.root)
+    _say_asked(console, record)
+    verdicts = housekeeping.sweep(store, record, older_than=age, unfinished=arguments.unfinished)
+    return _delete(store, verdicts, console, arguments.yes)
+
+
+def rm_command(arguments: argparse.Namespace) -> int:
+    """Delete the outputs that are named, but none that is in use or referred to; 1 if one stays."""
+    from flows.record import references
+    from flows.storage import housekeeping
+
+    store, console = _store(arguments), Console()
+    found = housekeeping.items(store)
+    named = {housekeeping.pick(found, key).name for key in arguments.keys}
+    record = references.ask(store.root, needed=False)
+    _say_asked(console, record)
+    verdicts = [v for v in housekeeping.sweep(store, record, named=named) if v.item.name in named]
+    status = _delete(store, verdicts, console, arguments.yes)
+    return 1 if any(verdict.kept for verdict in verdicts) else status
+
+
+def _say_asked(console: Console, record: Record) -> None:
     asked = f"asked {record.where}, which knows {len(record.runs)} runs"
     console.print(escape(asked), soft_wrap=True, highlight=False)
-    verdicts = housekeeping.sweep(store, record, older_than=age, unfinished=arguments.unfinished)
+
+
+def _delete(store: Store, verdicts: Sequence[Verdict], console: Console, yes: bool) -> int:
+    """Say what goes and what stays, and let it go if told so; 1 when something is in use by now."""
+    from flows.stage import BusyError
+    from flows.storage import housekeeping
+
     for verdict in verdicts:
         text = f"{verdict.item.name} {_size(verdict.item.bytes)}"
         line = f"kept    {text}: {escape(verdict.kept)}" if verdict.kept else f"would go {text}"
         console.print(line, soft_wrap=True)
     going = [verdict.item for verdict in verdicts if not verdict.kept]
-    if not arguments.yes:
+    if not yes:
         console.print(f"[bold]{_size(sum(i.bytes for i in going))} to free: add --yes[/]")
         return 0
     freed, refused = 0, 0
@@ -163,8 +203,11 @@ def gc_command(arguments: argparse.Namespace) -> int:
 def _store(arguments: argparse.Namespace) -> Store:
     from flows.storage.store import Store
 
-    given = {"store": located(arguments.store)} if arguments.store else {}
-    return Store.of(PipelineConfig().override(given))
+    given = {} if arguments.store is None else {"store": located(arguments.store)}
+    store = Store.of(PipelineConfig().override(given))
+    if given and not store.remote and not store.root.is_dir():
+        raise UsageError(f"--store {arguments.store!r}: there is no such folder")
+    return store
 
 
 def _as_json(item: Item, users: list[str]) -> dict[str, Any]:

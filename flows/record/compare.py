@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 import urllib.parse
@@ -23,7 +24,7 @@ def compare(config: PipelineConfig, stage: str | None, console: Console, *, brow
     """
     tracker = Tracker(config.name, config.store_path)
     with ExitStack() as stack:
-        is_served = tracker.is_server or shows(LOCAL_UI, tracker.experiment_name(stage))
+        is_served = tracker.is_server or shows(LOCAL_UI, tracker, stage)
         page = None if is_served else stack.enter_context(ui.mlflow_page(config.store_path))
         url = tracker.compare_url(stage, page)
         console.print(url, soft_wrap=True, highlight=False)
@@ -34,15 +35,20 @@ def compare(config: PipelineConfig, stage: str | None, console: Console, *, brow
             _until_told()
 
 
-def shows(page: str, experiment: str) -> bool:
-    """Whether a page of MLflow is served there, over a record that has this experiment."""
-    name = urllib.parse.quote(experiment)
-    query = f"{page}/api/2.0/mlflow/experiments/get-by-name?experiment_name={name}"
+def shows(page: str, tracker: Tracker, stage: str | None = None) -> bool:
+    """Whether a page of MLflow is served there over this record, and not over that of another."""
+    name = tracker.experiment_name(stage)
+    ours = tracker.client.get_experiment_by_name(name)
+    query = f"{page}/api/2.0/mlflow/experiments/get-by-name?" + urllib.parse.urlencode(
+        {"experiment_name": name}
+    )
     try:
         with urllib.request.urlopen(query, timeout=5) as response:
-            return bool(response.status == 200)
-    except OSError:  # nobody answers, or MLflow knows no such experiment
-        return False
+            theirs = json.load(response)["experiment"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False  # nobody answers, or not MLflow, or it knows no such experiment
+    told = (theirs.get("experiment_id"), theirs.get("creation_time"))
+    return ours is not None and told == (ours.experiment_id, ours.creation_time)
 
 
 def _until_told() -> None:

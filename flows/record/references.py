@@ -23,24 +23,42 @@ KEYS = re.compile(r"\b([0-9a-f]{16})(?:[0-9a-f]{48})?\b")
 """Keys, whole or as folders show them, in a text."""
 
 
-def ask(store: Path) -> Record:
+def ask(store: Path, *, needed: bool = True) -> Record:
     """What the record of a store's runs knows and refers to.
+
+    Where it is not `needed`, one that is missing or empty knows nothing.
 
     Raises:
         TrackingError: there is none, it holds no run, or it cannot be asked.
     """
+    record = Record("no record", {}, (), ())
+    try:
+        where = known(store)
+    except TrackingError as error:
+        if needed:
+            raise TrackingError(_nothing_deleted(str(error))) from error
+        return record
+    try:
+        record = _read(Tracker("gigagan", store).client, where)
+    except (MlflowException, OSError, TrackingError) as error:
+        why = f"the record at {where} cannot be asked ({outages.brief(error)})"
+        raise TrackingError(_nothing_deleted(why)) from error
+    if needed and not record.runs:
+        raise TrackingError(_nothing_deleted(f"the record at {where} holds no run"))
+    return record
+
+
+def known(store: Path) -> str:
+    """Where the record of a store's runs is, without credentials.
+
+    Raises:
+        TrackingError: there is none: to look would make an empty one.
+    """
     uri = tracking_uri(store)
     where, file = scrub.text(uri), sqlite_file(uri)
     if file is not None and not file.is_file():
-        raise TrackingError(_nothing_deleted(f"there is no record at {where}"))
-    try:
-        record = _read(Tracker("gigagan", store).client, where)
-    except (MlflowException, OSError) as error:
-        why = f"the record at {where} cannot be asked ({outages.brief(error)})"
-        raise TrackingError(_nothing_deleted(why)) from error
-    if not record.runs:
-        raise TrackingError(_nothing_deleted(f"the record at {where} holds no run"))
-    return record
+        raise TrackingError(f"there is no record at {where}")
+    return where
 
 
 def _nothing_deleted(why: str) -> str:

@@ -131,6 +131,11 @@ class Registry:
             if not token:
                 return sorted(found, key=lambda version: int(version.version))
 
+    def others(self) -> list[str]:
+        """Names of the registered models of this record."""
+        found = self.client.search_registered_models(max_results=100)
+        return sorted(model.name for model in found)
+
     def find(self, pair: Pair) -> ModelVersion | None:
         """The version of a pair."""
         wanted = pair.tags["pair"]
@@ -239,7 +244,10 @@ class Registry:
         """Give the title back to the champion before this one, which is withdrawn."""
         champion = self.champion()
         if champion is None:
-            raise RegistryError(f"{self.name} has no champion to roll back: evaluate a pair first")
+            raise RegistryError(
+                f"{self.name} has no champion to roll back: name one with "
+                "`python -m flows champion set VERSION`"
+            )
         previous = champion.tags.get(PREVIOUS)
         if not previous:
             raise RegistryError(

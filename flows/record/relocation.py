@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from flows.databases import sqlite_file
+from flows.record.outages import TrackingError
 
 ARTIFACTS = "mlartifacts"
 OF_ARTIFACTS = {
@@ -45,15 +46,21 @@ def relocate(uri: str, store: Path) -> None:
 
     A record that stores in several folders share stays as it is while its artifacts are where it
     says; when they are gone, new ones have to go somewhere, but the outputs may be elsewhere.
+
+    Raises:
+        TrackingError: the file is no database, or cannot be read, or not written when it must be.
     """
     file, here = sqlite_file(uri), store.parent.absolute()
     if file is None or not file.is_file():
         return
-    with closing(sqlite3.connect(file, timeout=60)) as database:
-        for old in sorted(set(_homes(database))):
-            if old.resolve() != here.resolve():
-                is_own = file.resolve() == own_record(store).resolve()
-                _follow(database, old, here, is_own=is_own)
+    try:
+        with closing(sqlite3.connect(file, timeout=60)) as database:
+            for old in sorted(set(_homes(database))):
+                if old.resolve() != here.resolve():
+                    is_own = file.resolve() == own_record(store).resolve()
+                    _follow(database, old, here, is_own=is_own)
+    except sqlite3.DatabaseError as error:
+        raise TrackingError(f"the record of runs {file} cannot be used: {error}") from error
 
 
 def _follow(database: sqlite3.Connection, old: Path, here: Path, *, is_own: bool) -> None:

@@ -21,7 +21,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunStatus
 from mlflow.exceptions import MlflowException
 
-from flows.databases import absolute, sqlite_uri
+from flows import places
+from flows.databases import absolute, sqlite_file, sqlite_uri
 from flows.record import exhibits, lineage, outages, owners, relocation, scrub
 from flows.record.outages import T, TrackingError
 from flows.stage import Manifest, Stage, StageOutput
@@ -32,6 +33,8 @@ from flows.storage.store import Resolved
 __all__ = ["PIPELINE", "Tracker", "TrackingError", "flatten", "tracking_uri"]
 
 PIPELINE = "full-pipeline"
+SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+"""How addresses of records begin."""
 LOCAL_UI = "http://127.0.0.1:5000"
 """Where `python -m flows ui` shows a tracking database that is a file."""
 
@@ -42,9 +45,30 @@ log = logging.getLogger("flows.record.tracking")
 
 
 def tracking_uri(store: Path) -> str:
-    """`MLFLOW_TRACKING_URI`, or a database file beside the store."""
+    """`MLFLOW_TRACKING_URI`, or a database file beside the store.
+
+    Raises:
+        TrackingError: the variable names neither a server nor a database; MLflow keeps no record
+            in folders any more.
+    """
     given = os.environ.get("MLFLOW_TRACKING_URI")
-    return absolute(given) if given else sqlite_uri(relocation.own_record(store))
+    if not given:
+        return sqlite_uri(relocation.own_record(store))
+    uri = absolute(given)
+    file = sqlite_file(uri)
+    if given.partition(":")[0].partition("+")[0] not in SCHEMES or (file and file.is_dir()):
+        raise TrackingError(
+            f"MLFLOW_TRACKING_URI is {scrub.text(given)}, neither server nor database: name one "
+            "(http://HOST:PORT, sqlite:////PATH/mlflow.db), or unset it to record to a file beside "
+            "the store"
+        )
+    return uri
+
+
+def child_environment(uri: str, run_id: str) -> dict[str, str]:
+    """Variables that lead a process to a run of the record at `uri`, and bound its waiting."""
+    bounds = {name: os.environ.get(name, bound) for name, bound in outages.BOUNDS.items()}
+    return {"MLFLOW_TRACKING_URI": uri, "MLFLOW_RUN_ID": run_id, **bounds}
 
 
 class Tracker:
@@ -59,12 +83,12 @@ class Tracker:
         if self.is_server:
             self._probe()
         else:
-            store.parent.mkdir(parents=True, exist_ok=True)
+            if not store.parent.is_dir():  # of a record that is only read nothing is written
+                places.make(store.parent)
             relocation.relocate(self.uri, store)
         self.client = MlflowClient(self.uri)
         self.models = lineage.Models(self.client)
-        if self.is_server:
-            self._greet()
+        self._greet()
 
     @property
     def is_server(self) -> bool:
@@ -83,10 +107,7 @@ class Tracker:
 
     def child_environment(self, run_id: str) -> dict[str, str]:
         """What lets a training process log to a run."""
-        bounds = {
-            variable: os.environ.get(variable, bound) for variable, bound in outages.BOUNDS.items()
-        }
-        return {"MLFLOW_TRACKING_URI": self.uri, "MLFLOW_RUN_ID": run_id, **bounds}
+        return child_environment(self.uri, run_id)
 
     def experiment_name(self, stage: str | None = None) -> str:
         """What a stage's experiment is called, or the pipeline's."""
@@ -133,7 +154,8 @@ class Tracker:
         self.reconcile(experiment)
         identity = {"prefect.flow_run_id": flow_run_id}
         old = self.find(experiment, identity)
-        run_id = self._open(experiment, PIPELINE, {**identity, **tags}, old)
+        name = tags.get("prefect.flow_run_name") or PIPELINE
+        run_id = self._open(experiment, name, {**identity, **tags}, old)
         self.params(run_id, config)
         return run_id
 
@@ -340,10 +362,13 @@ class Tracker:
         """Be refused now rather than after hours of work."""
         try:
             self.client.search_experiments(max_results=1)
-        except MlflowException as error:
+        except Exception as error:  # SQLAlchemy's own come through as they are
+            remedy = "name a database of MLflow's, or unset MLFLOW_TRACKING_URI"
+            if self.is_server:
+                names = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+                remedy = f"set {names} to an account that may write"
             raise TrackingError(
-                f"MLflow at {self._where} refuses us ({outages.brief(error)}): set "
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to an account that may write"
+                f"MLflow at {self._where} refuses us ({outages.brief(error)}): {remedy}"
             ) from error
 
 

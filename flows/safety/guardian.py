@@ -2,22 +2,25 @@
 
 `python -m flows.safety.guardian MARK` waits until its standard input ends, which the kernel sees
 to when the flow's process is gone, however it went; then it ends every process whose environment
-carries the mark. Knows nothing of Prefect. A job that is meant to live on its own (in a cluster's
-queue) starts without `MARK` in its environment.
+carries the mark. With a file as well it waits until nobody holds a lock of that file, too.
+Knows nothing of Prefect. A job that is meant to live on its own (in a cluster's queue) starts
+without `MARK` in its environment.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[2]
+from flows.places import ROOT
+
 MARK = "PIPELINE_STAGE_PROCESS"
 """Variable that all processes of a stage inherit (its output's folder), or of a service of ours."""
 GRACE_S = 20.0
@@ -27,20 +30,28 @@ GRACE_S = 20.0
 @contextmanager
 def watching(mark: str) -> Iterator[None]:
     """End what carries the mark, should this process die in this block."""
-    command = [sys.executable, "-m", "flows.safety.guardian", mark]
-    # A session of its own, and no mark: what ends us must not end it before its work is done.
-    guardian = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if name != MARK},
-        start_new_session=True,
-    )
+    guardian = start(mark)
     try:
         yield
     finally:
         guardian.kill()
         guardian.communicate()
+
+
+def start(mark: str, users: Path | None = None) -> subprocess.Popen[bytes]:
+    """A guardian of this process; with `users` what it ends outlives us while others lock it."""
+    command = [sys.executable, "-m", "flows.safety.guardian", mark]
+    # A session of its own, and no mark: what ends us must not end it before its work is done.
+    return subprocess.Popen(
+        [*command, str(users)] if users else command,
+        stdin=subprocess.PIPE,
+        # It may live on, and whoever reads what we say waits for its end else.
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != MARK},
+        start_new_session=True,
+    )
 
 
 @contextmanager
@@ -105,4 +116,7 @@ def _signal(process: psutil.Process, how: str) -> None:
 
 if __name__ == "__main__":
     sys.stdin.buffer.read()
-    end(sys.argv[1])
+    with ExitStack() as held:
+        for name in sys.argv[2:]:  # kept, so that who comes now waits for the end
+            fcntl.flock(held.enter_context(Path(name).open("ab")), fcntl.LOCK_EX)
+        end(sys.argv[1])

@@ -67,11 +67,12 @@ class Record:
 
     def doubt(self, item: Item) -> str | None:
         """Why it cannot say whether an output is needed; None when it can."""
+        remedy = "`store rm` deletes it"
         if item.manifest is None:
-            return None if item.key in self.keys else "the record has no run of it"
+            return None if item.key in self.keys else f"the record has no run of it ({remedy})"
         run = item.manifest.mlflow_run_id
         is_known = run is None or run in self.runs
-        return None if is_known else f"the record does not know its MLflow run {run}"
+        return None if is_known else f"the record does not know its MLflow run {run} ({remedy})"
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,20 @@ def sweep(
     *,
     older_than: timedelta = timedelta(0),
     unfinished: bool = False,
+    named: Collection[str] = (),
 ) -> list[Verdict]:
-    """What would be deleted and what is kept, and why. Deletes nothing."""
+    """What would be deleted and what is kept, and why. Deletes nothing.
+
+    Of outputs that are `named`, as STAGE/KEY, nothing else goes; the record need not know them.
+    """
     found = items(store)
-    kept = {item.name: _reason(item, record, older_than, unfinished) for item in found}
+    kept = {
+        item.name: "not named"
+        if named and item.name not in named
+        else _needed(item, record)
+        or (None if named else _spared(item, record, older_than, unfinished))
+        for item in found
+    }
     users = used_by(found)
     # What a kept output was made from is kept, and what that was made from.
     waiting = [name for name, reason in kept.items() if reason]
@@ -200,12 +211,18 @@ def _measure(place: Place) -> tuple[int, datetime]:
     return size, datetime.fromtimestamp(newest_s, UTC)
 
 
-def _reason(item: Item, record: Record, older_than: timedelta, unfinished: bool) -> str | None:
+def _needed(item: Item, record: Record) -> str | None:
+    """Who needs it, as far as the record knows."""
     if item.state == "in use":
         return f"in use {item.note}"
     if referred := record.referred.get(item.key):
         more = f" and {len(referred) - 1} more" if len(referred) > 1 else ""
         return referred[0] + more
+    return None
+
+
+def _spared(item: Item, record: Record, older_than: timedelta, unfinished: bool) -> str | None:
+    """Why what nobody needs stays."""
     if doubt := record.doubt(item):
         return doubt
     if item.age < older_than:

@@ -103,7 +103,7 @@ class Store:
         except OSError as error:
             raise StageError(
                 f"the store {self.root} cannot be written ({error.strerror}): "
-                "set `store` to a folder that can"
+                "set `store`, or GIGAGAN_RUNS for all of runs/, to a folder that can"
             ) from error
         if self.remote:
             self.remote.prepare()

@@ -429,6 +429,13 @@ class Site(BaseHTTPRequestHandler):
             self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
         self.wfile.write(b"0\r\n\r\n")
 
+    @page("/early-hints", "ok")
+    def early_hints(self, path: str) -> None:
+        """Two answers that announce the one that counts."""
+        self.wfile.write(b"HTTP/1.1 103 Early Hints\r\nLink: </x.css>; rel=preload\r\n\r\n")
+        self.wfile.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+        self.answer(png())
+
     @page("/chunked-cut", "truncated")
     def chunked_cut(self, path: str) -> None:
         """A body in chunks, without the last."""

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import io
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -12,6 +14,9 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from data import decode as decoding
 from data.decode import UndecodableError, decode, open_picture, square
+
+sys.path.append(str(Path(__file__).parent))  # several folders are called `tests`
+import bombs
 
 GRADIENT_HW = np.linspace(0, 255, 35, dtype=np.uint8).reshape(5, 7)
 
@@ -99,6 +104,33 @@ def test_too_many_pixels_are_refused_from_the_header():
     with pytest.raises(UndecodableError, match="too many pixels: 7 × 5, at most 34 "):
         decode(encoded(Image.new("RGB", (7, 5))), max_pixels=34)
     assert decode(encoded(Image.new("RGB", (7, 5))), max_pixels=35).size == (7, 5)
+
+
+def test_a_jpeg_of_too_many_scans_is_refused_before_it_is_decoded(monkeypatch):
+    assert decode(bombs.progressive_bomb(24, 16, 100)).size == (24, 16)
+    data = bombs.progressive_bomb(80, 80, 4000)
+    monkeypatch.setattr(decoding, "_loaded", pytest.fail)
+    with pytest.raises(UndecodableError, match=r"^too many scans: 4,000, at most 100"):
+        decode(data)
+
+
+def test_what_only_looks_like_a_scan_is_none():
+    note, film = b"\xff\xda" * 300, b"\0\0\0\x18ftypmp42" + b"\xff\xda" * 300
+    data = encoded(Image.new("RGB", (16, 8), (200, 40, 90)), "JPEG", comment=note) + film
+    assert decode(data).size == (16, 8)
+
+
+def test_threads_decode_great_pictures_one_at_a_time_and_small_ones_meanwhile(monkeypatch):
+    monkeypatch.setattr(decoding, "GREAT_PIXELS", 34)
+    great, small = encoded(Image.new("RGB", (7, 5))), encoded(Image.new("RGB", (17, 2)))
+    with decoding.alone:
+        thread = threading.Thread(target=decode, args=(great,))
+        thread.start()
+        assert decode(small).size == (17, 2)
+        thread.join(0.2)
+        assert thread.is_alive()
+    thread.join(5)
+    assert not thread.is_alive()
 
 
 # ---- modes

@@ -106,6 +106,33 @@ def test_running_again_fetches_nothing_even_with_other_limits(downloaded, config
     assert before == {path: path.stat().st_mtime_ns for path in out.glob("images/*/*")}
 
 
+def test_a_flipped_bit_is_fetched_again_when_every_byte_is_read(downloaded, config, tmp_path):
+    out = shutil.copytree(downloaded[0], tmp_path / "out")
+    shard = next(image_shards(out))
+    with tarfile.open(shard.tar) as archive:
+        place = archive.next().offset_data + 40
+    data = bytearray(shard.tar.read_bytes())
+    data[place] ^= 1
+    shard.tar.write_bytes(data)
+    told = {
+        path: path.read_bytes() for path in out.rglob("*") if path.suffix in (".parquet", ".json")
+    }
+    report = download.run(out, config, verify=True)
+    assert (report.metrics["damaged"], report.metrics["mended"]) == (1, 1)
+    assert shard.tar.stat().st_size == len(data)
+    assert _pictures(out) == _pictures(downloaded[0])
+    assert {path: path.read_bytes() for path in told} == told
+    assert {path.name for path in out.iterdir()} == {path.name for path in downloaded[0].iterdir()}
+    assert download.run(out, config, verify=True).metrics["damaged"] == 0
+
+
+def test_what_processes_of_one_machine_share_goes_with_the_work(tmp_path, config):
+    with download._local(tmp_path, config) as folder:
+        assert Path(folder).parent == tmp_path
+    with download._local(tmp_path, config.model_copy(update={"distributor": "ray"})) as folder:
+        assert Path(folder).parent != tmp_path  # each machine has its own
+
+
 def test_another_shard_size_on_resume_is_refused(downloaded, config):
     out, _ = downloaded
     changed = config.model_copy(update={"rows_per_shard": 60})

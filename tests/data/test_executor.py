@@ -83,8 +83,11 @@ def test_an_item_that_kills_every_worker_is_given_up_by_name(tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_exception_ends_it_and_names_the_item(workers):
-    with pytest.raises(TaskError, match="3: TwoWordsError: three sheep"):
+    with pytest.raises(TaskError, match="3: TwoWordsError: three sheep") as caught:
         list(each(fails_at_three, range(9), workers=workers))
+    assert "\n" not in str(caught.value)
+    if workers > 1:  # what happened there is still to be had
+        assert "in fails_at_three" in caught.value.__notes__[0]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -24,12 +24,15 @@ from PIL import Image
 from data import addresses
 from data.addresses import MAX_URL, RefusedError, is_public, vetted
 from data.config import DownloadConfig
-from data.fetch import Fetcher, FetchSettings, _failed
+from data.decoders import Decoders
+from data.fetch import Fetcher, FetchSettings, _checked, _failed
 
 spec = importlib.util.spec_from_file_location("hostile", Path(__file__).with_name("hostile.py"))
 hostile = importlib.util.module_from_spec(spec)
 sys.modules["hostile"] = hostile
 spec.loader.exec_module(hostile)
+sys.path.append(str(Path(__file__).parent))  # several folders are called `tests`
+import bombs  # noqa: E402
 
 SLOW_PAGES = {"/drip", "/drip-header", "/mute"}
 
@@ -92,6 +95,23 @@ def test_slow_pages_end_with_their_fates_at_the_deadline(site):
     assert [*fates] == [hostile.PAGES[path][0] for path in sorted(SLOW_PAGES)]
 
 
+def test_a_header_that_takes_too_long_is_refused(monkeypatch):
+    monkeypatch.setattr("data.fetch._headers", lambda: few)
+    few = Decoders(seconds=0.3, at_once=2)
+    with pytest.raises(RefusedError, match=r"more than 0\.3 s of a processor") as caught:
+        _checked(bombs.gif_of_comments(400_000), 100)
+    few.close()
+    assert caught.value.fate == "too_slow"
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_from_its_markers():
+    with pytest.raises(RefusedError, match="101, at most 100 are decoded") as caught:
+        _checked(bombs.progressive_bomb(16, 8, 101), 1000)
+    assert caught.value.fate == "too_many_scans"
+    data = bombs.progressive_bomb(16, 8, 100)
+    assert _checked(data, 1000) == data
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "avif"])
 def test_good_pictures_of_two_numbers_differ_in_every_codec(patient, suffix):
     bodies = [patient.fetch(f"http://{hostile.HOST}/good/{n}.{suffix}") for n in (5, 7)]
@@ -104,7 +124,7 @@ def test_a_compressed_body_arrives_as_the_picture(patient):
 
 
 def test_a_bomb_of_200_mb_is_held_to_the_limit(site, monkeypatch):
-    monkeypatch.setattr("data.fetch.Image.open", pytest.fail)  # it never gets that far
+    monkeypatch.setattr("data.fetch._checked", pytest.fail)  # it never gets that far
     assert fate(fetcher(site, retries=0), url_of("/gzip-bomb")) == "too_many_bytes"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -184,6 +185,54 @@ def test_a_run_killed_in_the_shards_keeps_its_verdicts(stages, filtered, tmp_pat
     assert (tmp_path / "verdicts.parquet").stat().st_ino == made
     for path in (out / "shards").rglob("*.tar"):
         assert path.read_bytes() == (tmp_path / path.relative_to(out)).read_bytes()
+
+
+def test_pictures_that_were_kept_and_are_damaged_are_counted(stages, tmp_path, monkeypatch):
+    lost = {"a": "damaged original", "b": "undecodable original: cut", "c": "damaged original"}
+    monkeypatch.setattr(shards, "write", lambda *_, **__: lost)
+    report = filter_stage.run(tmp_path, *stages, CONFIG)
+    counts = (report.counts[name] for name in ("ok", "damaged original", "undecodable original"))
+    assert [*counts, report.funnel[-1].rows, report.metrics["kept"]] == [3, 2, 1, 3, 3]
+    assert sum(report.counts.values()) == PER_SHARD * NUM_SHARDS
+
+
+@pytest.mark.parametrize(
+    ("lack", "is_marked"), [("scores", True), ("scores", False), ("similarity", False)]
+)
+def test_scores_of_a_part_of_the_shards_are_refused_by_name(stages, tmp_path, lack, is_marked):
+    scores, download = tmp_path / "s", stages[1]
+    shutil.copytree(stages[0], scores)
+    (scores / "embeddings" / "00000").mkdir(parents=True)
+    if is_marked:
+        (scores / "similarity.json").write_text('{"shards": 3}')
+    path = scores / "scores" / "00000" / "00001.parquet"
+    rows = pq.read_table(path)
+    if lack == "scores":
+        path.unlink()
+    else:  # the run was ended when it filled in what is fitted to all
+        (scores / "embeddings" / "00000" / "00001.parquet").touch()
+        at = rows.schema.get_field_index("similarity")
+        pq.write_table(rows.set_column(at, "similarity", pa.nulls(len(rows), "float")), path)
+    said = "scoring is not finished: 2 of 3 shards; run `python -m data score"
+    with pytest.raises(ValueError, match=said):
+        filter_stage.run(tmp_path / "out", scores, download, CONFIG)
+    assert not (tmp_path / "out").exists()
+
+
+def test_scores_of_another_download_are_refused(stages, tmp_path):
+    scores, download = tmp_path / "s", stages[1]
+    shutil.copytree(stages[0], scores)
+    (scores / "scores" / "00001").mkdir()
+    (scores / "scores" / "00001" / "00000.parquet").touch()
+    with pytest.raises(ValueError, match=r"00001/00000\.parquet is of no shard"):
+        filter_stage.run(tmp_path / "out", scores, download, CONFIG)
+
+
+def test_a_selection_whose_tables_are_gone_is_made_again(stages, tmp_path):
+    config = CONFIG.model_copy(update={"resolutions": (8,)})
+    first = filter_stage.run(tmp_path, *stages, config)
+    (tmp_path / "kept.parquet").unlink()
+    assert filter_stage.run(tmp_path, *stages, config) == first
 
 
 def test_the_copy_of_two_twins_is_the_planted_one(tmp_path):

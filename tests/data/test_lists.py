@@ -379,7 +379,7 @@ def test_a_caption_in_quotes_may_have_lines(tmp_path):
             [("url", "caption"), ("http://a/0", caption), ("http://a/1", "x")]
         )
     dropped, rows = kept(tmp_path, tmp_path / "a.csv")
-    assert (dropped, [row["caption"] for row in rows]) == ({}, [caption, "x"])
+    assert (dropped, [row["caption"] for row in rows]) == ({}, [" ".join(caption.split()), "x"])
 
 
 # ---- files -------------------------------------------------------------------------------------
@@ -414,3 +414,11 @@ def test_a_folder_may_be_called_like_a_pattern(tmp_path, folder):
     dropped, rows = kept(tmp_path / folder / "out", tmp_path / folder / "a[0].parquet")
     assert (dropped, [row["url"] for row in rows]) == ({}, ["http://a/0"])
     assert rows[0]["caption"] == "a b c"
+
+
+def test_urls_that_differ_in_their_fragment_are_one(tmp_path):
+    urls = ["http://a/0.png#left", "http://a/0.png", "http://a/0.png#", "http://a/1.png?x=1#top"]
+    a = written(tmp_path / "a.parquet", url=urls, caption=["a b c"] * 4)
+    dropped, rows = kept(tmp_path / "out", a)
+    assert sum(dropped.values()) == 2
+    assert {row["url"] for row in rows} == {"http://a/0.png", "http://a/1.png?x=1"}

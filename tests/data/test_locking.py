@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
 
 import data.__main__ as command
 from data import coco, inspect
 from data.processes import LOCK, only_writer
+from data.schema import SCORES
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
@@ -103,7 +105,7 @@ def test_other_folders_and_other_files_do_not_wait(tmp_path):
         (["download", "OUT"], "download.run"),
         (["score", "OUT", "--download", "d", "--encoders", "json:dumps"], "score.run"),
         (["filter", "OUT", "--scores", "s", "--download", "d"], "filter.run"),
-        (["shards", "OUT", "--download", "d", "--kept", __file__], "shards.write"),
+        (["shards", "OUT", "--download", "d", "--kept", "KEPT"], "shards.write"),
         (["coco", "fetch", "OUT"], "coco.fetch"),
     ],
 )
@@ -115,13 +117,15 @@ def test_every_step_holds_its_folder_while_it_writes(tmp_path, monkeypatch, argu
         held.append(is_locked(tmp_path / "new" / LOCK))
         raise ValueError("enough")
 
-    stand_in = SimpleNamespace(**{name: work}, BASE_URL="")
+    stand_in = SimpleNamespace(**{name: work}, BASE_URL="", begun=lambda out: {})
     monkeypatch.setitem(sys.modules, f"data.{module}", stand_in)
     monkeypatch.setattr(f"data.{module}", stand_in, raising=False)
-    given = [str(tmp_path / "new") if word == "OUT" else word for word in arguments]
+    pq.write_table(SCORES.empty_table(), tmp_path / "kept.parquet")
+    paths = {"OUT": str(tmp_path / "new"), "KEPT": str(tmp_path / "kept.parquet")}
+    given = [paths.get(word, word) for word in arguments]
     assert command.main(given) == 1
     assert held == [True]
-    assert not (tmp_path / "new" / LOCK).exists()
+    assert not (tmp_path / "new").exists()
 
 
 def test_commands_that_write_one_file_hold_it(tmp_path, monkeypatch):

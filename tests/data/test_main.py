@@ -6,12 +6,15 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
 import data.__main__ as command
-from data import coco, console, report, settings
+from data import coco, console, metadata, report, settings
 from data.config import DownloadConfig, FilterConfig, ScoreConfig
+from data.schema import SCORES
 
 REPORT = report.Report(
     {"ok": 3}, [report.Step("listed", 0, 5), report.Step("dead", 2, 3)], {"x": 0.5}
@@ -23,6 +26,9 @@ def calls(monkeypatch):
     """The steps' functions, replaced by ones that note how they are called."""
     noted = []
 
+    def nothing(out):
+        return {}
+
     def stand_in(name, outcome):
         module, function = name.split(".")
 
@@ -31,7 +37,11 @@ def calls(monkeypatch):
             noted.append((name, arguments, settings))
             return outcome
 
-        monkeypatch.setitem(sys.modules, f"data.{module}", SimpleNamespace(**{function: called}))
+        monkeypatch.setitem(
+            sys.modules,
+            f"data.{module}",
+            SimpleNamespace(**{function: called}, listed=nothing, begun=nothing),
+        )
         monkeypatch.setattr(f"data.{module}", sys.modules[f"data.{module}"], raising=False)
 
     import data.filter  # noqa: F401  # what it imports must not be a stand-in
@@ -40,7 +50,7 @@ def calls(monkeypatch):
     stand_in("download.run", REPORT)
     stand_in("score.run", REPORT)
     stand_in("filter.run", REPORT)
-    stand_in("shards.write", None)
+    stand_in("shards.write", {})
     return noted
 
 
@@ -82,10 +92,21 @@ def test_metadata_without_lists_is_an_error(calls, tmp_path, capsys):
     assert "error: no lists" in capsys.readouterr().err
 
 
+def test_a_list_that_is_named_as_a_setting_is_a_list_of_the_user_s(calls, tmp_path):
+    assert command.main(["metadata", str(tmp_path), "--set", "metadata=[a.csv]"]) == 0
+    assert calls[0][1][2] == DownloadConfig(source="metadata", metadata=("a.csv",))
+
+
 def test_download_takes_processes_and_threads(calls, tmp_path, capsys):
-    assert command.main(["download", str(tmp_path), "--workers", "2", "--threads", "5"]) == 0
-    assert calls == [("download.run", (tmp_path, DownloadConfig()), {"processes": 2, "threads": 5})]
-    assert capsys.readouterr().out == REPORT.table() + "\nx: 0.5\n"
+    words = ["--workers", "2", "--threads", "5"]
+    assert command.main(["download", str(tmp_path), *words]) == 0
+    assert command.main(["download", str(tmp_path), *words, "--verify"]) == 0
+    pace = {"processes": 2, "threads": 5}
+    assert [settings_ for _, _, settings_ in calls] == [
+        {**pace, "verify": is_read} for is_read in (False, True)
+    ]
+    assert calls[0][:2] == ("download.run", (tmp_path, DownloadConfig()))
+    assert capsys.readouterr().out == 2 * (REPORT.table() + "\nx: 0.5\n")
 
 
 def test_a_factory_of_encoders_can_be_sent_to_a_worker():
@@ -128,10 +149,78 @@ def test_encoders_that_are_not_there_are_an_error_at_once(calls, tmp_path, capsy
     assert calls == []
 
 
+def test_scores_go_on_with_the_same_settings_and_download_only(calls, tmp_path, capsys):
+    for name, url in (("d", "http://a/1"), ("same", "http://a/1"), ("other", "http://a/2")):
+        (tmp_path / name / "lists").mkdir(parents=True)
+        pq.write_table(pa.table({"url": [url]}), tmp_path / name / "lists" / "00000.parquet")
+
+    def score(download, *settings):
+        words = ["--download", str(tmp_path / download), "--encoders", "json:dumps"]
+        return command.main(["score", str(out), *words, *settings])
+
+    out = tmp_path / "out"
+    (out / "scores").mkdir(parents=True)
+    assert score("d", "--set", "seed=1") == 0
+    assert score("same", "--set", "seed=1", "--set", "batch_size=3") == 0
+    assert score("same", "--set", "seed=2") == 1
+    assert "out was begun with another seed (see plan.json)" in capsys.readouterr().err
+    assert score("other", "--set", "seed=1") == 1
+    assert "another download" in capsys.readouterr().err
+    assert len(calls) == 2
+
+
+def test_a_step_that_fails_before_it_begins_leaves_no_folder(tmp_path, capsys):
+    words = ["--download", str(tmp_path / "none"), "--encoders", "json:dumps"]
+    assert command.main(["score", str(tmp_path / "a" / "b"), *words]) == 1
+    assert "is not a finished download" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_download_takes_the_lists_of_its_folder_with_their_settings(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("url,caption\nhttp://127.0.0.1:9/1.jpg,a b c d\n")
+    out = str(tmp_path / "out")
+    off = [f"--set={name}=null" for name in ("max_aspect", "max_unsafe", "max_watermark")]
+    lists = [str(tmp_path / "a.csv"), "--set", "min_side=null", *off]
+    assert command.main(["metadata", out, *lists]) == 0
+    taken = settings.load(
+        DownloadConfig, "download", None, ["seed=0"], metadata.listed(tmp_path / "out")
+    )
+    assert (taken.source, taken.metadata) == ("metadata", (str(tmp_path / "a.csv"),))
+    assert (taken.min_side, taken.max_unsafe) == (None, None)
+    assert command.main(["download", out]) == 1
+    assert "download.contact is null" in capsys.readouterr().err
+    assert command.main(["download", out, "--set", "source=embedded"]) == 1
+    assert "and download.source is 'embedded'" in capsys.readouterr().err
+
+
+def test_a_begun_download_goes_on_with_its_settings(tmp_path, calls, monkeypatch):
+    plan = {"seed": 3, "embedded": {"size_px": 96}, "of_another_version": 1}
+    monkeypatch.setattr(sys.modules["data.download"], "begun", lambda out: plan)
+    assert command.main(["download", str(tmp_path)]) == 0
+    assert command.main(["download", str(tmp_path), "--set", "embedded.seed=5"]) == 0
+    found = [config for _, (_, config), _ in calls]
+    assert [(c.seed, c.embedded.size_px, c.embedded.seed) for c in found] == [
+        (3, 96, 0),
+        (3, 96, 5),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("step", "model"),
+    [("download", DownloadConfig), ("score", ScoreConfig), ("filter", FilterConfig)],
+)
+def test_the_help_of_a_step_tells_every_setting(capsys, step, model):
+    with pytest.raises(SystemExit):
+        command.main([step, "--help"])
+    told = capsys.readouterr().out
+    for name in model.model_fields:
+        assert f"  {name}: " in told
+
+
 def test_filter_and_shards_get_their_folders(calls, tmp_path):
     arguments = ["--download", "d", "--set", "resolutions=[8, 16]"]
     assert command.main(["filter", str(tmp_path), "--scores", "s", *arguments]) == 0
-    (tmp_path / "kept.parquet").touch()
+    pq.write_table(SCORES.empty_table(), tmp_path / "kept.parquet")
     assert command.main(["shards", str(tmp_path), *arguments]) == 0
     config = FilterConfig(resolutions=(8, 16))
     (_, filtered, _), (_, sharded, _) = calls
@@ -215,7 +304,7 @@ def test_a_wrong_setting_is_named(assignment, message):
         settings.load(DownloadConfig, "download", None, [assignment])
 
 
-@pytest.mark.parametrize("content", ["[1, 2]", "{", "seed: ["])
+@pytest.mark.parametrize("content", ["[1, 2]", "{", "seed: [", "", "# seed: 3"])
 def test_a_file_that_holds_no_settings_is_named(tmp_path, content):
     file = tmp_path / "run.yaml"
     file.write_text(content)

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -252,7 +253,7 @@ def test_a_file_named_twice_is_counted_once_and_equal_names_do_not_clash(tmp_pat
 
 def test_a_pattern_without_a_file_is_refused_with_where_it_was_looked_for(tmp_path):
     for pattern in (f"{tmp_path}/none*.parquet", str(tmp_path), "memory://none/*.parquet"):
-        with pytest.raises(MetadataError, match="no file matches"):
+        with pytest.raises(MetadataError, match=r"no file matches|is a folder: name the"):
             find((pattern,))
 
 
@@ -348,10 +349,10 @@ def test_every_csv_row_that_cannot_be_read_is_counted_and_costs_itself_only(tmp_
     with gzip.open(tmp_path / "a.csv.gz", "wb") as file:
         file.write(body)
     dropped, table = prepared(tmp_path / "out", str(tmp_path / "a.csv.gz"), **ANY)
-    assert dropped == {"unreadable row": 6}
+    assert dropped == {"unreadable row": 6, "control characters in caption": 1}
     kept = {row["url"][-1]: (row["caption"], row["row"]) for row in table.to_pylist()}
-    assert kept["0"] == ('a, "quoted" and\nbroken caption', 0)
-    assert {url: row for url, (_, row) in kept.items()} == {"0": 0, "5": 5, "8": 8, "9": 9}
+    assert kept["0"] == ('a, "quoted" and broken caption', 0)
+    assert {url: row for url, (_, row) in kept.items()} == {"0": 0, "5": 5, "8": 8}
     assert kept["8"][0] == "größe 東京"
     assert {*table["source"].to_pylist()} == {"a"}
 
@@ -363,6 +364,19 @@ def test_a_torn_gzip_is_refused(tmp_path):
     (tmp_path / "a.csv.gz").write_bytes(whole[:-5000])
     with pytest.raises(MetadataError, match=r"a\.csv\.gz: cannot be read to its end"):
         metadata.prepare((str(tmp_path / "a.csv.gz"),), tmp_path / "out", config(**ANY))
+
+
+def test_lists_in_zstandard_are_read_whatever_is_installed(tmp_path):
+    halves = ["url,caption\nhttp://a/0,größe\n", "http://a/1,two words\n"]
+    frames = [pa.Codec("zstd").compress(half.encode(), asbytes=True) for half in halves]
+    path = tmp_path / "a.CSV.ZST"
+    path.write_bytes(b"".join(frames))
+    dropped, table = prepared(tmp_path / "out", str(path), **ANY)
+    assert dropped == {}
+    assert sorted(table["caption"].to_pylist()) == ["größe", "two words"]
+    path.write_bytes(frames[0] + frames[1][:-5])
+    with pytest.raises(MetadataError, match=r"a\.CSV\.ZST: .*Truncated"):
+        metadata.prepare((str(path),), tmp_path / "torn", config(**ANY))
 
 
 def test_numbers_of_a_tsv_are_read_as_numbers(tmp_path):
@@ -395,7 +409,7 @@ def _string(array: pa.Array) -> tuple:
 
 
 def test_odd_characters_pass_through_and_captions_as_long_as_pages_do_not(tmp_path):
-    odd = ["a\x00b", "line\nbreak", "tab\t'quote' \"", "😀 é", "x" * 10_001]
+    odd = ["%_\\'", "ein \u202ebidi", "'quote' \"", "😀 é\u200d", "x" * 10_001]
     urls = ["http://a/\x00", "http://a/\n", "http://é/ b", "http://a/%", "http://a/long"]
     path = write(tmp_path / "a'b.parquet", url=urls, caption=odd)
     dropped, table = prepared(tmp_path / "o'ut", path, **ANY)
@@ -403,6 +417,22 @@ def test_odd_characters_pass_through_and_captions_as_long_as_pages_do_not(tmp_pa
     assert dict(zip(table["url"].to_pylist(), table["caption"].to_pylist(), strict=True)) == dict(
         zip(urls[:4], odd[:4], strict=True)
     )
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_blanks_of_every_kind_become_one_and_control_characters_drop_the_row(tmp_path, suffix):
+    blank = ["a\tb\r\nc ", "\u3000a\xa0\u2028b  c", "\x0ba b\x0cc\x85"]
+    broken = ["a\x00b c", "\x1b[31mred one", "a b\x7fc", "a b\x9bc", "a\x1cb c"]
+    rows = [(f"http://a/{n}", caption) for n, caption in enumerate([*blank, *broken])]
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "csv":
+        with path.open("w", newline="") as file:
+            csv.writer(file, quoting=csv.QUOTE_ALL).writerows([("url", "caption"), *rows])
+    else:
+        write(path, url=[url for url, _ in rows], caption=[caption for _, caption in rows])
+    dropped, table = prepared(tmp_path, str(path), **ANY)
+    assert dropped == {"control characters in caption": len(broken)}
+    assert table["caption"].to_pylist() == ["a b c"] * len(blank)
 
 
 # ---- rules and order ---------------------------------------------------------------------------
@@ -496,6 +526,46 @@ def test_a_second_call_returns_the_funnel_and_other_settings_are_refused(tmp_pat
     assert metadata.prepare((path,), tmp_path / "out", config(**ANY)) == first
     with pytest.raises(MetadataError, match=r"seed 0 → 1.*another folder"):
         metadata.prepare((path,), tmp_path / "out", config(**ANY, seed=1))
+    ours = DownloadConfig(**ANY, rows_per_shard=1)
+    with pytest.raises(MetadataError, match="source metadata → embedded"):
+        metadata.prepare((path,), tmp_path / "out", ours)
+
+
+def test_other_lists_into_the_same_folder_are_refused_and_the_same_ones_elsewhere_are_not(
+    tmp_path, monkeypatch
+):
+    out, path = tmp_path / "out", tmp_path / "a.parquet"
+    first = metadata.prepare((write(path, **urls_of(5)),), out, config(**ANY))
+    other = write(tmp_path / "b.parquet", **urls_of(5, 7))
+    with pytest.raises(MetadataError, match=r"made of .*a\.parquet, and .*b\.parquet would give"):
+        metadata.prepare((other,), out, config(**ANY))
+    with pytest.raises(MetadataError, match="no file matches"):
+        metadata.prepare((str(tmp_path / "c.parquet"),), out, config(**ANY))
+    moved = write(tmp_path / "moved" / "a.parquet", **urls_of(5))
+    monkeypatch.chdir(tmp_path)
+    for same in ("a.parquet", "./[a].parquet", moved):
+        assert metadata.prepare((same,), out, config(**ANY)) == first
+    write(path, **urls_of(5, 7))
+    with pytest.raises(MetadataError, match="same names with other contents"):
+        metadata.prepare((str(path),), out, config(**ANY))
+    path.unlink()
+    for gone in ("a.parquet", str(tmp_path / "*.parquet").replace("*", "[a]*")):
+        assert metadata.prepare((gone,), out, config(**ANY)) == first
+
+
+def test_lists_of_the_user_in_the_folder_to_write_to_are_not_deleted(tmp_path):
+    path = write(tmp_path / "lists" / "00000.parquet", **urls_of(5))
+    with pytest.raises(MetadataError, match=r"00000\.parquet is not ours.*another folder"):
+        metadata.prepare((path,), tmp_path, config(**ANY))
+    assert [*(tmp_path / "lists").iterdir()] == [Path(path)]
+    assert pq.read_metadata(path).num_rows == 5
+
+
+def test_lists_without_any_row_are_told_to_have_none(tmp_path):
+    path = write(tmp_path / "a.parquet", url=pa.array([], "string"), text=pa.array([], "string"))
+    with pytest.raises(MetadataError, match=r"a\.parquet has no rows"):
+        metadata.prepare((path,), tmp_path / "out", config(**ANY))
+    assert not (tmp_path / "out" / "lists").exists()
 
 
 def test_progress_reaches_its_total(tmp_path):
@@ -529,7 +599,11 @@ SCHEMAS = {
 OURS = ("url", "caption", "width", "height", "similarity_b32", "unsafe", "watermark")
 RULED = {"min_side": 10, "max_aspect": 2.0, "min_similarity_b32": 0.25, "max_unsafe": 0.5}
 urls = st.none() | st.sampled_from(["", "  ", "http://a/1", "http://a/2", "http://b/é"]) | st.text()
-captions = st.none() | st.sampled_from(["a b c", "one two three", " a  b\tc\n", "ab"]) | st.text()
+captions = (
+    st.none()
+    | st.sampled_from(["a b c", "one two three", " a  b\tc\n", "a b\0cdef", "ab"])
+    | st.text()
+)
 scores = st.none() | st.sampled_from([0.25, 0.5, 0.1, float("nan"), float("inf"), -1.0])
 sides = st.none() | st.integers(-2, 40) | st.just(2**31 - 1)
 rows_of_a_list = st.lists(st.tuples(urls, captions, sides, sides, *[scores] * 3), max_size=25)
@@ -542,6 +616,7 @@ def is_kept(row: tuple) -> bool:
     if None in (url, caption, *numbers) or not all(map(np.isfinite, numbers)):
         return False
     short, long = sorted((width, height))
+    caption = tidy(caption)
     return (
         short >= 10
         and long <= 2 * short
@@ -549,9 +624,17 @@ def is_kept(row: tuple) -> bool:
         and unsafe <= 0.5
         and watermark <= 0.8
         and url.strip(" ") != ""
-        and len(re.findall(r"[^ \t\n\f\r]+", caption)) >= 3
-        and len(caption.strip(" ")) >= 6
+        and not any(unicodedata.category(letter) == "Cc" for letter in caption)
+        and len(caption.split(" ")) >= 3
+        and len(caption) >= 6
     )
+
+
+def tidy(caption: str) -> str:
+    """Single blanks, naively."""
+    blanks = "\t\n\x0b\f\r\x85"
+    spaced = [" " if c in blanks or unicodedata.category(c)[0] == "Z" else c for c in caption]
+    return " ".join(filter(None, "".join(spaced).split(" ")))
 
 
 @settings(
@@ -577,7 +660,7 @@ def test_what_is_kept_is_what_plain_python_keeps(
     dropped, table = prepared(out / "a", whole, **changes)
     again, split = prepared(out / "b", *halves, **changes, rows_per_part=rows_per_part)
 
-    good = [row for row in rows if is_kept(row)]
+    good = [(row[0], tidy(row[1]), *row[2:]) for row in rows if is_kept(row)]
     key = (lambda r: r[:1]) if unique == "url" else (lambda r: r[:2])
     width = 1 if unique == "url" else 2
     kept = list(zip(*(table[name].to_pylist() for name in OURS), strict=True))
@@ -588,7 +671,8 @@ def test_what_is_kept_is_what_plain_python_keeps(
     assert split.drop_columns(["source", "row"]).equals(table.drop_columns(["source", "row"]))
     assert again == dropped
     for row in table.to_pylist():
-        assert rows[row["row"]][:2] == (row["url"], row["caption"])
+        url, caption, *_ = rows[row["row"]]
+        assert (url, tidy(caption)) == (row["url"], row["caption"])
 
 
 def _written(path: Path, schema: str, rows: list[tuple]) -> str:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -14,17 +15,19 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data import score
+from data import decoders, score
 from data.config import ScoreConfig
 from data.executor import TaskError
 from data.judge import colourfulness
 from data.language import language
 from data.layout import image_shards
+from data.originals import DamagedError
 from data.schema import SCORES
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.append(str(HERE))  # workers import by name, and other packages are called `tests`
+import bombs  # noqa: E402
 import fake  # noqa: E402
 import score_tasks as tasks  # noqa: E402
 
@@ -260,18 +263,68 @@ def test_a_fit_to_too_many_pictures_is_refused(downloaded, tmp_path, monkeypatch
         score.run(tmp_path, downloaded, CONFIG, tasks.fitted)
 
 
-def test_a_shard_whose_pictures_and_fates_disagree_is_named(downloaded, tmp_path):
+def flip(tar: Path, name: str) -> None:
+    """One bit in the middle of a member."""
+    with tarfile.open(tar) as archive:
+        member = archive.getmember(name)
+    data = bytearray(tar.read_bytes())
+    data[member.offset_data + member.size // 2] ^= 1
+    tar.write_bytes(data)
+
+
+def test_a_damaged_picture_is_a_row_and_is_scored_once_it_is_whole(scored, downloaded, tmp_path):
+    root = shutil.copytree(downloaded, tmp_path / "download")
+    first, *_ = image_shards(root)
+    flip(first.tar, "000004.jpg")
+    report = score.run(tmp_path / "out", root, CONFIG, tasks.fitted)
+    assert (report.counts["damaged"], report.counts["scored"]) == (1, 21)
+    assert sum(report.counts.values()) == 24
+    assert report.funnel[1] == ("damaged", 1, 23)
+    found = rows(tmp_path / "out")["00000000004"]
+    assert found["error"] == "damaged: gone, or not the bytes that were downloaded"
+    assert (found["width"], found["phash"], found["similarity"]) == (None, None, None)
+    (whole, *_) = image_shards(downloaded)
+    shutil.copy(whole.tar, first.tar)
+    kept = (tmp_path / "out" / "embeddings" / "00000" / "00001.parquet").stat().st_mtime_ns
+    assert score.run(tmp_path / "out", root, CONFIG, tasks.fitted) == scored[1]
+    assert table(tmp_path / "out").equals(table(scored[0]))
+    other = tmp_path / "out" / "embeddings" / "00000" / "00001.parquet"
+    assert other.stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize("damage", ["another tar", "no tar", "cut tar"])
+def test_more_damage_than_a_few_pictures_is_an_error_with_its_remedy(downloaded, tmp_path, damage):
     root = shutil.copytree(downloaded, tmp_path / "download")
     first, second, *_ = image_shards(root)
-    shutil.copy(second.tar, first.tar)
-    with pytest.raises(TaskError, match=r"00000\.tar: 000010?4\.jpg has no fate `ok`.*again"):
+    if damage == "another tar":
+        shutil.copy(second.tar, first.tar)
+    elif damage == "no tar":
+        first.tar.unlink()
+    else:
+        os.truncate(first.tar, 600)
+    with pytest.raises(DamagedError, match=r"6 of 24 .*00000000000\).*data download .* --verify"):
         score.run(tmp_path / "out", root, CONFIG, tasks.fitted)
-    shards = [[[fake.row(0), fake.row(1), fake.row(2)]]]
-    root = fake.download(tmp_path / "other", shards)
-    (shard,) = image_shards(root)
-    fake.write_shard(shard, [*shards[0][0][:2], fake.row(2, None)])
-    with pytest.raises(TaskError, match=r"no picture of 00000000002 \(and 0 more\)"):
-        score.run(tmp_path / "out2", root, CONFIG, tasks.fitted)
+    assert len(rows(tmp_path / "out")) == 24
+    assert not (tmp_path / "out" / score.FITTED).exists()  # it is not done
+
+
+def test_a_picture_that_takes_too_long_is_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoders, "shared", lambda: quick)
+    quick = decoders.Decoders(seconds=0.4)
+    slow = bombs.gif_of_comments(400_000)
+    scans = bombs.progressive_bomb(800, 800, 4000)
+    shards = [[[fake.row(0), fake.row(1, slow), fake.row(2, scans)]]]
+    root = fake.download(tmp_path / "in", shards)
+    report = score.run(tmp_path / "out", root, CONFIG, tasks.pairwise)
+    quick.close()
+    kinds = dict.fromkeys(["undecodable: too many scans", "undecodable: too slow"], 1)
+    assert report.counts == {"scored": 1, **kinds}
+    errors = [one["error"] for one in rows(tmp_path / "out").values()]
+    assert errors == [
+        None,
+        "too slow: more than 0.4 s of a processor",
+        "too many scans: 4,000, at most 100 are decoded",
+    ]
 
 
 def test_an_unfinished_download_is_refused(downloaded, tmp_path):

@@ -15,6 +15,7 @@ from data import duplicates, select
 from data.config import FilterConfig
 from data.rules import RULES, UnscoredError
 from data.schema import SCORES
+from data.tables import describe_tables
 
 ROWS_A_FILE = 4
 
@@ -109,6 +110,66 @@ def test_a_null_in_a_column_that_a_rule_reads_breaks_it_and_is_counted_apart(
     assert found.missing == {expected[-1]: 1}
     verdicts, _ = chosen(table(**{column: values}), min_similarity=None)
     assert verdicts == ["ok"] * 3
+
+
+CAPTIONS = [
+    "a red bicycle by the wall", "caption " * 40, "two words", "No no NO no no no", "word",
+    "word " * 5,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "dropped"),
+    [
+        ("min_caption_words", 2, [4]),
+        ("max_caption_words", 6, [1]),
+        ("min_caption_chars", 9, [4]),
+        ("max_caption_chars", 25, [1]),
+        ("min_distinct_words", 0.3, [1, 3, 5]),
+        ("min_distinct_words", 0.1, [1]),
+    ],
+)
+def test_captions_are_judged_by_length_and_repetition_where_that_is_set(
+    chosen, setting, value, dropped
+):
+    captions = [caption.strip() for caption in CAPTIONS]
+    rows = table(
+        caption=captions,
+        caption_words=[len(caption.split()) for caption in captions],
+        caption_chars=[len(caption) for caption in captions],
+    )
+    assert chosen(rows)[0] == ["ok"] * len(captions)
+    verdicts, found = chosen(rows, **{setting: value})
+    assert [place for place, verdict in enumerate(verdicts) if verdict == setting] == dropped
+    assert found.counts == {"ok": len(captions) - len(dropped), setting: len(dropped)}
+    assert found.thresholds[setting] == value
+
+
+def test_empty_captions_and_such_with_control_characters_are_dropped_whatever_is_set(chosen):
+    broken = [None, "", " \t\n\u3000\xa0", "a\0b", "\x1b[31mred", "del\x7f", "c1 \x9b"]
+    good = ["line\nbreak\ttab", "😀 é\u200d", "中文"]
+    verdicts, found = chosen(table(caption=[*broken, *good]))
+    assert verdicts == ["broken caption"] * len(broken) + ["ok"] * len(good)
+    assert "broken caption" not in found.thresholds
+
+
+def test_a_look_at_scores_tells_how_long_captions_are_and_how_many_are_broken(tmp_path):
+    rows = table(caption=["two words", "a\0b", "", "x"], caption_words=[2, None, 0, 1])
+    path = tmp_path / "a.parquet"
+    pq.write_table(rows, path)
+    told = [" ".join(line.split()) for line in describe_tables([path]).splitlines()]
+    assert "caption string 2 empty or with control characters" in told
+    assert "caption_words int32 1 null 0 to 2" in told
+
+
+def test_bounds_on_captions_that_nothing_fulfils_are_refused():
+    with pytest.raises(ValueError, match="min_caption_words is 5 and max_caption_words 3"):
+        FilterConfig(min_caption_words=5, max_caption_words=3)
+
+
+def test_nothing_kept_for_want_of_pictures_names_no_setting(chosen):
+    with pytest.raises(select.NothingKeptError, match=r"'undecodable' dropped most \(2\): look"):
+        chosen(table(error=["cut", "cut"]))
 
 
 def test_a_changed_picture_goes_and_one_without_a_listed_hash_stays(chosen):

@@ -19,7 +19,7 @@ from PIL import Image
 from data import shards
 from data.config import FilterConfig
 from data.decode import decode, square
-from data.executor import TaskError
+from data.originals import DamagedError
 from data.schema import SCORES
 from data.shards import ShardError, ShardJob
 
@@ -232,32 +232,56 @@ def swap(names, name):
     names[name] = noisy(500)
 
 
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [(lose, "has no member 000002.jpg"), (break_off, "sha256 is"), (swap, "was scored")],
-)
-def test_a_picture_that_is_gone_or_another_is_an_error_that_names_shard_and_key(
-    tmp_path, change, why
-):
+@pytest.mark.parametrize("change", [lose, break_off, swap])
+def test_a_picture_that_is_gone_or_another_costs_itself_until_it_is_back(tmp_path, change):
     kept, download = damaged(tmp_path, change)
-    with pytest.raises(TaskError, match=rf"train-00000.*key {key_at(2)}.*{why}.*score again"):
-        shards.write(kept, download, tmp_path / "out", CONFIG)
-    assert not (tmp_path / "out" / "005" / "index.json").exists()
-    assert not [*(tmp_path / "out").rglob("*.partial")]
+    out = tmp_path / "out"
+    assert shards.write(kept, download, out, CONFIG) == {key_at(2): "damaged original"}
+    for side in ("005", "008"):
+        index = json.loads((out / side / "index.json").read_text())
+        assert [e["samples"] for e in index["shards"]] == [5, 3]
+        assert index["samples"] == 8
+        assert [*all_samples(out / side)] == [key_at(p) for p in range(9) if p != 2]
+    assert shards.write(kept, download, out, CONFIG) == {key_at(2): "damaged original"}
+    for name in ("mended", "fresh"):
+        write_kept(tmp_path / name, 9, noisy)
+    whole = tmp_path / "mended" / "download"
+    assert shards.write(kept, whole, out, CONFIG) == {}
+    shards.write(kept, whole, tmp_path / "fresh", CONFIG)
+    assert contents(out) == {
+        name: data
+        for name, data in contents(tmp_path / "fresh").items()
+        if name.startswith(("005", "008"))
+    }
 
 
-def test_a_kept_picture_that_no_longer_decodes_is_an_error(tmp_path):
-    broken = noisy(2)[:-40]
-    kept, download = write_kept(tmp_path, 5, lambda place: broken if place == 2 else noisy(place))
-    with pytest.raises(TaskError, match=rf"train-00000, key {key_at(2)}: .*truncated"):
-        shards.write(kept, download, tmp_path / "out", CONFIG)
+def test_a_training_shard_without_any_picture_left_is_not_there(tmp_path):
+    kept, download = damaged(tmp_path, lose)
+    config = CONFIG.model_copy(update={"samples_per_shard": 1})
+    shards.write(kept, download, tmp_path / "out", config)
+    index = json.loads((tmp_path / "out" / "005" / "index.json").read_text())
+    assert (index["samples"], len(index["shards"])) == (8, 8)
+    assert "train-00002.tar" not in {path.name for path in (tmp_path / "out" / "005").iterdir()}
 
 
-def test_a_lost_image_shard_is_named(tmp_path):
+def test_kept_pictures_that_no_longer_decode_cost_themselves_however_many(tmp_path):
+    def picture(place: int) -> bytes:
+        return noisy(place)[:-40] if place in (2, 3) else noisy(place)
+
+    kept, download = write_kept(tmp_path, 5, picture)
+    lost = shards.write(kept, download, tmp_path / "out", CONFIG)
+    assert [*lost] == [key_at(2), key_at(3)]  # to fetch them again would not help
+    assert all(why.startswith("undecodable original: truncated: ") for why in lost.values())
+    assert len(all_samples(tmp_path / "out" / "008")) == 3
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_lost_image_shard_is_an_error_with_its_remedy(tmp_path, workers):
     kept, download = write_kept(tmp_path, 9, noisy)
     shard_at(download, 8).tar.unlink()
-    with pytest.raises(TaskError, match=rf"train-00001, key {key_at(7)}.*00001\.tar"):
-        shards.write(kept, download, tmp_path / "out", CONFIG)
+    with pytest.raises(DamagedError, match=rf"2 of 9 .*{key_at(7)}\).*data download .* --verify"):
+        shards.write(kept, download, tmp_path / "out", CONFIG, workers=workers)
+    assert not (tmp_path / "out" / "005" / "index.json").exists()
 
 
 class _Trap:

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import json
 import threading
 
 import pytest
@@ -52,11 +53,17 @@ def test_a_page_that_is_there_is_used_and_not_opened_when_told_so(
     assert page == {"served": [], "opened": []}
 
 
-def test_a_page_over_another_record_is_not_ours():
+def test_a_page_over_another_record_is_not_ours_though_it_has_our_names(config):
+    tracker = Tracker(config.name, config.store_path)
+    tracker.experiment("filter")
+    ours = dict(tracker.client.get_experiment_by_name(f"{config.name}/filter"))
+    answer = {}
+
     class Page(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(200 if self.path.endswith("experiment_name=ours%20x") else 404)
+            self.send_response(200 if self.path.endswith("%2Ffilter") else 404)
             self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
 
         def log_message(self, *_):
             pass
@@ -64,7 +71,13 @@ def test_a_page_over_another_record_is_not_ours():
     with http.server.HTTPServer(("127.0.0.1", 0), Page) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        assert compare.shows(url, "ours x")
-        assert not compare.shows(url, "other")
+        answer["experiment"] = ours
+        assert compare.shows(url, tracker, "filter")
+        assert not compare.shows(url, tracker)
+        for other in ({"experiment_id": "77"}, {"creation_time": 7}):
+            answer["experiment"] = ours | other
+            assert not compare.shows(url, tracker, "filter")
+        del answer["experiment"]
+        assert not compare.shows(url, tracker, "filter")
         server.shutdown()
-    assert not compare.shows(url, "ours x")
+    assert not compare.shows(url, tracker, "filter")

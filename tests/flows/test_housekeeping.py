@@ -1,11 +1,13 @@
 """`store ls | show | verify | gc`, and outputs that are named by hand."""
 
+import dataclasses
 import json
 from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 
+from flows import download
 from flows.__main__ import main
 from flows.config import PipelineConfig
 from flows.record.tracking import Tracker
@@ -127,10 +129,21 @@ def test_a_manifest_of_before_origins_still_tells_what_was_read(folder):
     assert used_by(found)[named(found, "download").name] == [named(found, "filter").name]
 
 
-def test_verification_finds_a_flipped_byte_and_names_the_file(store, capsys):
+def test_verification_finds_a_flipped_byte_and_names_the_file(store, capsys, monkeypatch):
+    seen = []
+
+    def harm(folder, progress):
+        progress("reading", 1, 1)
+        seen.append((folder / "images/0.tar").read_text())
+        return "1 pictures are not those" if len(seen) > 1 else None
+
+    monkeypatch.setattr(download, "STAGE", dataclasses.replace(download.STAGE, harm=harm))
     output = make(store, DOWNLOAD, seed=5)
     assert command(store, "verify") == 0
-    assert "1 files by their size alone" in capsys.readouterr().out
+    assert ": good" in capsys.readouterr().out
+    assert command(store, "verify") == 1
+    assert "1 pictures are not those" in capsys.readouterr().out
+    assert len(seen) == 2, "what is vouched for is read where it lies"
     if store.remote:
         store.remote.write(f"download/{output.key[:16]}/fates/0.parquet", b"6")
     else:
@@ -238,10 +251,11 @@ def test_what_the_record_has_no_run_of_is_kept_finished_or_not(store):
     write(place.folder / "checkpoints/1.pt", "half")
     place.push()
     verdicts = sweep(store, record(runs={"e" * 32}), unfinished=True)
+    remedy = " (`store rm` deletes it)"
     assert {verdict.item.key: verdict.kept for verdict in verdicts} == {
-        foreign.key[:16]: f"the record does not know its MLflow run {'f' * 32}",
+        foreign.key[:16]: f"the record does not know its MLflow run {'f' * 32}{remedy}",
         known.key[:16]: None,
-        "a" * 16: "the record has no run of it",
+        "a" * 16: f"the record has no run of it{remedy}",
     }
 
 
@@ -333,6 +347,63 @@ def test_gc_by_another_record_keeps_what_that_one_does_not_know(folder, capsys, 
     assert command(folder, "gc", "--yes") == 0
     assert f"asked {right}" in capsys.readouterr().out
     assert not output.path.exists()
+
+
+@pytest.mark.parametrize("has_record", [True, False])
+def test_an_output_whose_run_is_forgotten_goes_when_it_is_named(folder, capsys, has_record):
+    output = make(folder, DOWNLOAD, run_id="f" * 32)
+    other = make(folder, DOWNLOAD, seed=1)  # of no run: gc would delete it
+    if has_record:
+        facts = {"parent": None, "fresh": True, "tags": {}}
+        Tracker("rm", folder.root).start_stage(DOWNLOAD, "b" * 64, {}, **facts)
+        assert command(folder, "gc") == 0
+        assert "(`store rm` deletes it)" in capsys.readouterr().out
+    assert command(folder, "rm", output.key[:9]) == 0
+    assert f"would go download/{output.key[:16]}" in capsys.readouterr().out
+    assert len(items(folder)) == 2
+    assert command(folder, "rm", f"download/{output.key[:9]}", "--yes") == 0
+    assert [item.key for item in items(folder)] == [other.key[:16]]
+
+
+def test_what_is_named_stays_while_something_needs_it(folder, capsys, monkeypatch):
+    download = make(folder, DOWNLOAD)
+    kept = make(folder, FILTER)
+    assert command(folder, "rm", "--yes", download.key) == 1
+    assert f"input of filter/{kept.key[:16]}" in capsys.readouterr().out
+    with folder.lease("filter", kept.key):
+        assert command(folder, "rm", "--yes", kept.key, download.key) == 1
+    assert "in use by" in capsys.readouterr().out
+    tracker = Tracker("rm", folder.root)
+    facts = {"parent": None, "fresh": True, "tags": {}}
+    run_id = tracker.start_stage(FILTER, kept.key, {}, **facts)
+    assert command(folder, "rm", "--yes", kept.key, download.key) == 1
+    assert f"MLflow run {run_id}" in capsys.readouterr().out
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert command(folder, "rm", "--yes", kept.key) == 1
+    assert "cannot be asked" in capsys.readouterr().err
+    assert len(items(folder)) == 2
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    tracker.client.delete_run(run_id)
+    assert command(folder, "rm", "--yes", kept.key, download.key) == 0
+    assert items(folder) == []
+
+
+def test_the_list_fits_80_columns_and_shows_brackets_as_they_are(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    odd = Store(tmp_path / "st [v1] [bold]")
+    output = make(odd, DOWNLOAD, run_id="f" * 32)
+    make(odd, FILTER)
+    half = odd.place("train-upsampler", "a" * 64)
+    half.resume()
+    write(half.folder / "log [x]", "0" * 12_345_678)
+    with odd.lease("evaluate", "b" * 64):
+        assert command(odd, "ls") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["stage", "key", "state", "size", "age", "MLflow", "users"]
+    assert "…" not in "".join(lines)
+    assert lines[-1].endswith(str(odd.root))
+    assert command(odd, "show", output.key) == 0
+    assert f"in {odd.place('download', output.key)}," in capsys.readouterr().out
 
 
 def test_gc_refuses_when_mlflow_cannot_be_asked(folder, monkeypatch, capsys):

@@ -6,10 +6,12 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from flows.__main__ import explain, main
-from flows.commands.pipeline import pictures
-from flows.config import ROOT
+from flows.commands.pipeline import _show_results, pictures
+from flows.config import ROOT, PipelineConfig
+from flows.record import compare
 
 
 @pytest.mark.parametrize(
@@ -21,7 +23,7 @@ from flows.config import ROOT
         (["run", "--set", "filter.min_side=x"], "filter.min_side = 'x'"),
         (["run", "--stages", "train"], "unknown stage 'train': the stages are download"),
         (["run", "--force", "trian-base"], "unknown stage 'trian-base'"),
-        (["run", "--store", "{file}/store"], "cannot be written"),
+        (["run", "--store", "{file}/store"], "is a file: give a folder"),
         (["submit", "--preset", "dmo"], "did you mean 'demo'"),
     ],
 )
@@ -73,6 +75,31 @@ def test_a_dry_run_shows_settings_and_plan_and_writes_nothing(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+LAION = ["--preset", "laion-64", "--set", "filter.decontaminate=[none.json]"]
+
+
+def test_a_dry_run_says_what_is_missing(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("GIGAGAN_WEIGHTS", raising=False)
+    assert main(["run", *LAION, "--store", str(tmp_path / "s"), "--dry-run"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    missing = [line.removeprefix("missing for ") for line in printed if line.startswith("missing")]
+    assert [line.partition(" is ")[0] for line in missing if "is null" in line] == [
+        "download: download.contact"
+    ]
+    assert any("no file matches 'metadata/relaion2B" in line for line in missing)
+    assert any(line.startswith("score: open_clip:ViT-L-14/openai is in no") for line in missing)
+    assert any("filter.decontaminate: there is no file 'none.json'" in line for line in missing)
+    assert any("evaluate.captions: there is no file" in line for line in missing)
+
+
+def test_a_run_that_is_sure_to_fail_is_refused_before_anything_starts(tmp_path, capsys):
+    assert main(["run", *LAION, "--store", str(tmp_path / "s")]) == 1
+    assert "download.contact is null: give an e-mail" in capsys.readouterr().err
+    arguments = ["--store", str(tmp_path / "s"), "--stages", "evaluate"]
+    assert main(["run", "--set", "evaluate.captions=none.json", *arguments]) == 1
+    assert "evaluate.captions: there is no file 'none.json'" in capsys.readouterr().err
+
+
 def test_presets_are_listed_with_their_deployments(capsys):
     assert main(["presets"]) == 0
     assert "full-pipeline/laion-64" in capsys.readouterr().out
@@ -87,6 +114,22 @@ def test_help_needs_neither_prefect_nor_torch():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("is_served", [True, False])
+def test_a_run_ends_with_the_pages_of_its_own_store(tmp_path, capsys, monkeypatch, is_served):
+    for name in ("MLFLOW_TRACKING_URI", "PREFECT_UI_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(compare, "shows", lambda *_: is_served)
+    config = PipelineConfig(store=str(tmp_path / "st [v1]"))
+    _show_results(Console(), config, {}, [])
+    _, prefect, mlflow = capsys.readouterr().out.splitlines()[-3:]
+    own = f"`python -m flows ui --store '{tmp_path}/st [v1]'` opens it"
+    assert prefect == f"  Prefect  {own}"
+    if is_served:
+        assert mlflow.startswith("  MLflow   http://127.0.0.1:5000/#/experiments/")
+    else:
+        assert mlflow == f"  MLflow   {own}"
 
 
 def test_pictures_are_those_at_the_top_and_the_newest_samples(tmp_path):

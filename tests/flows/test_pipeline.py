@@ -4,12 +4,15 @@ import dataclasses
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.logging.handlers import APILogHandler
+from rich.console import Console
 
 from flows import download, filter, score
 from flows.config import StageName
 from flows.full_pipeline import full_pipeline, plan
 from flows.record.tracking import Tracker
 from flows.stage import MissingInputError
+from flows.watch import watch
 
 pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("prefect_server")]
 
@@ -31,6 +34,7 @@ def test_stages_run_in_order_and_leave_a_complete_record(config, ran):
     tracker = Tracker(config.name, config.store_path)
     (pipeline,) = tracker.client.search_runs([tracker.experiment()])
     assert pipeline.info.status == "FINISHED"
+    assert pipeline.info.run_name == pipeline.data.tags["prefect.flow_run_name"]
     assert pipeline.data.metrics["evaluate/kid"] == pytest.approx(0.1)
     assert "/runs/flow-run/" in pipeline.data.tags["prefect.flow_run_url"]
     for name, output in outputs.items():
@@ -49,6 +53,26 @@ def test_stages_run_in_order_and_leave_a_complete_record(config, ran):
     assert {
         states()[name] for name in ("download", "score", "filter", "train-base", "evaluate")
     } == {"Skipped"}
+
+
+def test_the_log_of_the_pipeline_says_which_stage_does_what(config, ran, capsys):
+    full_pipeline(stages=[StageName.DOWNLOAD, StageName.SCORE], config=config)
+    APILogHandler().flush()
+    with get_client(sync_client=True) as client:
+        (flow,) = [flow for flow in client.read_flows() if flow.name == "full-pipeline"]
+        runs = [run for run in client.read_flow_runs() if run.flow_id == flow.id]
+    run = max(runs, key=lambda run: run.created)
+    assert watch(run.id, Console(width=200)).is_completed()
+    shown = [line.partition("  ")[2] for line in capsys.readouterr().out.splitlines()]
+    told = [line for line in shown if line.startswith(("stage", "download", "score"))]
+    assert [line.partition(" in ")[0].partition(": /")[0] for line in told] == [
+        "stage 1 of 2, download: Metadata to images.",
+        "download started",
+        "download done",
+        "stage 2 of 2, score: Images to scores.",
+        "score started",
+        "score done",
+    ]
 
 
 def test_a_stage_runs_alone_on_what_the_store_holds(config, ran):

@@ -261,6 +261,22 @@ def test_the_command_refuses_what_it_does_not_understand(command):
         assert "error:" in said
 
 
+def test_the_command_names_the_models_that_there_are_instead(command):
+    for arguments in ([], ["rollback"], ["set", "1"]):
+        status, said = command("--preset", "smoke", *arguments)
+        assert status == 1
+        assert "mlflow.db has no version of smoke" in said
+        assert said.endswith(": there are versions of gigagan (--preset demo)")
+
+
+def test_the_command_makes_no_record_where_there_is_none(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for arguments in (["champion"], ["compare", "--no-open"]):
+        assert main([*arguments, "--store", str(tmp_path / "new/store")]) == 1
+        assert f"no record at sqlite:///{tmp_path}/new/mlflow.db" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.flow
 @pytest.mark.usefixtures("prefect_server")
 def test_a_pipeline_that_could_not_register_fails_and_is_made_good_by_the_same_command(

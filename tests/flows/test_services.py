@@ -9,8 +9,6 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from contextlib import contextmanager
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -24,7 +22,7 @@ PASSWORD = "admin:only-for-us"
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.setattr(settings, "RUNS", tmp_path)
+    monkeypatch.setenv("GIGAGAN_RUNS", str(tmp_path))
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
     for name in ("PREFECT_API_URL", "PREFECT_UI_URL", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
@@ -58,9 +56,8 @@ def test_a_service_does_not_outlive_its_command_however_that_ends(tmp_path):
     port = services.free_port()
     page = f"http://127.0.0.1:{port}"
     code = f"""
-import pathlib, time
-from flows import services, settings
-settings.RUNS = pathlib.Path({str(tmp_path)!r})
+import time
+from flows import services
 with services.running("pages", ["http.server", "{port}", "--bind", "127.0.0.1"], {page!r}):
     time.sleep(100)
 """
@@ -139,19 +136,89 @@ def test_a_server_of_another_command_is_used_while_its_process_lives(prefect, re
             services.use_running_api()
 
 
-def test_the_record_of_a_server_is_whole_and_goes_with_it_alone(record_file, monkeypatch):
-    @contextmanager
-    def running(*_):
-        yield SimpleNamespace(pid=os.getpid())
+SERVER = """
+import http.server, sys
+class Page(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Page).serve_forever()
+"""
+COMMAND = """
+import sys
+from flows import services, settings
+settings.apply()
+with services.prefect_api(int(sys.argv[1])) as api:
+    print(api, flush=True)
+    sys.stdin.read()
+"""
 
-    monkeypatch.setattr(services, "running", running)
-    with services.prefect_api(4217) as api:
-        assert json.loads(record_file.read_text())["api"] == api
-        assert [path.name for path in record_file.parent.iterdir()] == ["server.json"]
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Start a command that uses a server until its input ends; returns it and the server's API."""
+    fake = tmp_path / "fake/prefect"
+    fake.mkdir(parents=True)
+    (fake / "__init__.py").touch()
+    (fake / "__main__.py").write_text(SERVER)
+    environment = {**os.environ, "PYTHONPATH": f"{settings.ROOT}:{fake.parent}"}
+    started = []
+
+    def start(port):
+        process = subprocess.Popen(
+            [sys.executable, "-c", COMMAND, str(port)],
+            env=environment,
+            cwd=settings.ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process, process.stdout.readline().strip()
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("how", ["its end", "a kill"])
+def test_a_server_of_ours_lives_as_long_as_one_of_the_commands_that_use_it(command, how):
+    (first, api), (second, same) = command(services.free_port()), command(services.free_port())
+    assert api == same
+    if how == "a kill":
+        first.kill()
+    _, said = first.communicate()
+    if how == "its end":
+        assert said == f"{api}: other commands use this server, which ends with them\n"
+    third, again = command(services.free_port())
+    assert (again, services.answers(api)) == (api, True)
+    for process in (second, third):
+        assert services.answers(api)
+        assert process.communicate() == ("", "")
+    wait_for(lambda: not services.answers(api), 30)
+    fourth, other = command(services.free_port())  # waits for the end of the one before
+    assert other != api
+    assert fourth.communicate() == ("", "")
+    assert not services.answers(other)
+
+
+def test_two_commands_that_start_at_once_share_one_server(command):
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(command, [services.free_port(), services.free_port()]))
+    assert len({api for _, api in found}) == 1
+
+
+def test_the_record_of_a_server_is_whole_and_goes_with_it(command, record_file):
+    process, api = command(services.free_port())
+    assert json.loads(record_file.read_text())["api"] == api
+    process.communicate()
     assert not record_file.exists()
-    with services.prefect_api(4217):
-        record_file.write_text("that of another command")
-    assert record_file.exists()
+    assert not services.answers(api)
 
 
 @pytest.mark.slow
@@ -175,4 +242,4 @@ with services.prefect_api(services.free_port()) as api:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (home / "prefect.db").is_file()
-    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert {path.name for path in tmp_path.iterdir()} == {name, "logs"}
