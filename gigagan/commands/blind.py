@@ -93,10 +93,12 @@ def _from_gallery(args: argparse.Namespace) -> list[Asked]:
     split = args.split or "combination"
     if split not in SPLITS:
         raise ValueError(f"--split {split}: choose one of {', '.join(SPLITS)}")
-    folder = args.heldout if args.heldout.is_dir() else args.heldout.parent
+    folder = args.heldout.parent if args.heldout.is_file() else args.heldout
     gallery = read_gallery(folder)
     if gallery is None:
-        raise ValueError(f"{folder} has no gallery.json: give the download stage's heldout folder")
+        raise ValueError(
+            f"{args.heldout}: there is no gallery.json: give the download stage's heldout"
+        )
     works = [work for work in gallery.works if work.split == split]
     names = sorted({work.concept for work in works})
     _check_count(args, names, f"{folder} has {{}} concepts of the split {split!r}")
@@ -217,10 +219,12 @@ def score(file: Path) -> str:
     """
     from gigagan.evaluation.statistics import matches_by_chance, share_interval
 
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is not there: `blind` writes answers.txt, to be filled in")
     key = file.with_name(KEY)
     if not key.is_file():
         raise FileNotFoundError(
-            f"{key} is not there: leave the answers in the folder that `blind` wrote"
+            f"beside {file} there is no {KEY}: leave the answers in the folder that `blind` wrote"
         )
     names = _names(key)
     answers = read_answers(file, names)

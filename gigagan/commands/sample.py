@@ -73,7 +73,11 @@ def run(args: argparse.Namespace) -> None:
     check(args)
     given = list(_prompts(args))
     if not given:
-        raise ValueError("no prompts: give some, or --from-file")
+        raise ValueError(
+            f"{args.from_file} holds no prompts"
+            if args.from_file
+            else "no prompts: give some, or --from-file"
+        )
     from gigagan.inference.pictures import read_about, save_picture
     from gigagan.inference.prompts import PromptError, check_prompt
     from gigagan.inference.sampler import load

@@ -117,12 +117,12 @@ def read_about(path: Path) -> dict[str, Any] | None:
 def load(path: Path, sampler: Sampler) -> Direction:
     """A direction that was found with a network of the same widths; else DirectionError."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with tensors.opened(path) as file:
             if (about := read_about(path)) is None:
                 raise DirectionError(f"{path} is no direction: `gigagan edit direction` writes one")
             direction = Direction(file.get_tensor("style"), file.get_tensor("global"), about)
-    except (SafetensorError, FileNotFoundError) as error:
-        raise DirectionError(f"{path} cannot be read ({error})") from error
+    except ValueError as error:
+        raise DirectionError(str(error)) from error
     wide = sampler.base.config.style_dim
     if len(direction.style_S) != wide:
         raise DirectionError(

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
 from gigagan.models import tensors
 
@@ -24,9 +23,9 @@ class AestheticPredictor:
     """Embeddings [N, D] of any length → scores [N]: about 1 for ugly and 10 for beautiful."""
 
     def __init__(self, file: Path) -> None:
-        with safe_open(file, framework="np") as tensors:
-            self._weight_D = tensors.get_tensor("weight_D")
-            self._bias = float(tensors.get_tensor("bias_1")[0])
+        with tensors.opened(file, framework="np") as weights:
+            self._weight_D = weights.get_tensor("weight_D")
+            self._bias = float(weights.get_tensor("bias_1")[0])
 
     def __call__(self, embeddings_ND: np.ndarray) -> np.ndarray:
         """Score image embeddings of the model that it was fitted on; an all-zero one gets NaN.

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor
 
 from gigagan.models import tensors
@@ -77,14 +76,14 @@ class Aligner:
     @classmethod
     def load(cls, path: Path, device: torch.device | str = "cpu") -> Aligner:
         """Read what `save` wrote; ValueError if the file holds something else."""
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with tensors.opened(path, device=str(device)) as file:
             settings = (file.metadata() or {}).get("aligner")
             if settings is None:
                 raise ValueError(
                     f"{path} is not an aligner: give the one that the filter stage fits"
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return cls(**tensors, **json.loads(settings))
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return cls(**found, **json.loads(settings))
 
     def _tensors(self) -> dict[str, Tensor]:
         return {

@@ -70,11 +70,11 @@ def load(path: Path, *, device: str = "cpu") -> tuple[Generator | Upsampler, dic
     if not path.is_file():
         raise SnapshotError(f"{path}: no such snapshot; training writes snapshot.safetensors")
     try:
-        with safe_open(path, framework="pt", device=device) as file:
+        with tensors.opened(path, device=device) as file:
             described = json.loads((file.metadata() or {}).get(ENTRY, "{}"))
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise SnapshotError(f"{path}: not a readable safetensors file ({error})") from error
+    except ValueError as error:
+        raise SnapshotError(str(error)) from error
     if described.get("format") != FORMAT:
         found = str(described.get("format"))
         is_ours = found.startswith(FORMAT.rstrip("0123456789"))

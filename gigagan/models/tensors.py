@@ -1,13 +1,29 @@
-"""Tensors as a safetensors file that others may read."""
+"""Tensors as a safetensors file that others may read, and files that others gave."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+
+@contextmanager
+def opened(path: Path, *, framework: str = "pt", device: str = "cpu") -> Iterator[Any]:
+    """The file, as safetensors opens it.
+
+    Raises:
+        ValueError: it is not there, or no safetensors file; the text names it.
+    """
+    try:
+        with safe_open(path, framework=framework, device=device) as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no readable safetensors file ({error})") from error
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -110,7 +110,7 @@ def read_config(path: Path) -> TrainStage:
     """
     try:
         adapter: TypeAdapter[TrainStage] = TypeAdapter(TrainStage)
-        return adapter.validate_json(path.read_text())
+        return adapter.validate_json(path.read_bytes())
     except ValidationError as error:
         raise ValueError(f"{path}: {error}") from error
 

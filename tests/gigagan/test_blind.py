@@ -127,7 +127,7 @@ def test_the_packages_networks_are_asked_for_what_their_list_says(base, tmp_path
         (["--count", "1"], "--count 1: give 2 or more"),
         (["--heldout", "HELDOUT"], "--count 24, but .* has 4 concepts of the split 'combination'"),
         (["--heldout", "HELDOUT", "--split", "none"], "--split none: choose one of trained"),
-        (["--heldout", "EMPTY"], "has no gallery.json"),
+        (["--heldout", "EMPTY"], "there is no gallery.json"),
     ],
 )
 def test_what_cannot_be_asked_is_said(heldout, tmp_path, monkeypatch, capsys, words, message):
@@ -203,7 +203,7 @@ def test_answers_without_their_key_or_of_no_text_are_refused(answers, tmp_path):
         with pytest.raises(ValueError, match=r"key\.json is not a key that `blind` wrote"):
             score(file)
     (tmp_path / KEY).unlink()
-    with pytest.raises(FileNotFoundError, match=r"key\.json is not there: leave the answers"):
+    with pytest.raises(FileNotFoundError, match=r"no key\.json: leave the answers"):
         score(file)
 
 

@@ -170,7 +170,7 @@ def test_a_direction_needs_pairs_and_its_own_network(sampler, tmp_path):
     with pytest.raises(ValueError, match="give pairs"):
         directions.find(sampler, [ONE], [ONE, TWO])
     (tmp_path / "x.safetensors").write_bytes(b"no")
-    with pytest.raises(directions.DirectionError, match="cannot be read"):
+    with pytest.raises(directions.DirectionError, match="no readable safetensors"):
         directions.load(tmp_path / "x.safetensors", sampler)
     narrow = directions.Direction(torch.zeros(3), torch.zeros(3), {})
     directions.save(tmp_path / "n.safetensors", narrow)
