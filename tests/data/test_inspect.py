@@ -117,7 +117,7 @@ def test_a_broken_tar_tells_what_could_be_read_and_where_it_broke(tmp_path, shar
 def test_a_file_that_is_no_tar_breaks_at_its_start(tmp_path):
     path = tmp_path / "a.tar"
     path.write_bytes(b"x" * 2000)
-    with pytest.raises(ValueError, match="holds no sample: a.tar breaks at byte 0"):
+    with pytest.raises(ValueError, match=r"holds no sample: a\.tar breaks at byte 0"):
         inspect.look(path)
 
 

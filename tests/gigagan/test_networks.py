@@ -159,5 +159,5 @@ def test_what_is_no_snapshot_is_refused_by_name(tmp_path):
     with pytest.raises(snapshot.SnapshotError, match="no such snapshot"):
         snapshot.load(path)
     path.write_bytes(b"not safetensors at all")
-    with pytest.raises(snapshot.SnapshotError, match="not a readable safetensors"):
+    with pytest.raises(snapshot.SnapshotError, match="no readable safetensors"):
         snapshot.load(path)
