@@ -71,9 +71,9 @@ def folder(shards: Path | str, cache_dir: Path | None, cache_gb: float) -> Folde
 
 
 def default_cache() -> Path:
-    """`GIGAGAN_CACHE`, or a folder in the user's own cache."""
+    """`shards` in `GIGAGAN_CACHE`, or in a folder of the user's own cache; all in it may go."""
     if chosen := os.environ.get("GIGAGAN_CACHE"):
-        return Path(chosen)
+        return Path(chosen) / "shards"
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "gigagan" / "shards"
 

@@ -103,8 +103,8 @@ class _Passing:
 def _scan(job: ScanJob, *, doubted: bool) -> dict[int, int] | None:
     """Rows by verdict; None if text of the list turns out not to be UTF-8."""
     target = job.done.with_suffix(".parquet")
-    partial = target.with_suffix(f".partial-{os.getpid()}")
-    spill = job.folder / f"spill-{os.getpid()}"
+    partial = target.with_suffix(f".{os.getpid()}.partial")
+    spill = job.folder / f"spill-{os.getpid()}.partial"
     with connect([job.source]) as reader, connect(spill=spill) as sorter:
         passing = _Passing(judged(reader, job.source, job.config, doubted=doubted))
         schema = pa.schema([*(LIST.field(name) for name in TYPES), ("row", pa.int64())])
@@ -184,7 +184,7 @@ class GatherJob:
 
 def gather(job: GatherJob, db: Any) -> None:
     """Write one part's rows in the order of their digests, each once."""
-    partial = job.target.with_suffix(f".partial-{os.getpid()}")
+    partial = job.target.with_suffix(f".{os.getpid()}.partial")
     result = db.sql(_ranged(job)).to_arrow_reader(BATCH_ROWS)
     distinct = _Distinct(result, job.unique, job.limit)
     with pq.ParquetWriter(partial, LIST) as writer:
@@ -196,7 +196,7 @@ def gather(job: GatherJob, db: Any) -> None:
 
 def opened(folder: Path, number: int) -> duckdb.DuckDBPyConnection:
     """A worker's DuckDB for `gather`: it keeps what it learnt of the scanned files' footers."""
-    return connect(spill=folder / f"spill-{os.getpid()}-{number}")
+    return connect(spill=folder / f"spill-{os.getpid()}-{number}.partial")
 
 
 def _ranged(job: GatherJob) -> str:
@@ -275,6 +275,6 @@ def _regrouped(batches: _Distinct) -> Iterator[pa.Table]:
 
 def commit(path: Path, document: dict[str, Any]) -> None:
     """Write JSON aside and then in place."""
-    partial = path.with_suffix(f".json-{os.getpid()}")
+    partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
     partial.replace(path)

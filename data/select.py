@@ -130,7 +130,7 @@ def _state(scores: Path, config: FilterConfig) -> str:
 
 
 def _connect(out: Path, workers: int) -> duckdb.DuckDBPyConnection:
-    spill = out / "spill"
+    spill = out / "spill.partial"
     database = duckdb.connect(
         config={"memory_limit": MEMORY, "threads": workers, "temp_directory": str(spill)}
     )
@@ -314,7 +314,7 @@ def _drop_near_embeddings(
     rows = database.sql(f"SELECT key, area FROM {LEFT} ORDER BY key").to_arrow_table()
     if not rows.num_rows:
         return
-    spool = out / "embeddings.spool"
+    spool = out / "embeddings.partial"
     try:
         features_ND, has_N = _spooled(rows["key"], scores, spool, progress)
         if not has_N.any():

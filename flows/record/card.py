@@ -7,12 +7,13 @@ holds reads "not recorded". Nothing is judged here but by comparing two recorded
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from flows import progress
 from flows.record import lineage, scrub
@@ -21,6 +22,11 @@ from flows.storage.place import Place
 from flows.storage.store import Store
 
 UNKNOWN = "not recorded"
+SOURCES = {
+    "embedded": "Twemoji (CC-BY 4.0) and OpenMoji (CC-BY-SA 4.0)",
+    "metadata": "of the web, each with terms of its own, which lists do not record",
+}
+"""Licences of the pictures, by `download.source`."""
 SMALLER_IS_BETTER = {"fid", "kid", "pixel_probe_median_rank", "shape_rank", "seconds_per_image"}
 HIGHLIGHTS = (
     *("total_images", "batch_size", "seed", "precision", "optimizer.lr", "optimizer.r1_weight"),
@@ -82,10 +88,8 @@ def _title(name: str, results: Mapping[str, Any], networks: Mapping[str, Output]
     size = "×".join(map(str, results.get("protocol", {}).get("generated_size", []))) or UNKNOWN
     rows = [("Makes", f"pictures from text, {size} pixels when evaluated")]
     for role, network in networks.items():
-        header = _header(network.file(lineage.SNAPSHOT))
-        shapes = [entry["shape"] for key, entry in header.items() if key != "__metadata__"]
-        count = f"{sum(map(prod, shapes)) / 1e6:.2f} M parameters" if shapes else UNKNOWN
-        rows.append((role.capitalize(), count))
+        count = _count(network.file(lineage.SNAPSHOT))
+        rows.append((role.capitalize(), f"{count / 1e6:.2f} M parameters" if count else UNKNOWN))
     return f"# {name}: a base generator and its upsampler\n\n{_table(('what', 'value'), rows)}"
 
 
@@ -127,7 +131,8 @@ def _licences(
     for name in sorted(names):
         known = CATALOGUE.get(name)
         rows.append((f"`{name}`", known.licence if known else UNKNOWN))
-    data = fetched.manifest.config.get("licence", UNKNOWN) if fetched else UNKNOWN
+    source = fetched.manifest.config.get("source") if fetched else None
+    data = SOURCES.get(str(source), UNKNOWN)
     table = _table(("frozen model", "licence"), rows) if rows else UNKNOWN
     return f"## Licences\n\nPictures and captions: {data}.\n\n{table}"
 
@@ -169,22 +174,20 @@ def _results(results: Mapping[str, Any], judged: Output) -> str:
     rules = results.get("protocol", {})
     reference = results.get("reference", {})
     metrics = results.get("metrics", {})
+    intervals = results.get("intervals", {})
     rows = []
     for name, value in metrics.items():
-        deviation = metrics.get(f"{name}_subset_std")
-        shown = f"{value:.4g}" + (f" ± {deviation:.2g}" if deviation is not None else "")
+        interval = "–".join(f"{end:.4g}" for end in intervals.get(name, ()))
         others = [reference.get(kind, {}).get(name) for kind in ("real", "chance")]
-        rows.append((name, shown, *("" if other is None else f"{other:.4g}" for other in others)))
+        floors = ("" if other is None else f"{other:.4g}" for other in others)
+        rows.append((name, f"{value:.4g}", interval, *floors))
     told = {k: v for k, v in rules.items() if not isinstance(v, dict | list | None)}
-    interval = (
-        "± is the standard deviation over KID's subsets; other metrics: no interval recorded."
-    )
     return "\n\n".join(
         [
             f"## Results\n\nEvaluation `{judged.manifest.key[:16]}`, by these rules: "
             + (_inline(told) if told else UNKNOWN),
-            _table(("metric", "generated", "real pictures", "chance"), rows),
-            interval,
+            _table(("metric", "generated", "95 %", "real pictures", "chance"), rows),
+            "Intervals are of drawing the pictures anew, not of training again.",
         ]
     )
 
@@ -252,17 +255,15 @@ def _use(name: str, networks: Mapping[str, Output]) -> str:
     )
 
 
-def _header(snapshot: Path | None) -> dict[str, Any]:
-    """The JSON at the head of a safetensors file; empty where it is none."""
+def _count(snapshot: Path | None) -> int:
+    """Numbers in a safetensors file, by its header; 0 where it is none."""
     if snapshot is None:
-        return {}
+        return 0
     try:
-        with snapshot.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            found = json.loads(file.read(length)) if length < 100_000_000 else {}
-    except (OSError, ValueError, struct.error):
-        return {}
-    return found if isinstance(found, dict) else {}
+        with safe_open(snapshot, framework="np") as file:
+            return sum(prod(file.get_slice(n).get_shape()) for n in file.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return 0
 
 
 def _hardware(log: Path) -> str:

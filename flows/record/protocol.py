@@ -1,6 +1,6 @@
 """Which evaluations may be compared, and by which number: smaller wins.
 
-protocol = digest of all that decides the deciding metric, but not the networks
+protocol = digest of the rules that `evaluate --compare` asks to be equal
 decides  = FID; KID for fewer than 10,000 pictures, where FID is mostly bias
 """
 
@@ -14,16 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from flows.stage import Manifest
+from gigagan.evaluation.protocol import DECISIVE
 
 MIN_FID_IMAGES = 10_000
 """FID of fewer pictures is mostly its bias, which differs from model to model; KID has none."""
-DECISIVE = (
-    *("name", "num_generated", "num_real", "captions_sha256", "seed", "batch_size", "truncation"),
-    *("crop", "resize", "storage", "kid"),
-)
-"""Rules of results.json that decide FID and KID. The aligner is none: it comes with the data."""
-JUDGE = "inception-2015-12-05"
-"""The network behind FID and KID."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +36,7 @@ def protocol_of(results: Mapping[str, Any], manifest: Manifest) -> str:
     """Identity of how the deciding metric was measured: equal ones may be compared."""
     rules = results.get("protocol", {})
     decisive = {name: rules.get(name) for name in DECISIVE}
-    decisive["judge"] = rules.get("weights_sha256", {}).get(JUDGE)
     decisive["code"] = manifest.version
-    decisive["real"] = {
-        k: manifest.inputs[k] for k in ("heldout", "captions") if k in manifest.inputs
-    }
     text = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

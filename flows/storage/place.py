@@ -25,7 +25,7 @@ WORK = ".work.json"
 LINE = ".line.json"
 """Of a stage whose runs have a length: which run this is, and how long."""
 UNFINISHED = (".partial", ".tmp", ".part")
-"""Endings of files that their writer has not named yet."""
+"""Endings of files, and of folders of them, that their writer has not named yet."""
 
 
 def silent(what: str, done: int, total: int | None) -> None:
@@ -138,7 +138,7 @@ class Place:
 
     def take_over(self, other: Place, progress: Progress = silent) -> None:
         """Bring the work of another output into this folder, its newest files last."""
-        names = [n for n in other.names() if n != MANIFEST and not n.endswith(UNFINISHED)]
+        names = [n for n in other.names() if n != MANIFEST and not _is_unfinished(n)]
 
         def bring(name: str) -> None:
             target = inside(self.folder, name)
@@ -213,7 +213,7 @@ class Place:
         now = {
             name: (path, _stamp(path))
             for name, path in listing(self.folder, (MANIFEST,))
-            if not name.endswith(UNFINISHED)
+            if not _is_unfinished(name)
         }
         changed = [name for name in now if record.sent.get(name) != now[name][1]]
         gone = [name for name in record.sent if name not in now]
@@ -343,6 +343,11 @@ class Place:
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+
+def _is_unfinished(name: str) -> bool:
+    """Whether a file is still being written, or lies in a folder of scratch."""
+    return any(part.endswith(UNFINISHED) for part in name.split("/"))
 
 
 def _sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:

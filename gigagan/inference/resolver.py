@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 SCHEME = "models:/"
 CACHE_VARIABLE = "GIGAGAN_CACHE"
-"""Environment variable: the folder of fetched snapshots; ~/.cache/gigagan without it."""
-LOCAL_RECORD = Path("runs/mlflow.db")
-"""The pipeline's own tracking database, where no server is named."""
+"""Environment variable: the folder of what is fetched; ~/.cache/gigagan without it."""
+RUNS_VARIABLE = "GIGAGAN_RUNS"
+"""Environment variable: where the pipeline's own record lies; runs/ without it."""
 ROLES = ("base", "upsampler")
 _ADDRESS = re.compile(r"models:/+(?P<name>[^/@\s]+)(?:@(?P<alias>[^/@\s]+)|/(?P<version>\d+))")
 
@@ -82,12 +82,13 @@ def _tracking_uri(address: str) -> str:
         return given
     if mlflow.is_tracking_uri_set():
         return mlflow.get_tracking_uri()
-    if LOCAL_RECORD.is_file():
-        quoted = str(LOCAL_RECORD.resolve()).replace("%", "%25").replace("?", "%3F")
+    record = Path(os.environ.get(RUNS_VARIABLE) or "runs").expanduser() / "mlflow.db"
+    if record.is_file():
+        quoted = str(record.resolve()).replace("%", "%25").replace("?", "%3F")
         return f"sqlite+pysqlite:///{quoted}"  # without +pysqlite MLflow makes a folder of it
     raise SnapshotError(
         f"{address}: set MLFLOW_TRACKING_URI to the server that has it (or work where "
-        f"{LOCAL_RECORD} lies)"
+        f"{record} lies)"
     )
 
 
@@ -129,7 +130,8 @@ def _file(address: str, version: ModelVersion, role: str) -> Path:
 
 def _fetched(address: str, uri: str, sha256: str) -> Path:
     """The cached copy of a remote file, downloaded when it is not there or damaged."""
-    folder = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "gigagan")
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gigagan"
+    folder = Path(os.environ.get(CACHE_VARIABLE) or user) / "snapshots"
     path = folder / f"{sha256}.safetensors"
     if path.is_file() and _hash(path) == sha256:
         return path

@@ -626,7 +626,7 @@ def test_a_remote_folder_without_an_index_is_named(tmp_path):
 
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.setenv("GIGAGAN_CACHE", str(tmp_path / "here"))
-    assert remote.default_cache() == tmp_path / "here"
+    assert remote.default_cache() == tmp_path / "here" / "shards", "all of it may go"
     monkeypatch.delenv("GIGAGAN_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert remote.default_cache() == tmp_path / "gigagan" / "shards"

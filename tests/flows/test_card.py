@@ -9,7 +9,8 @@ from tests.flows.outputs import BASE, RULES, UPSAMPLER, evaluated, key
 RESULTS = {
     "protocol": RULES
     | {"generated_size": [64, 64], "weights_sha256": {"lpips-alex": "0", "house:own": "0"}},
-    "metrics": {"fid": 300.0, "kid": 0.25, "kid_subset_std": 0.02, "recall_at_1": 0.03},
+    "metrics": {"fid": 300.0, "kid": 0.25, "recall_at_1": 0.03},
+    "intervals": {"kid": [0.23, 0.28]},
     "reference": {"real": {"kid": 0.01}, "chance": {"recall_at_1": 0.04}},
     "absent": {"clip": "no weights"},
 }
@@ -34,8 +35,9 @@ def test_the_funnel_is_that_of_the_data_it_learned_from(text):
     assert "hold 7 pictures" in text
 
 
-def test_results_stand_beside_real_pictures_and_chance_with_their_deviation(text):
-    assert "| kid | 0.25 ± 0.02 | 0.01 |  |" in text
+def test_results_stand_beside_their_interval_real_pictures_and_chance(text):
+    assert "| kid | 0.25 | 0.23–0.28 | 0.01 |  |" in text
+    assert "| recall_at_1 | 0.03 |  |  | 0.04 |" in text
     assert "num_generated 24" in text
 
 
@@ -48,7 +50,7 @@ def test_limits_are_recorded_numbers_compared(text):
 def test_licences_of_known_models_are_named_and_others_are_not_invented(text):
     assert "| `lpips-alex` | BSD-2-Clause" in text
     assert "| `house:own` | not recorded |" in text
-    assert "Pictures and captions: not recorded." in text
+    assert "Pictures and captions: Twemoji (CC-BY 4.0) and OpenMoji (CC-BY-SA 4.0)." in text
 
 
 def test_training_figures_and_digests(text, config):

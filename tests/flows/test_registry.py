@@ -18,7 +18,7 @@ from flows.record.tracking import Tracker
 from flows.storage.store import Store
 from tests.flows.outputs import RULES, evaluated
 
-OTHER_RULES = RULES | {"seed": 1}
+OTHER_RULES = RULES | {"crop": "none"}
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import threading
 import uuid
 from pathlib import Path
@@ -187,8 +188,11 @@ def test_unfinished_work_that_changed_is_sent_and_what_is_gone_is_gone_there_too
     here.resume()
     write(here.folder / "checkpoints/1.pt", "one")
     write(here.folder / "metrics.jsonl", "1\n")
+    for unnamed in ("lists/00001.77.partial", "lists/_scatter/spill-77.partial/block.0"):
+        write(here.folder / unnamed, "half")
     assert here.push() == 2
     assert here.push() == 0
+    shutil.rmtree(here.folder / "lists")
     write(here.folder / "checkpoints/2.pt", "two")
     (here.folder / "checkpoints/1.pt").unlink()
     write(here.folder / "metrics.jsonl", "1\n2\n")

@@ -78,7 +78,7 @@ def test_a_remote_file_is_fetched_once_and_again_when_its_copy_is_damaged(
     memory.pipe_file("/bucket/base", files["base"].read_bytes())
     register(client, files, **{"base.uri": "memory://bucket/base"})
     base, _ = resolver.resolve(f"models:/{NAME}@champion")
-    assert (base.parent, base.read_text()) == (tmp_path / "cache", "base")
+    assert (base.parent, base.read_text()) == (tmp_path / "cache" / "snapshots", "base")
     base.write_text("damaged")
     assert resolver.resolve(f"models:/{NAME}@champion")[0].read_text() == "base"
     memory.rm("/bucket", recursive=True)
