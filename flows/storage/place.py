@@ -319,6 +319,10 @@ class Place:
             return (self.folder / name).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except IsADirectoryError as error:
+            raise DamagedError(
+                f"{self.folder / name} is a folder: delete it, and its stage runs again"
+            ) from error
 
     def _sha256(self, name: str) -> str:
         return self.remote.sha256(name) if self.remote else sha256(self.folder / name)

@@ -98,7 +98,10 @@ def only(prefix: str, candidates: Sequence[str], what: str) -> str:
 
 def _elsewhere(store: Store, where: str) -> Place:
     if "://" not in where or where.startswith("file://"):
-        return Place(ROOT / Path(where.removeprefix("file://")).expanduser())
+        try:
+            return Place(ROOT / Path(where.removeprefix("file://")).expanduser())
+        except RuntimeError as error:  # the home of nobody
+            raise UpstreamError(f"upstream {where}: {error}") from error
     remote = Remote(where)
     manifest = Place(store.root, remote).manifest()
     # Without a manifest the folder does not matter: the caller refuses it.

@@ -480,3 +480,11 @@ def test_a_longer_run_leaves_alone_a_shorter_one_that_is_being_written(bench):
     assert bench.store.place("train-base", shorter).names() == sorted(
         [*(f"checkpoints/at-{n}" for n in (1, 2, 3)), "manifest.json", "snapshot"]
     )
+
+
+def test_a_manifest_that_is_a_folder_is_named(bench):
+    output = bench.up_to_date(bench.download)
+    (output.path / contract.MANIFEST).unlink()
+    (output.path / contract.MANIFEST).mkdir()
+    with pytest.raises(contract.DamagedError, match=r"manifest\.json is a folder: delete it"):
+        bench.store.lookup(bench.download, output.key)
