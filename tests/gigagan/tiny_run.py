@@ -154,16 +154,16 @@ def die():
 
 def at_step(at, act, count=1):
     """Before G's update of the step at this position, the `count`-th time."""
-    update, met = Run.update, []
+    judge, met = Run.judge, []
 
     def fatal(self, name, *rest):
         if name == "g" and self.images_seen == at:
             met.append(at)
             if len(met) == count:
                 act()
-        return update(self, name, *rest)
+        return judge(self, name, *rest)
 
-    Run.update = fatal
+    Run.judge = fatal
 
 
 def kill_in_step(at, count=1):
