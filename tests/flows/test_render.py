@@ -5,7 +5,7 @@ import yaml
 
 from flows import render
 from flows.__main__ import main
-from flows.record.tracking import Tracker
+from flows.record.tracking import Tracker, child_environment, tracking_uri
 
 CLUSTER = "{image: train:1, claim: store, mount_path: MOUNT}"
 
@@ -43,7 +43,8 @@ def test_a_slurm_stage_is_a_batch_script(capsys, tmp_path):
 def test_what_is_rendered_is_told_the_same_as_what_is_started(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")
     store = tmp_path / "store"
-    assert render._environment(store) == Tracker("x", store).child_environment(render.RUN)
+    told = Tracker("x", store).child_environment(render.RUN)
+    assert child_environment(tracking_uri(store), render.RUN) == told
 
 
 def test_a_password_of_the_tracking_server_is_not_printed(capsys, tmp_path, monkeypatch):
