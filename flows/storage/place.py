@@ -24,6 +24,8 @@ WORK = ".work.json"
 """Lists the files of unfinished work that were sent; it is written after them."""
 LINE = ".line.json"
 """Of a stage whose runs have a length: which run this is, and how long."""
+TAKEN = ".taken"
+"""Where the work of another output is brought to, before it takes its place."""
 UNFINISHED = (".partial", ".tmp", ".part")
 """Endings of files, and of folders of them, that their writer has not named yet."""
 
@@ -136,21 +138,34 @@ class Place:
             return sorted(n for n in found if not any(p.startswith(".") for p in n.split("/")))
         return [name for name, _ in listing(self.folder)] if self.folder.is_dir() else []
 
-    def take_over(self, other: Place, progress: Progress = silent) -> None:
-        """Bring the work of another output into this folder, its newest files last."""
+    def take_over(
+        self, other: Place, reached: Callable[[Iterable[str]], int], progress: Progress = silent
+    ) -> None:
+        """Bring the work of another output into this folder.
+
+        All of it is brought aside first. What tells how far it is takes its place last, and whole:
+        whoever is interrupted before does it again.
+        """
         names = [n for n in other.names() if n != MANIFEST and not _is_unfinished(n)]
+        aside = self.folder / TAKEN
+        shutil.rmtree(aside, ignore_errors=True)
 
         def bring(name: str) -> None:
-            target = inside(self.folder, name)
+            target = inside(aside, name)
             target.parent.mkdir(parents=True, exist_ok=True)
-            aside = target.with_name(f"{target.name}.partial")
             if other.remote:
-                other.remote.download(name, aside)
+                other.remote.download(name, target)
             else:
-                shutil.copy2(inside(other.folder, name), aside)
-            aside.replace(target)
+                shutil.copy2(inside(other.folder, name), target)
 
         each("taking over earlier work", bring, names, progress)
+        tops: dict[str, list[str]] = {}
+        for name in names:
+            tops.setdefault(name.partition("/")[0], []).append(name)
+        for top in sorted(tops, key=lambda top: (reached(tops[top]), top)):
+            _remove(self.folder / top)
+            (aside / top).replace(self.folder / top)
+        shutil.rmtree(aside, ignore_errors=True)
 
     def discard(self, keep: Sequence[str] = ()) -> None:
         """Delete everything, manifest first, but the top-level names in `keep`."""
@@ -341,12 +356,16 @@ class Place:
             return
         (self.folder / MANIFEST).unlink(missing_ok=True)
         for path in self.folder.iterdir():
-            if path.name in keep:
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            if path.name not in keep:
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Delete a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_unfinished(name: str) -> bool:

@@ -243,7 +243,7 @@ class Store:
         setting, name = f"{stage.section}.{stage.length.setting}", other.folder.name
         try:
             with self.lease(stage, name, wait=False):
-                own.take_over(other, progress)
+                own.take_over(other, stage.length.reached, progress)
         except BusyError as error:
             return f"begins anew, for the shorter run to go on from is in use: {error}"
         return f"goes on from {stage.name}/{name}, which came to {reached:,} of {setting}"

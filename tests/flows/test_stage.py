@@ -482,6 +482,27 @@ def test_a_longer_run_leaves_alone_a_shorter_one_that_is_being_written(bench):
     )
 
 
+def test_a_take_over_that_was_interrupted_is_done_again(bench, monkeypatch):
+    training = Training(bench)
+    training.to(3)
+    moved, replace = [], Path.replace
+
+    def killed(path, target):
+        if path.parent.name == ".taken":
+            moved.append(path.name)
+            if path.name == "checkpoints":
+                raise KeyboardInterrupt
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            training.to(5)
+    assert moved == ["snapshot", "checkpoints"], "what tells how far it is comes last"
+    assert "came to 3" in training.to(5)
+    assert training.begun == [0, 3]
+
+
 def test_a_manifest_that_is_a_folder_is_named(bench):
     output = bench.up_to_date(bench.download)
     (output.path / contract.MANIFEST).unlink()

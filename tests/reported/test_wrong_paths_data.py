@@ -21,6 +21,8 @@ sys.path.append(str(Path(__file__).parents[1] / "data"))  # as the tests there
 import fake
 import score_tasks as tasks
 
+from .wrong import CONTENTS as COMMON
+
 OFF = [f"--set={name}=null" for name in ("min_side", "max_aspect", "max_unsafe", "max_watermark")]
 TINY = ["--set", "min_similarity=null", "--set", "min_side=8", "--set", "resolutions=[8]"]
 SCORED = ["--download", "GOOD", "--encoders", "json:dumps"]
@@ -54,13 +56,7 @@ FILES: dict[str, list[str]] = {
     "contact sheet": ["inspect", "GOOD", "--out", "WRONG"],
 }
 """Where a file is written."""
-CONTENTS: dict[str, bytes] = {
-    "empty": b"",
-    "garbage": b"\x89\xff\x00PAR1" * 50,
-    "text": b"hello\n",
-    "object.json": b'{"a": [1]}',
-    "list.json": b"[1, 2]",
-    "torn.json": b'{"a": [1',
+CONTENTS = COMMON | {
     "picture.png": fake.encoded(fake.noise(1)),
     "garbage.parquet": b"PAR1" + b"\xfe\x01" * 90 + b"PAR1",
 }
