@@ -126,9 +126,10 @@ def test_the_champion_is_found_where_the_store_is_now(home):
 @pytest.mark.slow
 def test_the_page_shows_a_record_in_a_folder_of_any_name(home, monkeypatch):
     new = home.rename(home.parent / NAMES[3])
-    record(Tracker("shown", new / "store"), "first.txt")
+    tracker = Tracker("shown", new / "store")
+    record(tracker, "first.txt")
     with ui.mlflow_page(new / "store", services.free_port()) as page:
-        assert compare.shows(page, "shown/download")
+        assert compare.shows(page, tracker, "download")
     assert {path.name for path in home.parent.iterdir()} == {new.name}
 
 

@@ -24,7 +24,8 @@ def test_sigkill_of_the_flow_crashes_the_run_and_a_retry_resumes_to_equal_weight
     kill(site.flow_process(run))
     assert "exited with status code: -9" in site.wait(run, "CRASHED").message
     wait_for(lambda: not training.is_running(), 30)
-    assert [child.state.type.value for child in site.children(run)] == ["RUNNING"]
+    (child,) = site.children(run)  # until its heartbeats are missed, which a slow machine sees here
+    assert child.state.type.value in {"RUNNING", "CRASHED"}
 
     # The worker's last word on the crash, which would overwrite an earlier retry.
     wait_for(lambda: "worker - Check whether" in (site.folder / "worker.log").read_text(), 60)
