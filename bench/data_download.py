@@ -23,8 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data import demo, download, processes
+from data import demo
 from data.config import DownloadConfig
+from data.download import processes
+from data.download import run as download
 
 PICTURES = 3000
 SIDE = 256

@@ -20,9 +20,9 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data.loader import ShardLoader
-from data.manifest import Entry, Index
-from data.shards import COLUMNS, ShardWriter, encoded, write_index
+from data.shards.loader import ShardLoader
+from data.shards.manifest import Entry, Index
+from data.shards.write import COLUMNS, ShardWriter, encoded, write_index
 
 CASES = ((64, "png", 1024), (256, "jpg", 384), (512, "jpg", 192))
 """Side in px, codec, pictures."""

@@ -10,9 +10,9 @@ import pyarrow.compute as pc
 
 from bench.timing import medians
 from data.config import DownloadConfig
-from data.prefilter import BATCH_ROWS, columns_of, judged, reasons, tidied
+from data.lists.prefilter import BATCH_ROWS, columns_of, judged, reasons, tidied
+from data.lists.sources import Source, connect
 from data.schema import TYPES
-from data.sources import Source, connect
 
 ROWS = 2_000_000
 

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.config import FilterConfig
-from data.duplicates import near_duplicates
+from data.filter.duplicates import near_duplicates
+from data.filter.select import select
 from data.schema import MINIATURE, SCORES
-from data.select import select
 
 NUM_ROWS = 1_000_000
 ROWS_A_FILE = 1000

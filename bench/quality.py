@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from bench import rivals
-from data.loader import ShardLoader
+from data.shards.loader import ShardLoader
 from gigagan.evaluation.distances import frechet_distance, kernel_distance, prdc
 from gigagan.evaluation.features import Picture, inception_features
 from gigagan.evaluation.heldout import read_heldout

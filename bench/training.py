@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from bench import model, rivals
 from bench.model import BATCHES, CONFIGS, OURS, median
 from bench.rivals import Calls, Parts
-from data.loader import ShardLoader
+from data.shards.loader import ShardLoader
 from gigagan import losses
 from gigagan.config import TrainBaseConfig
 from gigagan.config.presets import preset

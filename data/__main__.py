@@ -73,9 +73,9 @@ def _line(error: Exception) -> str:
 
 
 def _metadata(options: argparse.Namespace) -> None:
-    from data import metadata
     from data.config import DownloadConfig
     from data.console import shown
+    from data.lists import metadata
 
     given = {"metadata": tuple(options.lists), "source": "metadata"} if options.lists else {}
     config = _config(DownloadConfig, "download", options, **given)
@@ -95,9 +95,10 @@ def _metadata(options: argparse.Namespace) -> None:
 
 
 def _download(options: argparse.Namespace) -> None:
-    from data import download, metadata
     from data.config import DownloadConfig
     from data.console import shown
+    from data.download import run as download
+    from data.lists import metadata
 
     lists = metadata.listed(options.out)
     begun = {**lists, **download.begun(options.out)}
@@ -121,11 +122,11 @@ def _download(options: argparse.Namespace) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
-    from data import score
     from data.config import ScoreConfig
     from data.console import shown
+    from data.lists.sources import fingerprint
+    from data.score import run as score
     from data.settings import EncoderFactory
-    from data.sources import fingerprint
 
     config = _config(ScoreConfig, "score", options)
     make_encoders = EncoderFactory(options.encoders, config)
@@ -151,9 +152,9 @@ def _score(options: argparse.Namespace) -> None:
 
 
 def _filter(options: argparse.Namespace) -> None:
-    from data import filter as filtering
     from data.config import FilterConfig
     from data.console import shown
+    from data.filter import run as filtering
 
     config = _config(FilterConfig, "filter", options)
     with _writing(options.out), shown() as progress:
@@ -170,11 +171,11 @@ def _filter(options: argparse.Namespace) -> None:
 
 
 def _shards(options: argparse.Namespace) -> None:
-    from data import shards
     from data.config import FilterConfig
     from data.console import shown
+    from data.look.tables import opened
     from data.schema import SCORES
-    from data.tables import opened
+    from data.shards import write as shards
 
     config = _config(FilterConfig, "filter", options)
     kept = options.kept or options.out / "kept.parquet"
@@ -230,8 +231,8 @@ def _coco_captions(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from data import inspect
     from data.console import shown
+    from data.look import inspect
 
     alone = _writing(options.out, is_file=True) if options.out else nullcontext()
     with alone, shown() as progress:
@@ -257,7 +258,7 @@ def _config(
 @contextmanager
 def _writing(out: Path, *, is_file: bool = False) -> Iterator[None]:
     """Be the only command that writes there; folders made for nothing go again."""
-    from data.processes import only_writer
+    from data.download.processes import only_writer
 
     place = next(p for p in ([] if is_file else [out]) + [*out.parents] if p.exists())
     if not place.is_dir():
@@ -279,7 +280,7 @@ def _writing(out: Path, *, is_file: bool = False) -> Iterator[None]:
 @contextmanager
 def _planned(path: Path, plan: dict[str, Any]) -> Iterator[None]:
     """Refuse to go on in a folder that was begun with other settings, or from other inputs."""
-    from data.processes import LOCK
+    from data.download.processes import LOCK
 
     begun = json.loads(path.read_text(encoding="utf-8")) if path.exists() else plan
     if changed := sorted(name for name in plan if begun.get(name) != plan[name]):

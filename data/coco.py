@@ -10,10 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data import archives
-from data.archives import Archive
 from data.entries import entries
 from data.report import Progress, silent
+from data.web import archives
+from data.web.archives import Archive
 
 Colour = tuple[int, int, int]
 

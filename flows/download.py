@@ -16,7 +16,7 @@ from flows.stage import Context, Progress, Stage
 
 def run(context: Context) -> None:
     """The stage's body; a second attempt fetches only the shards that are missing."""
-    from data.download import run as fetch
+    from data.download.run import run as fetch
 
     report = fetch(
         context.path,
@@ -31,7 +31,7 @@ def external(config: PipelineConfig) -> Mapping[str, str]:
     """The lists of URLs: other rows under the same name make another download."""
     if config.download.source == "embedded":
         return {}
-    from data.metadata import fingerprint
+    from data.lists.metadata import fingerprint
 
     return {"metadata": fingerprint(config.download.metadata)}
 

@@ -22,7 +22,7 @@ MAX_ALIGNER_PAIRS = 200_000
 
 def run(context: Context) -> None:
     """The stage's body; a second attempt writes only the shards that are missing."""
-    from data.filter import run as select_and_shard
+    from data.filter.run import run as select_and_shard
 
     scores = context.inputs["scores"].parent
     report = select_and_shard(

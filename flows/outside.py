@@ -19,7 +19,7 @@ def lacking(config: PipelineConfig, stage: StageName) -> list[str]:
     """Settings and files without which a stage is sure to fail, each with its remedy."""
     found: list[str] = []
     if stage == StageName.DOWNLOAD and config.download.source == "metadata":
-        from data.sources import find
+        from data.lists.sources import find
 
         if config.download.contact is None:
             found.append(

@@ -16,7 +16,7 @@ from flows.stage import Context, Need, Stage
 
 def run(context: Context) -> None:
     """The stage's body; a second attempt scores only the shards that are missing."""
-    from data.score import run as score
+    from data.score.run import run as score
     from gigagan.scoring import encoders
 
     report = score(

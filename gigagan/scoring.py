@@ -1,4 +1,4 @@
-"""The frozen models that score pictures and captions, as functions for data.score.
+"""The frozen models that score pictures and captions, as functions for data.score.run.
 
 A worker imports this: neither Prefect nor MLflow comes with it.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from data.config import ScoreConfig
-    from data.score import Encoders
+    from data.score.run import Encoders
 
 IMAGE_ENCODER = "embedded:efficientnet-lite0"
 TEXT_ENCODER = "embedded:minilm-l6"
@@ -27,7 +27,7 @@ def encoders(config: ScoreConfig, worker: int = 0) -> Encoders:
 
     Workers take the devices in turn.
     """
-    from data.score import Encoders
+    from data.score.run import Encoders
     from gigagan.models import pretrained
 
     device = _device(config.devices, worker)

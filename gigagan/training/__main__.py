@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from data.loader import CorruptShardsError, ShardLoader
+from data.shards.loader import CorruptShardsError, ShardLoader
 from gigagan import losses
 from gigagan.config import TextConfig, TrainBaseConfig, TrainStage
 from gigagan.evaluation.heldout import Heldout, read_heldout

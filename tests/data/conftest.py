@@ -7,9 +7,9 @@ import os
 import numpy as np
 import pytest
 
-from data import download
 from data.config import DownloadConfig, EmbeddedConfig
-from data.score import Encoders
+from data.download import run as download
+from data.score.run import Encoders
 
 # img2dataset's import asks the web otherwise
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"

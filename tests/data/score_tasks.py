@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.score import Encoders
+from data.score.run import Encoders
 
 
 def image_features(images):

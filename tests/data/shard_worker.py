@@ -5,8 +5,8 @@ import signal
 import sys
 from pathlib import Path
 
-from data import shards
 from data.config import FilterConfig
+from data.shards import write as shards
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from data import coco
-from data.archives import Archive, ArchiveError, unpack
+from data.web.archives import Archive, ArchiveError, unpack
 
 
 def write(tmp_path, document):

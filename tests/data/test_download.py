@@ -27,8 +27,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data import download, parts, processes
 from data.config import DownloadConfig
+from data.download import parts, processes
+from data.download import run as download
 from data.layout import ImageShard, image_shards
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -238,7 +239,7 @@ def test_img2datasets_own_fetch_cannot_read_our_requests(site):
 
 def test_a_worker_that_is_gone_without_leaving_counts_as_killed(tmp_path):
     script = (
-        "import sys; from pathlib import Path; from data.processes import Pulse\n"
+        "import sys; from pathlib import Path; from data.download.processes import Pulse\n"
         "pulse = Pulse(Path(sys.argv[1])); pulse.begin(); pulse.beat()\n"
         "print('ready', flush=True); sys.stdin.read(); pulse.end(); pulse.leave()\n"
     )

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import duplicates
+from data.filter import duplicates
 
 
 def brute_force(phash, miniature, area, max_bits, max_colour):

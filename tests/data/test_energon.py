@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from data import shards
 from data.config import FilterConfig
+from data.shards import write as shards
 
 energon = pytest.importorskip("megatron.energon", reason="needs megatron-energon")
 

@@ -21,11 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import addresses
-from data.addresses import MAX_URL, RefusedError, is_public, vetted
 from data.config import DownloadConfig
 from data.decoders import Decoders
-from data.fetch import Fetcher, FetchSettings, _checked, _failed
+from data.web import addresses
+from data.web.addresses import MAX_URL, RefusedError, is_public, vetted
+from data.web.fetch import Fetcher, FetchSettings, _checked, _failed
 
 spec = importlib.util.spec_from_file_location("hostile", Path(__file__).with_name("hostile.py"))
 hostile = importlib.util.module_from_spec(spec)
@@ -96,7 +96,7 @@ def test_slow_pages_end_with_their_fates_at_the_deadline(site):
 
 
 def test_a_header_that_takes_too_long_is_refused(monkeypatch):
-    monkeypatch.setattr("data.fetch._headers", lambda: few)
+    monkeypatch.setattr("data.web.fetch._headers", lambda: few)
     few = Decoders(seconds=0.3, at_once=2)
     with pytest.raises(RefusedError, match=r"more than 0\.3 s of a processor") as caught:
         _checked(bombs.gif_of_comments(400_000), 100)
@@ -124,7 +124,7 @@ def test_a_compressed_body_arrives_as_the_picture(patient):
 
 
 def test_a_bomb_of_200_mb_is_held_to_the_limit(site, monkeypatch):
-    monkeypatch.setattr("data.fetch._checked", pytest.fail)  # it never gets that far
+    monkeypatch.setattr("data.web.fetch._checked", pytest.fail)  # it never gets that far
     assert fate(fetcher(site, retries=0), url_of("/gzip-bomb")) == "too_many_bytes"
 
 

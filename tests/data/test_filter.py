@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data import duplicates, pictures, shards
-from data import filter as filter_stage
 from data.config import FilterConfig
+from data.filter import duplicates, pictures
+from data.filter import run as filter_stage
 from data.layout import ImageShard
 from data.schema import FATES, SCORES
+from data.shards import write as shards
 
 PER_SHARD, NUM_SHARDS = 7, 3
 CONFIG = FilterConfig(min_side=30, resolutions=(8, 16), samples_per_shard=5, languages=("en",))

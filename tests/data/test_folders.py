@@ -9,9 +9,9 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from data import filter as filtering
-from data import score
 from data.config import FilterConfig, ScoreConfig
+from data.filter import run as filtering
+from data.score import run as score
 
 sys.path.append(str(Path(__file__).parent))  # as in test_score
 import fake
@@ -37,7 +37,7 @@ def test_scores_and_verdicts_are_those_of_their_own_folder(tmp_path, name, other
 
 @pytest.mark.parametrize("name", ["runs [v1]", "a*b?", "plain"])
 def test_a_resumed_download_sees_which_of_its_shards_are_done(tmp_path, monkeypatch, name):
-    from data import collect
+    from data.download import collect
 
     monkeypatch.setattr(LocalFileSystem, "glob", LocalFileSystem.glob)
     for folder, shard in ((name, "00003"), ("runs v", "00007"), ("a bc", "00007")):

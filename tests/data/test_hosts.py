@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import urllib3
 
-from data import hosts
-from data.addresses import RefusedError
 from data.config import DownloadConfig
-from data.fetch import Fetcher, FetchSettings
-from data.hosts import Hosts, Store, Turns, opt_out
+from data.web import hosts
+from data.web.addresses import RefusedError
+from data.web.fetch import Fetcher, FetchSettings
+from data.web.hosts import Hosts, Store, Turns, opt_out
 
 spec = importlib.util.spec_from_file_location("hostile", Path(__file__).with_name("hostile.py"))
 hostile = importlib.util.module_from_spec(spec)
@@ -250,7 +250,7 @@ def test_processes_share_what_hosts_said(tmp_path):
 
 WRITES = """
 import sys, time
-from data.hosts import Said, Store
+from data.web.hosts import Said, Store
 store = Store(sys.argv[1])
 for number in range(100):
     store.put(f"http://{number}.test/", Said("text", "", "", time.time() + 60))

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data import inspect
-from data.sheet import CELL_PX, Tile, contact_sheet
+from data.look import inspect
+from data.look.sheet import CELL_PX, Tile, contact_sheet
 
 
 def picture(width, height, codec="PNG", seed=0):

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageDraw, features
 
 from data.lettering import length, wrapped, write
-from data.sheet import Tile, contact_sheet
+from data.look.sheet import Tile, contact_sheet
 
 PAIRS = {  # of letters that are as wide: boxes for both would be equal pictures
     "German": ("ü", "ö"), "Chinese": ("猫", "犬"), "Japanese": ("あ", "お"), "Korean": ("고", "기"),

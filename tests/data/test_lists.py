@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data import metadata
 from data.config import DownloadConfig, ListColumn
+from data.lists import metadata
 from data.schema import ALIASES, MetadataError
 
 ANY = {

@@ -25,11 +25,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import remote, shards
 from data.config import FilterConfig
-from data.loader import CorruptShardsError, ShardLoader
-from data.manifest import SIDECAR, ManifestError
-from data.order import Order
+from data.shards import remote
+from data.shards import write as shards
+from data.shards.loader import CorruptShardsError, ShardLoader
+from data.shards.manifest import SIDECAR, ManifestError
+from data.shards.order import Order
 
 sys.path.append(str(Path(__file__).parent))  # several folders are called `tests`
 from kept_rows import colour, key_at, member, noisy, write_kept

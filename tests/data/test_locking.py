@@ -14,15 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 
 import data.__main__ as command
-from data import coco, inspect
-from data.processes import LOCK, only_writer
+from data import coco
+from data.download.processes import LOCK, only_writer
+from data.look import inspect
 from data.schema import SCORES
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
 import sys, time
 from pathlib import Path
-from data.processes import only_writer
+from data.download.processes import only_writer
 with only_writer(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))
@@ -101,16 +102,16 @@ def test_other_folders_and_other_files_do_not_wait(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "function"),
     [
-        (["metadata", "OUT", "a.parquet"], "metadata.prepare"),
-        (["download", "OUT"], "download.run"),
-        (["score", "OUT", "--download", "d", "--encoders", "json:dumps"], "score.run"),
-        (["filter", "OUT", "--scores", "s", "--download", "d"], "filter.run"),
-        (["shards", "OUT", "--download", "d", "--kept", "KEPT"], "shards.write"),
+        (["metadata", "OUT", "a.parquet"], "lists.metadata.prepare"),
+        (["download", "OUT"], "download.run.run"),
+        (["score", "OUT", "--download", "d", "--encoders", "json:dumps"], "score.run.run"),
+        (["filter", "OUT", "--scores", "s", "--download", "d"], "filter.run.run"),
+        (["shards", "OUT", "--download", "d", "--kept", "KEPT"], "shards.write.write"),
         (["coco", "fetch", "OUT"], "coco.fetch"),
     ],
 )
 def test_every_step_holds_its_folder_while_it_writes(tmp_path, monkeypatch, arguments, function):
-    module, name = function.split(".")
+    module, name = function.rsplit(".", 1)
     held = []
 
     def work(*_, **__):

@@ -12,8 +12,9 @@ import pytest
 from rich.console import Console
 
 import data.__main__ as command
-from data import coco, console, metadata, report, settings
+from data import coco, console, report, settings
 from data.config import DownloadConfig, FilterConfig, ScoreConfig
+from data.lists import metadata
 from data.schema import SCORES
 
 REPORT = report.Report(
@@ -30,7 +31,7 @@ def calls(monkeypatch):
         return {}
 
     def stand_in(name, outcome):
-        module, function = name.split(".")
+        module, function = name.rsplit(".", 1)
 
         def called(*arguments, progress, **settings):
             progress("rows", 1, 2)
@@ -44,13 +45,13 @@ def calls(monkeypatch):
         )
         monkeypatch.setattr(f"data.{module}", sys.modules[f"data.{module}"], raising=False)
 
-    import data.filter  # noqa: F401  # what it imports must not be a stand-in
+    import data.filter.run  # noqa: F401  # what it imports must not be a stand-in
 
-    stand_in("metadata.prepare", REPORT.funnel)
-    stand_in("download.run", REPORT)
-    stand_in("score.run", REPORT)
-    stand_in("filter.run", REPORT)
-    stand_in("shards.write", {})
+    stand_in("lists.metadata.prepare", REPORT.funnel)
+    stand_in("download.run.run", REPORT)
+    stand_in("score.run.run", REPORT)
+    stand_in("filter.run.run", REPORT)
+    stand_in("shards.write.write", {})
     return noted
 
 
@@ -81,7 +82,7 @@ def test_metadata_lists_go_to_prepare_and_the_funnel_is_printed(calls, tmp_path,
     arguments = ["a.parquet", "s3://b/*.csv", "--set", "min_side=7", "--workers", "3"]
     assert command.main(["metadata", str(tmp_path), *arguments]) == 0
     ((name, (files, out, config), settings_),) = calls
-    assert (name, files, out) == ("metadata.prepare", ("a.parquet", "s3://b/*.csv"), tmp_path)
+    assert (name, files, out) == ("lists.metadata.prepare", ("a.parquet", "s3://b/*.csv"), tmp_path)
     assert config == DownloadConfig(source="metadata", metadata=files, min_side=7)
     assert settings_ == {"workers": 3, "backend": "processes"}
     assert capsys.readouterr().out == REPORT.table() + "\n"
@@ -105,7 +106,7 @@ def test_download_takes_processes_and_threads(calls, tmp_path, capsys):
     assert [settings_ for _, _, settings_ in calls] == [
         {**pace, "verify": is_read} for is_read in (False, True)
     ]
-    assert calls[0][:2] == ("download.run", (tmp_path, DownloadConfig()))
+    assert calls[0][:2] == ("download.run.run", (tmp_path, DownloadConfig()))
     assert capsys.readouterr().out == 2 * (REPORT.table() + "\nx: 0.5\n")
 
 
@@ -195,7 +196,7 @@ def test_a_download_takes_the_lists_of_its_folder_with_their_settings(tmp_path, 
 
 def test_a_begun_download_goes_on_with_its_settings(tmp_path, calls, monkeypatch):
     plan = {"seed": 3, "embedded": {"size_px": 96}, "of_another_version": 1}
-    monkeypatch.setattr(sys.modules["data.download"], "begun", lambda out: plan)
+    monkeypatch.setattr(sys.modules["data.download.run"], "begun", lambda out: plan)
     assert command.main(["download", str(tmp_path)]) == 0
     assert command.main(["download", str(tmp_path), "--set", "embedded.seed=5"]) == 0
     found = [config for _, (_, config), _ in calls]

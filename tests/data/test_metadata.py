@@ -21,10 +21,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data import metadata, prefilter, scatter
 from data.config import DownloadConfig
+from data.lists import metadata, prefilter, scatter
+from data.lists.sources import find
 from data.schema import LIST, MetadataError, resolve
-from data.sources import find
 
 LAION = ["URL", "TEXT", "WIDTH", "HEIGHT", "similarity", "hash", "punsafe", "pwatermark"]
 RELAION = [

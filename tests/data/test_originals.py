@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from data import mend, originals
+from data import originals
 from data.config import DownloadConfig
-from data.fetch import FetchSettings
+from data.download import mend
+from data.download.parts import Summary
 from data.layout import image_shards
-from data.parts import Summary
+from data.web.fetch import FetchSettings
 
 sys.path.append(str(Path(__file__).parent))  # several folders are called `tests`
 import fake

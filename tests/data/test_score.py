@@ -15,14 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data import decoders, score
+from data import decoders
 from data.config import ScoreConfig
 from data.executor import TaskError
-from data.judge import colourfulness
-from data.language import language
 from data.layout import image_shards
 from data.originals import DamagedError
 from data.schema import SCORES
+from data.score import run as score
+from data.score.judge import colourfulness
+from data.score.language import language
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

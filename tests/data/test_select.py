@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data import duplicates, select
 from data.config import FilterConfig
-from data.rules import RULES, UnscoredError
+from data.filter import duplicates, select
+from data.filter.rules import RULES, UnscoredError
+from data.look.tables import describe_tables
 from data.schema import SCORES
-from data.tables import describe_tables
 
 ROWS_A_FILE = 4
 

@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data import shards
 from data.config import FilterConfig
 from data.decode import decode, square
 from data.originals import DamagedError
 from data.schema import SCORES
-from data.shards import ShardError, ShardJob
+from data.shards import write as shards
+from data.shards.write import ShardError, ShardJob
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE))  # several folders are called `tests`

@@ -293,7 +293,7 @@ def test_the_filter_knows_the_digests_of_its_tars_and_sidecars(tmp_path, monkeyp
         write(out / "shards/064/index.json", json.dumps({"shards": [listed]}))
         return Report()
 
-    monkeypatch.setattr("data.filter.run", run)
+    monkeypatch.setattr("data.filter.run.run", run)
     (tmp_path / "in/x").mkdir(parents=True)
     inputs = {"scores": tmp_path / "in/x", "fates": tmp_path / "in/x"}
     context = Context(tmp_path, PipelineConfig().filter, inputs)

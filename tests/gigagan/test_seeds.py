@@ -3,7 +3,7 @@ import pytest
 from pydantic import ValidationError
 
 from data.config import DownloadConfig, EmbeddedConfig, ScoreConfig
-from data.order import Order
+from data.shards.order import Order
 from gigagan import seeds
 from gigagan.config import EvaluateConfig, TrainBaseConfig, TrainUpsamplerConfig
 

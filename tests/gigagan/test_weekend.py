@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from data.loader import CorruptShardsError, ShardLoader
+from data.shards.loader import CorruptShardsError, ShardLoader
 from gigagan.models import snapshot
 from gigagan.training import checkpoint
 

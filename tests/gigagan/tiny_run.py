@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data.loader import Batch, ShardLoader
-from data.manifest import SIDECAR, Entry, Index
+from data.shards.loader import Batch, ShardLoader
+from data.shards.manifest import SIDECAR, Entry, Index
 from gigagan.config import (
     AugmentConfig,
     DiscriminatorConfig,

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from kubernetes.utils.quantity import parse_quantity
 
-from data.addresses import is_public
+from data.web.addresses import is_public
 from flows.config import PipelineConfig, parse_assignments
 from flows.launch.command import Job
 from flows.launch.manifest import manifest

@@ -156,7 +156,7 @@ def test_lists_of_another_format_are_called_by_it(tmp_path, name, content, word)
 
 
 def test_a_png_with_a_megabyte_of_text_is_a_picture(tmp_path):
-    from data.fetch import _checked
+    from data.web.fetch import _checked
     from gigagan.evaluation.features import open_rgb
 
     def chunk(tag, content):
@@ -178,7 +178,7 @@ def test_a_png_with_a_megabyte_of_text_is_a_picture(tmp_path):
 
 @pytest.mark.parametrize("kind", ["JPEG2000", "ICO"])
 def test_every_named_format_passes_the_fetch(kind):
-    from data.fetch import _checked
+    from data.web.fetch import _checked
 
     stored = io.BytesIO()
     Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)).save(stored, kind)
@@ -200,7 +200,7 @@ def test_sixteen_bit_grey_is_the_same_everywhere(tmp_path):
 
 
 def test_metadata_addresses_of_clouds_are_not_public():
-    from data.addresses import is_public
+    from data.web.addresses import is_public
 
     for address in ("192.0.0.192", "169.254.169.254", "100.100.100.200", "fd00:ec2::254",
                     "::ffff:192.0.0.192", "64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::"):  # fmt: skip
@@ -210,7 +210,7 @@ def test_metadata_addresses_of_clouds_are_not_public():
 
 def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded():
     from data.decode import decode
-    from data.fetch import _checked
+    from data.web.fetch import _checked
 
     stored = io.BytesIO()
     Image.new("RGB", (512, 512), "red").save(stored, "JPEG", progressive=True)

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import data.__main__ as command
-from data import score
 from data.config import ScoreConfig
+from data.score import run as score
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))  # as the tests there
 import fake

@@ -23,7 +23,7 @@ from typing import NamedTuple, TextIO
 import psutil
 from pydantic import BaseModel, ConfigDict
 
-from data.fetch import FetchSettings
+from data.web.fetch import FetchSettings
 
 VETTED = "vetted "
 """How each error of our fetch begins in img2dataset's tables: others are not ours."""
@@ -70,7 +70,7 @@ class Job(BaseModel):
     @property
     def environment(self) -> dict[str, str]:
         """Variables that every process needs, those on other machines as well."""
-        root = str(Path(__file__).resolve().parents[1])
+        root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         without = " ".join(name for name in UNUSED if name != self.distributor)
         return {**QUIET, "PYTHONPATH": path, WITHOUT: without}
@@ -201,11 +201,11 @@ def _memory(process: psutil.Process, *, exact: bool) -> int:
 
 @contextmanager
 def session(job: Job, path: Path, log: Path) -> Iterator[Session]:
-    """`python -m data.collect PATH`; ended with all its descendants when the block is left."""
+    """`python -m data.download.collect PATH`, ended with its descendants when the block is left."""
     path.write_text(job.model_dump_json(indent=1), encoding="utf-8")
     with log.open("ab") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-m", "data.collect", str(path)],
+            [sys.executable, "-m", "data.download.collect", str(path)],
             env={**os.environ, **job.environment},
             stdin=subprocess.DEVNULL,
             stdout=sink,

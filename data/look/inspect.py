@@ -22,10 +22,10 @@ from PIL import Image, UnidentifiedImageError
 from data import decoders
 from data.console import amount
 from data.decode import decode, opened
+from data.look.sheet import CELL_PX, Tile, contact_sheet
+from data.look.tables import describe_tables
+from data.look.tables import opened as opened_table
 from data.report import Progress, silent
-from data.sheet import CELL_PX, Tile, contact_sheet
-from data.tables import describe_tables
-from data.tables import opened as opened_table
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "avif", "bmp", "tif", "tiff")
 """Kinds of members that hold pictures."""

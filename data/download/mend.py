@@ -21,12 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data import originals
-from data.fetch import Fetcher, FetchSettings, RefusedError
+from data.download.parts import Summary
 from data.layout import PART_DIGITS, ImageShard
 from data.originals import Damage
-from data.parts import Summary
 from data.report import Progress, silent
 from data.schema import FATES
+from data.web.fetch import Fetcher, FetchSettings, RefusedError
 
 
 def mend(

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from data.manifest import AGAIN, INDEX, Entry, ManifestError
+from data.shards.manifest import AGAIN, INDEX, Entry, ManifestError
 
 Result = TypeVar("Result")
 

@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data import delimited, sql
-from data.columns import Column, plain
+from data import sql
+from data.lists import delimited
+from data.lists.columns import Column, plain
 from data.schema import MetadataError
 
 FOOTER_BYTES = 1 << 16

@@ -1,9 +1,9 @@
-"""img2dataset with our fetch in the place of its own: the process that download.py starts.
+"""img2dataset with our fetch in the place of its own: the process that run.py starts.
 
-`python -m data.collect JOB.json` runs it on one part. Whatever carries img2dataset's work to other
-processes (spawned ones, Ray, Spark) carries `VettedDownloader`, which puts the vetted fetch in its
-place wherever it arrives. Were it ever left out, nothing would be fetched: a row asks for
-"EXPECTED URL", which no other fetch takes for an address.
+`python -m data.download.collect JOB.json` runs it on one part. Whatever carries img2dataset's work
+to other processes (spawned ones, Ray, Spark) carries `VettedDownloader`, which puts the vetted
+fetch in its place wherever it arrives. Were it ever left out, nothing would be fetched: a row asks
+for "EXPECTED URL", which no other fetch takes for an address.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from data.fetch import Fetcher, FetchSettings, RefusedError
-from data.processes import VETTED, WITHOUT, Job, Pulse
+from data.download.processes import VETTED, WITHOUT, Job, Pulse
+from data.web.fetch import Fetcher, FetchSettings, RefusedError
 
 
 @contextmanager
@@ -242,4 +242,4 @@ if __name__ == "__mp_main__":  # spawned by img2dataset: a worker, or its logger
     end_with_parent()
 if __name__ == "__main__":
     # The workers' copy of the downloader must come from a module that they can import.
-    importlib.import_module("data.collect").main(sys.argv[1])
+    importlib.import_module("data.download.collect").main(sys.argv[1])

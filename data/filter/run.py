@@ -10,14 +10,16 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data import pictures, select, shards, sql
+from data import sql
 from data.config import FilterConfig
 from data.demo import HARMLESS
-from data.judge import path_of
+from data.filter import pictures, select
+from data.filter.rules import SAME
 from data.layout import image_shards
 from data.report import Progress, Report, Step, silent
-from data.rules import SAME
-from data.score import FITTED
+from data.score.judge import path_of
+from data.score.run import FITTED
+from data.shards import write as shards
 
 
 def run(

@@ -27,12 +27,12 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import DecodeError, HTTPError, ProtocolError, SSLError
 from urllib3.exceptions import TimeoutError as SilenceError
 
-from data.addresses import RefusedError, dial, is_public, vetted
 from data.config import DownloadConfig
-from data.deadlines import Deadlines
 from data.decode import UndecodableError, check
 from data.decoders import Decoders
-from data.hosts import MAX_FILE_BYTES, Hosts, Store, Turns, opt_out
+from data.web.addresses import RefusedError, dial, is_public, vetted
+from data.web.deadlines import Deadlines
+from data.web.hosts import MAX_FILE_BYTES, Hosts, Store, Turns, opt_out
 
 __all__ = ["FetchSettings", "Fetcher", "RefusedError", "is_public", "opt_out", "vetted"]
 

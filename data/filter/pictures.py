@@ -12,11 +12,11 @@ from PIL import Image
 
 from data import decoders, originals, sql
 from data.decode import UndecodableError, decode
+from data.filter.rules import RULES
+from data.filter.select import score_files
 from data.layout import PART_DIGITS, SHARD_DIGITS, shard_of
+from data.look.sheet import Tile, contact_sheet
 from data.report import Progress, Report, silent
-from data.rules import RULES
-from data.select import score_files
-from data.sheet import Tile, contact_sheet
 
 NUM_PICTURES = 48
 """Most pictures on a sheet."""

@@ -21,13 +21,15 @@ from pathlib import Path
 from shutil import disk_usage, rmtree
 from typing import Any
 
-from data import demo, mend, metadata, originals
+from data import demo, originals
 from data.config import LIMITS, DownloadConfig
-from data.fetch import FetchSettings
+from data.download import mend
+from data.download.parts import Part, Shelf, Summary
+from data.download.processes import TOO_MUCH, Job, Watch, session
 from data.layout import PART_DIGITS, SHARD_DIGITS
-from data.parts import Part, Shelf, Summary
-from data.processes import TOO_MUCH, Job, Watch, session
+from data.lists import metadata
 from data.report import Funnel, Progress, Report, Step, silent
+from data.web.fetch import FetchSettings
 
 FULL_BYTES = 1 << 16
 """A disk with less free space than this is full."""

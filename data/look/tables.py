@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data.prefilter import CONTROLS
+from data.lists.prefilter import CONTROLS
 
 CLASSES = ("fate", "verdict", "status", "language", "source", "error")
 """Columns whose values are counted."""

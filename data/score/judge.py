@@ -25,10 +25,10 @@ from PIL import Image
 from data import decoders, originals
 from data.config import ScoreConfig
 from data.decode import JPEG, UndecodableError, open_picture
-from data.duplicates import fingerprint
-from data.language import language
+from data.filter.duplicates import fingerprint
 from data.layout import ImageShard
 from data.schema import SCORES
+from data.score.language import language
 
 ImageFeatures = Callable[[list[Image.Image]], np.ndarray]
 """Pictures → features [N, D], float32."""

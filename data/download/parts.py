@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data.download.processes import VETTED
 from data.layout import PART_DIGITS, SHARD_DIGITS, ImageShard, row_digits
-from data.processes import VETTED
 from data.schema import FATES
 
 HOSTS = 1000

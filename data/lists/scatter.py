@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 
 from data import sql
 from data.config import DownloadConfig
-from data.prefilter import BATCH_ROWS, columns_of, judged, reasons
+from data.lists.prefilter import BATCH_ROWS, columns_of, judged, reasons
+from data.lists.sources import Source, connect
 from data.schema import LIST, TYPES, MetadataError
-from data.sources import Source, connect
 
 DIGESTS = 1 << 64
 ROW_GROUP = 50_000

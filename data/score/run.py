@@ -1,6 +1,6 @@
 """Scores per sample: one row of scores and one of embeddings for every downloaded picture.
 
-Each image shard is a piece of work of its own (data/judge.py); a rerun does only the missing ones.
+Each image shard is a piece of work of its own (judge.py); a rerun does only the missing ones.
 Only a similarity that is fitted to all pairs needs them all at once, and comes at the end.
 
 Shape letters: N pictures, M of one shard, D features.
@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 from data import originals, sql
 from data.config import ScoreConfig
 from data.executor import Backend, each
-from data.judge import DAMAGED, Encoders, path_of, score_shard, write
 from data.layout import PART_DIGITS, SHARD_DIGITS, ImageShard, image_shards
 from data.report import Progress, Report, Step, silent
 from data.schema import SCORES
+from data.score.judge import DAMAGED, Encoders, path_of, score_shard, write
 
 __all__ = ["Encoders", "run"]
 

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from protego import Protego
 from urllib3 import HTTPHeaderDict
 
-from data.addresses import RefusedError
+from data.web.addresses import RefusedError
 
 MAX_FILE_BYTES = 500 * 1024
 """Read of a robots.txt or tdmrep.json, and no further (RFC 9309, 2.5)."""

@@ -24,11 +24,11 @@ import pyarrow.parquet as pq
 from data.config import DownloadConfig
 from data.executor import Backend, each
 from data.layout import PART_DIGITS
-from data.prefilter import columns_of, reasons
+from data.lists.prefilter import columns_of, reasons
+from data.lists.scatter import GatherJob, ScanJob, commit, gather, opened, scan
+from data.lists.sources import Source, absolute, find, fingerprint, is_there
 from data.report import Funnel, Progress, Step, silent
-from data.scatter import GatherJob, ScanJob, commit, gather, opened, scan
 from data.schema import MetadataError
-from data.sources import Source, absolute, find, fingerprint, is_there
 
 __all__ = ["fingerprint", "listed", "prepare"]
 

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from data.columns import Column, Kind, column, expression, listed
 from data.config import DownloadConfig
+from data.lists.columns import Column, Kind, column, expression, listed
+from data.lists.sources import Source
 from data.schema import (
     TYPES,
     MetadataError,
@@ -16,7 +17,6 @@ from data.schema import (
     is_withdrawn,
     resolve,
 )
-from data.sources import Source
 
 MAX_CAPTION_CHARS = 10_000
 """A longer caption is the text of a page, and no text encoder reads so far."""

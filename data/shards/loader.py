@@ -23,9 +23,17 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from data.manifest import AGAIN, INDEX, Entry, ManifestError, Sidecar, parse_index, parse_sidecar
-from data.order import Order, Recent, Window
-from data.remote import Folder, LostError, RemoteError, folder
+from data.shards.manifest import (
+    AGAIN,
+    INDEX,
+    Entry,
+    ManifestError,
+    Sidecar,
+    parse_index,
+    parse_sidecar,
+)
+from data.shards.order import Order, Recent, Window
+from data.shards.remote import Folder, LostError, RemoteError, folder
 
 os.environ.setdefault("WDS_SECURE", "1")  # for whoever reads our shards with webdataset
 

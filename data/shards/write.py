@@ -29,8 +29,8 @@ from data.config import FilterConfig
 from data.decode import UndecodableError, decode, square
 from data.executor import each
 from data.layout import shard_of
-from data.manifest import INDEX, KEY, SIDECAR, Entry, Index
 from data.report import Progress, silent
+from data.shards.manifest import INDEX, KEY, SIDECAR, Entry, Index
 
 FORMAT = 2
 """Goes up when the same rows give other bytes, so that no set mixes the two."""

@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data import duplicates, rules, sql
+from data import sql
 from data.config import FilterConfig
-from data.report import Funnel, Progress, Step, silent
-from data.rules import (
+from data.filter import duplicates, rules
+from data.filter.rules import (
     BROKEN_CAPTION,
     DISTINCT_WORDS,
     MISSING,
@@ -30,8 +30,9 @@ from data.rules import (
     SETTINGS,
     UnscoredError,
 )
+from data.look.tables import opened
+from data.report import Funnel, Progress, Step, silent
 from data.schema import MINIATURE, SCORES
-from data.tables import opened
 
 JUDGED = (
     "key", "error", "width", "height", "similarity", "aesthetic", "unsafe", "watermark", "language",

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from data import sql
 from data.config import FilterConfig
-from data.prefilter import BLANK, CONTROLS
+from data.lists.prefilter import BLANK, CONTROLS
 from data.schema import SCORES
 
 RULES = (

@@ -1,0 +1,1 @@
+"""From lists to pictures and the fate of every row."""

@@ -1,0 +1,1 @@
+"""From files of metadata to lists: rows with a URL, a caption and what is known of both."""

@@ -1,0 +1,1 @@
+"""From kept rows to shards of training pictures, and from shards to batches."""
