@@ -22,8 +22,9 @@ from PIL import Image
 from safetensors import safe_open
 
 from gigagan.config import EvaluateConfig
-from gigagan.evaluation import measure, report
+from gigagan.evaluation import measure
 from gigagan.evaluation.heldout import SPLITS, read_heldout
+from gigagan.evaluation.report.results import caption_grid
 from gigagan.inference.sampler import load
 
 PROMPTS = {"trained": 4, "combination": 4, "unseen": 2}
@@ -163,7 +164,7 @@ def draw_over_time(path: Path, heldout: Path, folders: Mapping[int, Path]) -> No
             files = [*(pictures[caption] for pictures in drawn), real[caption]]
             rows.append((f"{split}: {caption}", [Image.open(file) for file in files]))
     title = f"after {', '.join(f'{seen:,}' for seen in folders)} images, and real"
-    report.caption_grid(rows, title=title, cell_px=CELL_PX).save(path)
+    caption_grid(rows, title=title, cell_px=CELL_PX).save(path)
 
 
 def _drawn(folder: Path) -> dict[str, Path]:

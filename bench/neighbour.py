@@ -21,8 +21,8 @@ import torch
 from bench import training
 from flows.config import ROOT
 from flows.launch.auto import CORES, free_cores
-from flows.services import free_port
-from flows.settings import DEFAULTS
+from flows.serve.services import free_port
+from flows.serve.settings import DEFAULTS
 from gigagan.training import loop
 from gigagan.training.captions import CaptionFeatures
 from gigagan.training.distributed import join

@@ -41,7 +41,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _isolate(folder)
-        from flows import services, settings
+        from flows.serve import services, settings
 
         settings.apply()
         settings.quiet()
@@ -51,7 +51,7 @@ def main() -> None:
 
 def _measure(folder: Path) -> None:
     from flows.config import PipelineConfig
-    from flows.full_pipeline import full_pipeline
+    from flows.stages.full_pipeline import full_pipeline
 
     def flow(number: int) -> None:
         full_pipeline(config=PipelineConfig(store=str(folder / f"store-{number}")))
@@ -83,7 +83,7 @@ def _isolate(folder: Path) -> None:
 @contextlib.contextmanager
 def _bodies() -> Iterator[list[tuple[str, Callable[[Any], None]]]]:
     """Replace what the stages do during the block."""
-    from flows import download, evaluate, filter, score, train_base, train_upsampler
+    from flows.stages import download, evaluate, filter, score, train_base, train_upsampler
 
     modules = (download, score, filter, train_base, train_upsampler, evaluate)
     before = [module.STAGE for module in modules]
@@ -130,8 +130,8 @@ def _bare(bodies: Sequence[tuple[str, Callable[[Any], None]]], folder: Path) -> 
 
 def _through_a_worker(store: Path) -> float:
     """Seconds from submitting a run whose stages are up to date to its end."""
-    from flows import services
-    from flows.bootstrap import bootstrap
+    from flows.serve import services
+    from flows.serve.bootstrap import bootstrap
 
     bootstrap()
     # The store was filled with the defaults, not with a preset.

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from bench import rivals
 from data.shards.loader import ShardLoader
-from gigagan.evaluation.distances import frechet_distance, kernel_distance, prdc
-from gigagan.evaluation.features import Picture, inception_features
 from gigagan.evaluation.heldout import read_heldout
+from gigagan.evaluation.judges.distances import frechet_distance, kernel_distance, prdc
+from gigagan.evaluation.judges.features import Picture, inception_features
 from gigagan.seeds import derived
 
 LAYOUTS = tuple(layout for layout, side in rivals.GENERATORS if side == 32)

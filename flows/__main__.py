@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.markup import escape
 
-from flows import settings
 from flows.commands import pipeline, record, services, store
 from flows.commands.options import UsageError
 from flows.config import StageName
+from flows.serve import settings
 
 INTERRUPTED = 130
 

@@ -45,7 +45,7 @@ def _clip(config: ScoreConfig, device: str) -> dict[str, Any]:
     """Both towers of an open_clip model, and the cosine between their joint-space vectors."""
     import torch
 
-    from gigagan.evaluation.features import clip_image_vectors
+    from gigagan.evaluation.judges.features import clip_image_vectors
     from gigagan.models import pretrained
     from gigagan.models.openclip import OpenClipText
 
@@ -69,7 +69,7 @@ def _clip(config: ScoreConfig, device: str) -> dict[str, Any]:
 
 def _embedded(config: ScoreConfig, device: str) -> dict[str, Any]:
     """The two encoders that the aligner connects; it is fitted when all pairs are known."""
-    from gigagan.evaluation.features import image_vectors, text_vectors
+    from gigagan.evaluation.judges.features import image_vectors, text_vectors
     from gigagan.models import pretrained
 
     if config.encoder != "embedded:aligner":

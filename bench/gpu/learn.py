@@ -28,8 +28,9 @@ from bench.gpu import emoji
 from bench.gpu.record import PACK, SIZE, Record, leave
 from gigagan import losses
 from gigagan.config import TrainBaseConfig, TrainStage
-from gigagan.evaluation import enlarge, fidelity, naming
-from gigagan.evaluation.report import caption_grid
+from gigagan.evaluation import enlarge
+from gigagan.evaluation.judges import fidelity, naming
+from gigagan.evaluation.report.results import caption_grid
 from gigagan.models import snapshot
 from gigagan.models.discriminator import Discriminator
 from gigagan.models.generator import Generator

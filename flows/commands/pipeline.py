@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flows import progress, settings
+from flows import progress
 from flows.commands.options import (
     UsageError,
     add_choice,
@@ -26,6 +26,7 @@ from flows.commands.options import (
     overrides_of,
 )
 from flows.config import PRESETS, PipelineConfig, StageName, presets
+from flows.serve import settings
 
 if TYPE_CHECKING:
     from flows.stage import StageOutput
@@ -62,10 +63,10 @@ def run_command(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         _show_plan(config, stages, force, arguments.upstream)
         return
-    from flows import services
-    from flows.outside import lacking
     from flows.record import relocation
     from flows.record.tracking import tracking_uri
+    from flows.serve import services
+    from flows.stages.outside import lacking
     from flows.storage import upstream
     from flows.storage.store import Store
 
@@ -82,7 +83,7 @@ def run_command(arguments: argparse.Namespace) -> None:
     with services.prefect_api():
         from prefect.logging.handlers import APILogHandler
 
-        from flows.full_pipeline import full_pipeline
+        from flows.stages.full_pipeline import full_pipeline
 
         console.print(f"Prefect page while this runs: {os.environ['PREFECT_UI_URL']}")
         with progress.reporting(console) as reporter:
@@ -101,15 +102,15 @@ def submit_command(arguments: argparse.Namespace) -> int:
         "stages": named_stages(arguments.stages),
         "force": named_stages(arguments.force),
     }
-    from flows import services
+    from flows.serve import services
     from flows.storage import upstream
 
     parameters["upstream"] = upstream.parse(arguments.upstream)
     console = Console()
     console.print(STARTING)
     with services.prefect_api():
-        from flows.bootstrap import bootstrap, has_worker, start_run
-        from flows.watch import watch
+        from flows.commands.watch import watch
+        from flows.serve.bootstrap import bootstrap, has_worker, start_run
 
         console.print(f"Prefect page: {os.environ['PREFECT_UI_URL']}")
         console.print("registering the deployments of all presets: it may take a minute or two …")
@@ -127,7 +128,7 @@ def submit_command(arguments: argparse.Namespace) -> int:
 
 def render_command(arguments: argparse.Namespace) -> None:
     """Print a stage's command line, batch script or manifest."""
-    from flows.render import rendered
+    from flows.commands.render import rendered
 
     (stage,) = named_stages([arguments.stage])
     print(rendered(stage, configured(arguments)))
@@ -150,8 +151,8 @@ def _show_plan(
     force: Sequence[StageName],
     upstream: Sequence[str],
 ) -> None:
-    from flows.full_pipeline import plan
-    from flows.outside import weights
+    from flows.stages.full_pipeline import plan
+    from flows.stages.outside import weights
     from flows.storage.upstream import parse
 
     console = Console()
@@ -193,12 +194,12 @@ def _show_results(
     console.print(table)
     results = outputs["evaluate"].path / "results.json" if "evaluate" in outputs else None
     if results is not None and results.is_file():
-        from gigagan.evaluation import report
+        from gigagan.evaluation.report.results import table as figures
 
         console.print(
             f"\n[bold]Result[/] ({escape(str(results))})", soft_wrap=True, highlight=False
         )
-        text = report.table(json.loads(results.read_text()))
+        text = figures(json.loads(results.read_text()))
         console.print(escape(text), soft_wrap=True, highlight=False)
     if shown := [path for output in outputs.values() for path in pictures(output.path)]:
         console.print("\n[bold]Pictures and reports[/]")

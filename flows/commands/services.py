@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from flows import settings
 from flows.commands.options import UsageError, add_debug, assigned, located
 from flows.config import PipelineConfig
+from flows.serve import settings
 
 
 def add_parsers(commands: Any) -> None:
@@ -55,7 +55,7 @@ def add_parsers(commands: Any) -> None:
 
 def ui_command(arguments: argparse.Namespace) -> None:
     """Serve both pages until Ctrl-C."""
-    from flows import services, ui
+    from flows.serve import services, ui
 
     for port in (arguments.prefect_port, arguments.mlflow_port):
         if port is not None and not 0 < port < 65536:
@@ -69,11 +69,11 @@ def ui_command(arguments: argparse.Namespace) -> None:
 
 def bootstrap_command(arguments: argparse.Namespace) -> None:
     """Prepare a Prefect server: the one of PREFECT_API_URL, or the database in runs/."""
-    from flows import services
+    from flows.serve import services
 
     variables = assigned(arguments.job_variables, "--job-variable")
     with services.prefect_api() as api:
-        from flows.bootstrap import bootstrap
+        from flows.serve.bootstrap import bootstrap
 
         bootstrap(
             arguments.gpu_jobs,
@@ -86,7 +86,7 @@ def bootstrap_command(arguments: argparse.Namespace) -> None:
 
 def worker_command(arguments: argparse.Namespace) -> NoReturn:
     """Become a worker of the server that PREFECT_API_URL names, or that runs here."""
-    from flows import services
+    from flows.serve import services
 
     services.use_running_api()
     # A shell's `&` has us ignore SIGINT, by which Prefect's worker ends itself on SIGTERM.

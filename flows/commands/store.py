@@ -113,7 +113,7 @@ def show_command(arguments: argparse.Namespace) -> None:
 
 def verify_command(arguments: argparse.Namespace) -> int:
     """Read every file; 1 when one is damaged."""
-    from flows.full_pipeline import stage
+    from flows.stages.full_pipeline import stage
     from flows.storage import housekeeping
 
     store, console = _store(arguments), Console()

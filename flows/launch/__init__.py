@@ -21,7 +21,12 @@ from flows.stage import Context
 
 __all__ = ["LOG", "PREEMPTED", "LaunchError", "Process", "launch", "render", "stage_process"]
 
-BACKENDS = {"inline": "local", "torchrun": "local", "slurm": "slurm", "kubernetes": "kubernetes"}
+BACKENDS = {
+    "inline": "flows.launch.local",
+    "torchrun": "flows.launch.local",
+    "slurm": "flows.launch.slurm",
+    "kubernetes": "flows.kubernetes.jobs",
+}
 CONFIG = "config.json"
 
 
@@ -94,4 +99,4 @@ def render(context: Context, process: Process) -> str:
 
 
 def _backend(job: Job) -> ModuleType:
-    return importlib.import_module(f"flows.launch.{BACKENDS[job.resources.backend]}")
+    return importlib.import_module(BACKENDS[job.resources.backend])

@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flows.config import ROOT
-from flows.launch import remote
+from flows.launch import cluster as remote
+from flows.launch.cluster import Ending, Unreachable, patiently
 from flows.launch.command import SAVE_S, Job, LaunchError, Output, torchrun
-from flows.launch.remote import Ending, Unreachable, patiently
 
 SCRIPT = ".slurm.sh"
 RECORD = ".slurm.json"

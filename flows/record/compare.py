@@ -12,9 +12,9 @@ from contextlib import ExitStack
 
 from rich.console import Console
 
-from flows import ui
 from flows.config import PipelineConfig
 from flows.record.tracking import LOCAL_UI, Tracker
+from flows.serve import ui
 
 
 def compare(config: PipelineConfig, stage: str | None, console: Console, *, browse: bool) -> None:

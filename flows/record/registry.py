@@ -24,7 +24,7 @@ from mlflow.exceptions import MlflowException
 
 from flows.config import StageName
 from flows.record import card, lineage, scrub
-from flows.record.protocol import Score, protocol_of, score_of
+from flows.record.comparable import Score, protocol_of, score_of
 from flows.record.tracking import Tracker
 from flows.stage import Stage, StageOutput
 from flows.storage.store import Resolved, Store

@@ -26,8 +26,8 @@ from flows.databases import absolute, sqlite_file, sqlite_uri
 from flows.record import exhibits, lineage, outages, owners, relocation, scrub
 from flows.record.outages import T, TrackingError
 from flows.stage import Manifest, Stage, StageOutput
+from flows.storage.objects import Remote
 from flows.storage.place import Place
-from flows.storage.remote import Remote
 from flows.storage.store import Resolved
 
 __all__ = ["PIPELINE", "Tracker", "TrackingError", "flatten", "tracking_uri"]

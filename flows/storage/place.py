@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flows.stage import MANIFEST, DamagedError, FileEntry, Manifest, Progress
 from flows.storage.files import UnsafeNameError, inside, listing, safe, sha256, write_atomically
-from flows.storage.remote import Remote, each
+from flows.storage.objects import Remote, each
 
 RECORD = ".mirror.json"
 WORK = ".work.json"

@@ -33,8 +33,8 @@ from flows.stage import (
 from flows.storage import lease as leases
 from flows.storage.files import UnsafeNameError, digest, listing, sha256
 from flows.storage.lease import Lease, LocalBoard
+from flows.storage.objects import Remote, RemoteBoard
 from flows.storage.place import Line, Place, silent
-from flows.storage.remote import Remote, RemoteBoard
 
 LEASES = ".leases"
 SHORT_KEY = re.compile(r"[0-9a-f]{16}")

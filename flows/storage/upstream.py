@@ -12,8 +12,8 @@ from pathlib import Path
 
 from flows.config import ROOT, StageName
 from flows.stage import StageError
+from flows.storage.objects import Remote
 from flows.storage.place import Place
-from flows.storage.remote import Remote
 from flows.storage.store import Store, Upstream
 
 KEY = re.compile(r"[0-9a-f]{1,64}")

@@ -143,7 +143,7 @@ def _check_count(args: argparse.Namespace, names: Sequence[str], found: str) -> 
 
 
 def _real(asked: Sequence[Asked]) -> tuple[list[Image.Image], dict[str, Any]]:
-    from gigagan.evaluation.features import open_rgb
+    from gigagan.evaluation.judges.features import open_rgb
 
     return [open_rgb(one.real) for one in asked if one.real is not None], {}
 
@@ -166,7 +166,7 @@ def write(
     """The sheet, the names in another order, an empty file of answers and, apart, the key."""
     import numpy as np
 
-    from gigagan.evaluation.report import caption_grid, write_json
+    from gigagan.evaluation.report.results import caption_grid, write_json
 
     out.mkdir(parents=True, exist_ok=True)
     side = pictures[0].width
@@ -217,7 +217,7 @@ def score(file: Path) -> str:
         ValueError: a line that is no answer, a number or name that is not there or comes twice.
         FileNotFoundError: no answers, or no key beside them.
     """
-    from gigagan.evaluation.statistics import matches_by_chance, share_interval
+    from gigagan.evaluation.judges.statistics import matches_by_chance, share_interval
 
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not there: `blind` writes answers.txt, to be filled in")

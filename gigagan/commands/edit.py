@@ -145,7 +145,7 @@ def _steps(sampler: Sampler, args: argparse.Namespace) -> Steps:
 def _write(sampler: Sampler, steps: Steps, args: argparse.Namespace) -> None:
     from PIL import Image
 
-    from gigagan.evaluation.report import caption_grid
+    from gigagan.evaluation.report.results import caption_grid
     from gigagan.inference.pictures import read_about, save_picture
 
     common = provenance(sampler.snapshots)

@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> None:
         return _compare(args.compare)
     if args.out is None:
         raise ValueError("nowhere to write: give --out FOLDER")
-    from gigagan.evaluation import measure, report
+    from gigagan.evaluation import measure
+    from gigagan.evaluation.report.results import table, unpaired
 
     config = _config(args)
     captions = Path(config.captions) if config.captions else args.heldout
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         )
     else:
         results = _drawn_by(args, captions, config, common)
-    print("\n".join([report.table(results), *report.unpaired(results["protocol"])]))
+    print("\n".join([table(results), *unpaired(results["protocol"])]))
     print(f"{args.out / 'report.html'} shows it with pictures")
 
 
@@ -133,7 +134,8 @@ def _list() -> None:
 
 
 def _compare(files: list[Path]) -> None:
-    from gigagan.evaluation import protocol, report
+    from gigagan.evaluation import protocol
+    from gigagan.evaluation.report.results import compare, read_results
 
-    results = [report.read_results(path) for path in files]
-    print(report.compare(results, [str(path) for path in files], protocol.differing))
+    results = [read_results(path) for path in files]
+    print(compare(results, [str(path) for path in files], protocol.differing))

@@ -169,7 +169,7 @@ def _draw(
 def _grid(wanted: list[_Wanted], args: argparse.Namespace) -> Image.Image:
     from PIL import Image
 
-    from gigagan.evaluation.report import caption_grid
+    from gigagan.evaluation.report.results import caption_grid
 
     rows = []
     for start in range(0, len(wanted), args.count):

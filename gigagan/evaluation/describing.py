@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 
 from gigagan.evaluation.heldout import Heldout, natural
+from gigagan.evaluation.judges.naming import TEXT_ENCODER
 from gigagan.evaluation.judging import MAX_PAIRS
-from gigagan.evaluation.naming import TEXT_ENCODER
 from gigagan.evaluation.setting import INCEPTION, Setting
 from gigagan.models import pretrained
 from gigagan.models.aligner import Aligner

@@ -11,12 +11,14 @@ from PIL import Image
 from torch import nn
 
 from gigagan.config import EvaluateConfig
-from gigagan.evaluation import drawing, fidelity, judging, looks, measure, protocol
+from gigagan.evaluation import drawing, judging, measure, protocol
 from gigagan.evaluation.describing import describe_rules, sha256_of
 from gigagan.evaluation.devices import Device
-from gigagan.evaluation.features import Progress, open_rgb, silent, square
 from gigagan.evaluation.findings import Findings, assemble
 from gigagan.evaluation.heldout import Heldout, read_heldout, subset
+from gigagan.evaluation.judges import fidelity
+from gigagan.evaluation.judges.features import Progress, open_rgb, silent, square
+from gigagan.evaluation.report import looks
 from gigagan.evaluation.setting import Setting, setting
 from gigagan.models import pretrained
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gigagan.config import EvaluateConfig
-from gigagan.evaluation.statistics import mean_interval
+from gigagan.evaluation.judges.statistics import mean_interval
 
 _SPLITS = ("combination", "trained")
 HEADLINES = (

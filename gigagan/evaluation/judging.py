@@ -12,15 +12,17 @@ import torch
 from PIL import Image
 
 from gigagan.config import EvaluateConfig
-from gigagan.evaluation import alignment, naming
-from gigagan.evaluation.distances import (
+from gigagan.evaluation.findings import Findings
+from gigagan.evaluation.heldout import Heldout
+from gigagan.evaluation.judges import alignment, naming
+from gigagan.evaluation.judges.distances import (
     cmmd,
     frechet_distance,
     kernel_distance,
     mmd2_interval,
     prdc,
 )
-from gigagan.evaluation.features import (
+from gigagan.evaluation.judges.features import (
     Extractor,
     extract,
     extractor,
@@ -29,11 +31,9 @@ from gigagan.evaluation.features import (
     square,
     text_vectors,
 )
-from gigagan.evaluation.findings import Findings
-from gigagan.evaluation.heldout import Heldout
-from gigagan.evaluation.naming import Drawn
+from gigagan.evaluation.judges.naming import Drawn
+from gigagan.evaluation.judges.statistics import subsampled
 from gigagan.evaluation.setting import INCEPTION, Setting, Variants, embedded
-from gigagan.evaluation.statistics import subsampled
 from gigagan.models import pretrained
 from gigagan.models.aligner import Aligner
 

@@ -17,14 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from gigagan.config import EvaluateConfig
-from gigagan.evaluation import drawing, looks, naming, protocol, report
+from gigagan.evaluation import drawing, protocol
 from gigagan.evaluation.describing import describe, sha256_of
 from gigagan.evaluation.devices import Device
-from gigagan.evaluation.features import Progress, silent
 from gigagan.evaluation.findings import Findings, assemble
 from gigagan.evaluation.heldout import Gallery, Heldout, read_drawn, read_heldout, subset
+from gigagan.evaluation.judges import naming
+from gigagan.evaluation.judges.features import Progress, silent
+from gigagan.evaluation.judges.naming import Drawn
 from gigagan.evaluation.judging import judge_all, measure_diversity
-from gigagan.evaluation.naming import Drawn
+from gigagan.evaluation.report import looks
+from gigagan.evaluation.report.results import write_json
 from gigagan.evaluation.setting import Sample, Setting, setting
 from gigagan.models.aligner import Aligner
 
@@ -170,7 +173,7 @@ def _to_name(
 def finish(results: dict[str, Any], at: Setting) -> None:
     """Write results.json, last, and clear away what it was computed from."""
     shutil.rmtree(at.out / "features", ignore_errors=True)
-    report.write_json(at.out / "results.json", results)
+    write_json(at.out / "results.json", results)
 
 
 def _refuse_task(at: Setting, task: str) -> None:

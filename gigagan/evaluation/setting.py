@@ -13,7 +13,7 @@ from PIL import Image
 from gigagan.config import EvaluateConfig
 from gigagan.evaluation import protocol
 from gigagan.evaluation.devices import Device
-from gigagan.evaluation.features import Progress, image_vectors, silent, square
+from gigagan.evaluation.judges.features import Progress, image_vectors, silent, square
 from gigagan.models import pretrained
 from gigagan.models.aligner import Aligner
 from gigagan.seeds import derived

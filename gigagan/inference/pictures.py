@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from gigagan.evaluation.features import as_rgb
+from gigagan.evaluation.judges.features import as_rgb
 
 __all__ = ["PictureError", "as_rgb", "open_picture", "read_about", "save_picture"]
 

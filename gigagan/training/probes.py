@@ -17,10 +17,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from gigagan.evaluation import alignment, enlarge, fidelity, naming
-from gigagan.evaluation.features import square
+from gigagan.evaluation import enlarge
 from gigagan.evaluation.heldout import SPLITS, Gallery, Heldout
-from gigagan.evaluation.report import caption_grid
+from gigagan.evaluation.judges import alignment, fidelity, naming
+from gigagan.evaluation.judges.features import square
+from gigagan.evaluation.report.results import caption_grid
 from gigagan.models.generator import Generator
 from gigagan.models.pixels import from_uint8, to_uint8
 from gigagan.models.upsampler import Upsampler

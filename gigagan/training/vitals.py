@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gigagan.evaluation.alignment import z_sensitivity
+from gigagan.evaluation.judges.alignment import z_sensitivity
 from gigagan.models.attention import SelfAttention
 from gigagan.models.discriminator import Discriminator
 from gigagan.models.encoders import TextFeatures

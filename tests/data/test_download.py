@@ -216,7 +216,7 @@ def test_an_error_that_is_not_of_our_fetch_is_an_alarm(downloaded, tmp_path):
 
 def test_img2datasets_own_fetch_cannot_read_our_requests(site):
     script = (
-        "import sys; from data import collect; own = collect.downloader.download_image\n"
+        "import sys; from data.download import collect; own = collect.downloader.download_image\n"
         "for request in sys.argv[1:]: print(own((3, request), 5, None, None)[2])\n"
     )
     direct = f"http://127.0.0.1:{site.port}/1.png"
@@ -425,7 +425,8 @@ def _running(out: Path, config: DownloadConfig, **options: object):
     """The stage in a process of its own, once a shard is done and others are in hand."""
     script = (
         "import json, sys; from pathlib import Path\n"
-        "from data import config, download\n"
+        "from data import config\n"
+        "from data.download import run as download\n"
         "chosen = config.DownloadConfig.model_validate_json(sys.argv[2])\n"
         "download.run(Path(sys.argv[1]), chosen, **json.loads(sys.argv[3]))\n"
     )

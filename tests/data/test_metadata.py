@@ -729,7 +729,7 @@ def test_lists_are_the_same_to_the_byte_wherever_a_run_is_ended(tmp_path, monkey
 SCRIPT = """
 import sys
 from pathlib import Path
-from data import metadata
+from data.lists import metadata
 from data.config import DownloadConfig
 if __name__ == "__main__":
     config = DownloadConfig.model_validate_json(sys.argv[2])

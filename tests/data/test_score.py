@@ -216,7 +216,8 @@ def test_workers_batches_and_a_killed_worker_change_no_byte(scored, downloaded, 
 def test_a_run_that_is_killed_goes_on_where_it_stopped(scored, downloaded, tmp_path, workers):
     out, report = scored
     script = (
-        "from pathlib import Path; from data import score; import score_tasks as tasks\n"
+        "from pathlib import Path; from data.score import run as score\n"
+        "import score_tasks as tasks\n"
         "from data.config import ScoreConfig\n"
         f"slow = tasks.Slow(Path(r'{tmp_path}/mark'))\n"
         f"config = ScoreConfig(batch_size=3)\n"

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from flows import settings
+from flows.serve import settings
 
 settings.apply()
 
-from flows import download, evaluate, filter, score, services, train_base, train_upsampler  # noqa: E402
 from flows.config import PipelineConfig  # noqa: E402
+from flows.serve import services  # noqa: E402
 from flows.stage import Context  # noqa: E402
+from flows.stages import download, evaluate, filter, score, train_base, train_upsampler  # noqa: E402
 
 
 @pytest.fixture(scope="session")

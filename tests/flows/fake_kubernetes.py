@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
-from flows import services
+from flows.serve import services
 
 JOBS = re.compile(r"/apis/trainer.kubeflow.org/v1alpha1/namespaces/gan/trainjobs(?:/([\w-]+))?")
 PODS = re.compile(r"/api/v1/namespaces/gan/pods(?:/([\w-]+)/log)?")

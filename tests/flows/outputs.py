@@ -4,9 +4,9 @@ import dataclasses
 import json
 import math
 
-from flows import download, evaluate, filter, train_base, train_upsampler
 from flows.record.lineage import SNAPSHOT
 from flows.stage import Context, Need, Stage
+from flows.stages import download, evaluate, filter, train_base, train_upsampler
 from flows.storage.store import Input, Resolved, Store
 
 BASE, UPSAMPLER = train_base.STAGE, train_upsampler.STAGE

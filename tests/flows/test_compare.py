@@ -8,9 +8,9 @@ import threading
 import pytest
 from rich.console import Console
 
-from flows import ui
 from flows.record import compare
 from flows.record.tracking import LOCAL_UI, Tracker
+from flows.serve import ui
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import from_qualified_name
 from prefect.utilities.templating import apply_values
 
-from flows.bootstrap import DEPLOYMENTS, about
 from flows.config import PipelineConfig, StageName, presets
-from flows.settings import POOL
+from flows.serve.bootstrap import DEPLOYMENTS, about
+from flows.serve.settings import POOL
 
 DOCUMENT = yaml.safe_load(DEPLOYMENTS.read_text())
 FLOWS = ["full-pipeline", *StageName]

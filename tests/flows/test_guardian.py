@@ -9,10 +9,10 @@ import textwrap
 import psutil
 import pytest
 
-from flows import settings
 from flows.config import Resources
 from flows.launch import launch
 from flows.safety import guardian
+from flows.serve import settings
 from tests.flows.conftest import wait_for
 
 SLEEPER = "import time; time.sleep(100)"

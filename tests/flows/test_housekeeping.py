@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from flows import download
 from flows.__main__ import main
 from flows.config import PipelineConfig
 from flows.record.tracking import Tracker
 from flows.stage import BusyError, Context, Need, Stage, StageError
+from flows.stages import download
 from flows.storage.housekeeping import (
     HousekeepingError,
     Record,

@@ -113,7 +113,7 @@ def test_the_choice_is_said_kept_in_the_log_and_among_the_figures(monkeypatch, t
     started, said = [], []
     monkeypatch.setattr(auto, "look", lambda env: Machine(2, (0, 1)))
     monkeypatch.setattr("flows.launch.local.run", lambda job, output: started.append(job))
-    from flows.train_base import PROCESS
+    from flows.stages.train_base import PROCESS
 
     context = Context(tmp_path, SMALL, log=said.append)
     stage_process(context, PROCESS)

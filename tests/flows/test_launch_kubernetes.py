@@ -9,10 +9,11 @@ import pytest
 import yaml
 
 from flows.config import Resources
-from flows.launch import LaunchError, remote
+from flows.kubernetes.jobs import SEEN, TrainJob, _sortable
+from flows.kubernetes.manifest import DIGEST, manifest
+from flows.launch import LaunchError
+from flows.launch import cluster as remote
 from flows.launch.command import Job, Output
-from flows.launch.kubernetes import SEEN, TrainJob, _sortable
-from flows.launch.manifest import DIGEST, manifest
 from tests.flows.conftest import wait_for
 from tests.flows.fake_kubernetes import TOKEN, Cluster
 from tests.flows.jobs import ONE_RANK, TRAINING, in_background, run, state

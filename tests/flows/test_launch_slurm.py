@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from flows import services
 from flows.config import Resources
-from flows.launch import LaunchError, remote, slurm
+from flows.launch import LaunchError, slurm
+from flows.launch import cluster as remote
 from flows.launch.command import Job, Output
+from flows.serve import services
 from tests.flows.conftest import wait_for
 from tests.flows.jobs import ONE_RANK, TRAINING, in_background, run, state
 

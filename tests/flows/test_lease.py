@@ -18,7 +18,7 @@ from flows.config import ROOT
 from flows.safety import processes
 from flows.stage import BusyError
 from flows.storage.lease import Holder, Lease, LocalBoard, holder
-from flows.storage.remote import Remote, RemoteBoard
+from flows.storage.objects import Remote, RemoteBoard
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -225,7 +225,7 @@ CONTENDER = textwrap.dedent(
     from flows.storage import lease
     from flows.safety import processes
     from flows.storage.lease import Lease, LocalBoard
-    from flows.storage.remote import Remote, RemoteBoard
+    from flows.storage.objects import Remote, RemoteBoard
 
     where, witness, rounds, stranger, seed = sys.argv[1:]
     random.seed(int(seed))

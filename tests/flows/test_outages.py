@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flows import evaluate, services, train_base
 from flows.record import outages
 from flows.record.registry import Registry, consider
 from flows.record.tracking import Tracker, TrackingError
+from flows.serve import services
+from flows.stages import evaluate, train_base
 from flows.storage.store import Store
 from gigagan.training.logs import Log
 from tests.flows.conftest import wait_for

@@ -7,12 +7,12 @@ from prefect.client.orchestration import get_client
 from prefect.logging.handlers import APILogHandler
 from rich.console import Console
 
-from flows import download, filter, score
+from flows.commands.watch import watch
 from flows.config import StageName
-from flows.full_pipeline import full_pipeline, plan
 from flows.record.tracking import Tracker
 from flows.stage import MissingInputError
-from flows.watch import watch
+from flows.stages import download, filter, score
+from flows.stages.full_pipeline import full_pipeline, plan
 
 pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("prefect_server")]
 

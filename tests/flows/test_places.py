@@ -82,9 +82,10 @@ def test_what_writes_names_the_variable_that_moves_it(checkout, arguments):
 def test_one_variable_moves_all_that_commands_leave(checkout, tmp_path):
     code = """
 import os
-from flows import places, settings
+from flows import places
+from flows.serve import settings
 settings.apply()
-from flows.services import Service
+from flows.serve.services import Service
 places.make(settings.home())
 print(os.environ["PREFECT_HOME"], Service("x", ["this"]).log, places.runs(), sep="\\n")
 """

@@ -7,14 +7,14 @@ import threading
 import pytest
 from mlflow.exceptions import MlflowException
 
-from flows import evaluate
 from flows.__main__ import main
 from flows.config import PipelineConfig
 from flows.record import registry
+from flows.record.comparable import Score, score_of
 from flows.record.lineage import SNAPSHOT
-from flows.record.protocol import Score, score_of
 from flows.record.registry import Registry, RegistryError, consider
 from flows.record.tracking import Tracker
+from flows.stages import evaluate
 from flows.storage.store import Store
 from tests.flows.outputs import RULES, evaluated
 
@@ -282,7 +282,7 @@ def test_the_command_makes_no_record_where_there_is_none(tmp_path, capsys, monke
 def test_a_pipeline_that_could_not_register_fails_and_is_made_good_by_the_same_command(
     config, ran, monkeypatch
 ):
-    from flows.full_pipeline import full_pipeline
+    from flows.stages.full_pipeline import full_pipeline
 
     def refuse(*_):
         raise RegistryError("the registry is read-only")

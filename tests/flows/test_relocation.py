@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 from sqlalchemy import make_url
 
-from flows import evaluate, services, ui
 from flows.config import PipelineConfig
 from flows.databases import absolute, sqlite_file, sqlite_uri
 from flows.record import compare
 from flows.record.registry import Registry, consider
 from flows.record.tracking import Tracker, tracking_uri
+from flows.serve import services, ui
 from flows.stage import Stage
+from flows.stages import evaluate
 from flows.storage.store import Store
 from tests.flows.outputs import evaluated
 

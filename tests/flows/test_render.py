@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from flows import render
 from flows.__main__ import main
+from flows.commands import render
 from flows.record.tracking import Tracker, child_environment, tracking_uri
 
 CLUSTER = "{image: train:1, claim: store, mount_path: MOUNT}"

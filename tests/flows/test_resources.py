@@ -56,8 +56,8 @@ def test_names_of_secrets_are_known(name):
 
 
 def test_resources_do_not_enter_a_key(tmp_path):
-    from flows import download, train_base
     from flows.stage import Need  # noqa: F401
+    from flows.stages import download, train_base
     from flows.storage.store import Store
 
     plain = PipelineConfig(store=str(tmp_path))

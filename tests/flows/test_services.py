@@ -14,7 +14,7 @@ import psutil
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
 
-from flows import services, settings, ui
+from flows.serve import services, settings, ui
 from tests.flows.conftest import wait_for
 
 PASSWORD = "admin:only-for-us"
@@ -57,7 +57,7 @@ def test_a_service_does_not_outlive_its_command_however_that_ends(tmp_path):
     page = f"http://127.0.0.1:{port}"
     code = f"""
 import time
-from flows import services
+from flows.serve import services
 with services.running("pages", ["http.server", "{port}", "--bind", "127.0.0.1"], {page!r}):
     time.sleep(100)
 """
@@ -147,7 +147,7 @@ http.server.HTTPServer(("127.0.0.1", port), Page).serve_forever()
 """
 COMMAND = """
 import sys
-from flows import services, settings
+from flows.serve import services, settings
 settings.apply()
 with services.prefect_api(int(sys.argv[1])) as api:
     print(api, flush=True)
@@ -226,7 +226,7 @@ def test_the_record_of_a_server_is_whole_and_goes_with_it(command, record_file):
 def test_a_prefect_server_starts_in_a_home_of_any_name(tmp_path, monkeypatch, name):
     home = tmp_path / name
     code = """
-from flows import services, settings
+from flows.serve import services, settings
 settings.apply()
 with services.prefect_api(services.free_port()) as api:
     print(api)

@@ -23,7 +23,7 @@ def applied(folder, code="", **environment):
         for name, value in os.environ.items()
         if name not in VARIABLES and not name.startswith(("PREFECT_", "MLFLOW_"))
     }
-    command = "import os, json; from flows import settings; settings.apply()\n" + code
+    command = "import os, json; from flows.serve import settings; settings.apply()\n" + code
     done = subprocess.run(
         [sys.executable, "-c", command + "\nprint(json.dumps({**os.environ}))"],
         cwd=folder,
@@ -95,7 +95,7 @@ def test_the_loopback_is_never_asked_through_a_proxy(tmp_path, host):
     with answering() as port:
         code = f"""
 import httpx, requests
-from flows import services
+from flows.serve import services
 url = "http://{host}:{port}/health"
 assert services.answers(url)
 assert httpx.get(url).status_code == 200
@@ -124,8 +124,8 @@ def test_what_else_goes_without_a_proxy_stays(tmp_path, given, lower, upper):
 
 
 def test_the_mirror_of_a_store_is_one_place_for_all_commands(tmp_path, monkeypatch):
-    from flows import ui
     from flows.__main__ import main
+    from flows.serve import ui
 
     asked = []
     monkeypatch.setattr(ui, "serve", lambda store, *_: asked.append(store))

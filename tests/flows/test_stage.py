@@ -118,7 +118,7 @@ def test_resources_name_and_store_are_no_part_of_a_key(bench):
 
 
 def test_settings_that_do_not_decide_the_output_are_no_part_of_a_key(bench):
-    from flows.train_base import STAGE
+    from flows.stages.train_base import STAGE
 
     def key(**overrides):
         return bench.store.key(STAGE, bench.config.override(overrides), {})
@@ -276,7 +276,7 @@ def test_a_failed_stage_goes_on_in_its_folder_when_an_unkeyed_setting_changes(be
 def test_the_filter_knows_the_digests_of_its_tars_and_sidecars(tmp_path, monkeypatch):
     import hashlib
 
-    from flows import filter
+    from flows.stages import filter
 
     write(tmp_path / "shards/064/train-00000.tar", "tar")
     write(tmp_path / "shards/064/train-00000.parquet", "sidecar")
@@ -375,7 +375,7 @@ def test_a_figure_that_is_no_number_does_not_spoil_the_manifest(bench):
 
 
 def test_limits_and_manners_of_a_download_are_no_part_of_its_key(bench):
-    from flows.download import STAGE
+    from flows.stages.download import STAGE
 
     def key(**overrides):
         return bench.store.key(STAGE, bench.config.override(overrides), {"metadata": "content"})
@@ -392,7 +392,7 @@ def test_limits_and_manners_of_a_download_are_no_part_of_its_key(bench):
 
 @pytest.mark.parametrize("setting", ["evaluate.captions", "filter.decontaminate"])
 def test_captions_count_by_their_content_wherever_they_lie(bench, tmp_path, setting):
-    from flows import evaluate, filter
+    from flows.stages import evaluate, filter
 
     stage = {"evaluate": evaluate, "filter": filter}[setting.partition(".")[0]].STAGE
 

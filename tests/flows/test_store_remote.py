@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import s3fs
 
-from flows import download, filter, train_base
 from flows.config import PipelineConfig, StageName
-from flows.full_pipeline import full_pipeline, plan
 from flows.stage import Context, DamagedError, Manifest, MissingInputError
+from flows.stages import download, filter, train_base
+from flows.stages.full_pipeline import full_pipeline, plan
+from flows.storage.objects import Remote, RemoteError
 from flows.storage.place import RECORD, WORK, Place
-from flows.storage.remote import Remote, RemoteError
 from flows.storage.store import Store
 
 from .conftest import write
@@ -383,7 +383,7 @@ def test_an_object_store_that_answers_503_for_a_while_is_asked_again(bucket, mon
     import errno
 
     _, url = bucket
-    monkeypatch.setattr("flows.storage.remote.PAUSE_S", 0.01)
+    monkeypatch.setattr("flows.storage.objects.PAUSE_S", 0.01)
     remote = Remote(url)
     put, refusals = remote.fs.pipe_file, iter([503] * 5)
 
@@ -401,7 +401,7 @@ def test_a_server_that_is_gone_for_a_while_costs_nothing(bucket, s3, monkeypatch
     _, url = bucket
     with gate_to(s3.port) as gate:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{gate.port}")
-        monkeypatch.setattr("flows.storage.remote.LONGEST_PAUSE_S", 0.5)
+        monkeypatch.setattr("flows.storage.objects.LONGEST_PAUSE_S", 0.5)
         s3fs.S3FileSystem.clear_instance_cache()
         request.addfinalizer(s3fs.S3FileSystem.clear_instance_cache)
         remote = Remote(url)

@@ -9,7 +9,7 @@ from open_clip.transform import image_transform
 from PIL import Image
 from torchvision.transforms import CenterCrop
 
-from gigagan.evaluation.distances import (
+from gigagan.evaluation.judges.distances import (
     cmmd,
     frechet_distance,
     kernel_distance,
@@ -17,7 +17,7 @@ from gigagan.evaluation.distances import (
     mmd2_interval,
     prdc,
 )
-from gigagan.evaluation.features import (
+from gigagan.evaluation.judges.features import (
     PictureError,
     _clip_pixels,
     extract,
@@ -26,8 +26,8 @@ from gigagan.evaluation.features import (
     reference,
     square,
 )
-from gigagan.evaluation.fidelity import lpips_pairs, psnr, ssim
-from gigagan.evaluation.statistics import (
+from gigagan.evaluation.judges.fidelity import lpips_pairs, psnr, ssim
+from gigagan.evaluation.judges.statistics import (
     Moments,
     bootstrap,
     frechet_from_moments,
@@ -93,7 +93,7 @@ def test_density_and_coverage_are_those_of_their_definition():
 
 def test_parts_do_not_change_precision_and_recall(monkeypatch):
     whole = prdc(REAL, MADE)
-    monkeypatch.setattr("gigagan.evaluation.distances._CHUNK", 13)
+    monkeypatch.setattr("gigagan.evaluation.judges.distances._CHUNK", 13)
     assert prdc(REAL, MADE) == pytest.approx(whole)
 
 
@@ -135,7 +135,7 @@ def test_files_larger_than_memory_give_what_arrays_do(tmp_path, monkeypatch):
     np.save(tmp_path / "x.npy", REAL.astype(np.float32))
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     whole = frechet_distance(REAL.astype(np.float32), MADE)
-    monkeypatch.setattr("gigagan.evaluation.distances._CHUNK", 13)
+    monkeypatch.setattr("gigagan.evaluation.judges.distances._CHUNK", 13)
     assert frechet_distance(mapped, MADE) == pytest.approx(whole, rel=1e-9)
 
 
@@ -210,7 +210,7 @@ def test_a_kernel_distances_interval_is_about_as_wide_as_fresh_sets_spread():
 def test_a_kernel_distances_interval_is_summed_in_chunks_and_needs_four(monkeypatch):
     a, b = REAL[:11], MADE[:7]
     whole = mmd2_interval(a, b)
-    monkeypatch.setattr("gigagan.evaluation.distances._CHUNK", 4)
+    monkeypatch.setattr("gigagan.evaluation.judges.distances._CHUNK", 4)
     np.testing.assert_allclose(mmd2_interval(a, b), whole)
     with pytest.raises(ValueError, match="11 and 3 samples"):
         mmd2_interval(a, b[:3])

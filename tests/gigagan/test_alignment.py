@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from gigagan.evaluation.alignment import (
+from gigagan.evaluation.judges.alignment import (
     background_colour_accuracy,
     clip_score,
     lpips_diversity,

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-import gigagan.evaluation.report
+import gigagan.evaluation.report.results
 import gigagan.inference.sampler
 from gigagan.__main__ import main
 from gigagan.commands.blind import KEY, TRAINED_ON, read_answers, score
-from gigagan.evaluation.statistics import matches_by_chance, share_interval
+from gigagan.evaluation.judges.statistics import matches_by_chance, share_interval
 from gigagan.models import snapshot
 from gigagan.models.generator import Generator
 
@@ -39,13 +39,13 @@ def base(tmp_path_factory):
 def rows(monkeypatch):
     """What is put on sheets."""
     seen = []
-    draw = gigagan.evaluation.report.caption_grid
+    draw = gigagan.evaluation.report.results.caption_grid
 
     def caption_grid(rows, **settings):
         seen.append(rows)
         return draw(rows, **settings)
 
-    monkeypatch.setattr(gigagan.evaluation.report, "caption_grid", caption_grid)
+    monkeypatch.setattr(gigagan.evaluation.report.results, "caption_grid", caption_grid)
     return seen
 
 

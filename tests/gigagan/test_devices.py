@@ -7,7 +7,7 @@ from PIL import Image
 
 from gigagan.commands.options import device, devices
 from gigagan.evaluation.devices import Team, deal, parse
-from gigagan.evaluation.features import Extractor, PictureError, extract, extractor, square
+from gigagan.evaluation.judges.features import Extractor, PictureError, extract, extractor, square
 
 TOGETHER_S = 30
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from gigagan.evaluation.distances import frechet_distance, kernel_distance, mmd2, prdc
+from gigagan.evaluation.judges.distances import frechet_distance, kernel_distance, mmd2, prdc
 
 RNG = np.random.default_rng(0)
 
@@ -70,7 +70,7 @@ def test_kernel_distance_is_the_mean_over_distinct_pairs():
 def test_kernel_distance_sums_in_chunks(monkeypatch):
     a, b = sets(7, 9, 5)
     whole = mmd2(a, b)
-    monkeypatch.setattr("gigagan.evaluation.distances._CHUNK", 3)
+    monkeypatch.setattr("gigagan.evaluation.judges.distances._CHUNK", 3)
     assert mmd2(a, b) == pytest.approx(whole)
 
 

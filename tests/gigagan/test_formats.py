@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from data.decode import decode
-from gigagan.evaluation.features import extract, open_rgb, reference
+from gigagan.evaluation.judges.features import extract, open_rgb, reference
 from gigagan.inference.pictures import PictureError, open_picture, read_about
 
 GREY = np.array([[0, 128, 255], [7, 64, 200]], np.uint8)
@@ -76,7 +76,7 @@ def test_features_kept_from_another_reading_of_files_are_not_used(tmp_path, monk
     settings = {"transform": open_rgb, "transform_name": "as it is", "cache": tmp_path / "kept"}
     names = []
     for reading in ("clipped", "16 bits scaled", "16 bits scaled"):
-        monkeypatch.setattr("gigagan.evaluation.features._READING", reading)
+        monkeypatch.setattr("gigagan.evaluation.judges.features._READING", reading)
         reference([tmp_path / "8.png"], [Mean()], **settings)
         names.append({path.name for path in (tmp_path / "kept").glob("*.npy")})
     assert [len(found) for found in names] == [1, 2, 2]

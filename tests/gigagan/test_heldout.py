@@ -14,9 +14,9 @@ from PIL import Image
 from gigagan.__main__ import main
 from gigagan.config import EvaluateConfig
 from gigagan.evaluation import drawing, measure
-from gigagan.evaluation.alignment import mean_similarity, recall_at
-from gigagan.evaluation.features import image_vectors, text_vectors
 from gigagan.evaluation.heldout import read_drawn, read_gallery, read_heldout
+from gigagan.evaluation.judges.alignment import mean_similarity, recall_at
+from gigagan.evaluation.judges.features import image_vectors, text_vectors
 from gigagan.evaluation.measure import evaluate, score
 from gigagan.evaluation.setting import embedded, seed_of, setting
 from gigagan.models import pretrained

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gigagan.evaluation.categories import OTHER, by_category, categories
-from gigagan.evaluation.neighbours import Memorisation, memorisation, nearest
-from gigagan.evaluation.page import Figures, write_page
-from gigagan.evaluation.sweeps import CurvePoint, Speed, speeds, truncation_curve
+from gigagan.evaluation.judges.neighbours import Memorisation, memorisation, nearest
+from gigagan.evaluation.report.categories import OTHER, by_category, categories
+from gigagan.evaluation.report.page import Figures, write_page
+from gigagan.evaluation.report.sweeps import CurvePoint, Speed, speeds, truncation_curve
 
 
 def test_the_curve_is_over_the_same_captions_in_order_of_truncation():
@@ -40,7 +40,7 @@ def test_neighbours_are_those_of_a_whole_comparison(monkeypatch):
     samples, training = random.normal(size=(5, 3)), random.normal(size=(23, 3))
     units = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (samples, training)]
     cosine = units[0] @ units[1].T
-    monkeypatch.setattr("gigagan.evaluation.neighbours._CHUNK", 7)
+    monkeypatch.setattr("gigagan.evaluation.judges.neighbours._CHUNK", 7)
     for row, found in enumerate(nearest(samples, training, k=2)):
         assert [n.index for n in found] == np.argsort(-cosine[row])[:2].tolist()
         assert found[0].cosine == pytest.approx(cosine[row].max())

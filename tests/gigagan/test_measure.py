@@ -11,12 +11,17 @@ from PIL import Image
 
 from gigagan.config import EvaluateConfig
 from gigagan.evaluation import enlarge, protocol
-from gigagan.evaluation.alignment import clip_score
-from gigagan.evaluation.features import image_vectors, inception_features, square, text_vectors
 from gigagan.evaluation.heldout import read_drawn, read_heldout, subset, training_pictures
+from gigagan.evaluation.judges.alignment import clip_score
+from gigagan.evaluation.judges.features import (
+    image_vectors,
+    inception_features,
+    square,
+    text_vectors,
+)
 from gigagan.evaluation.measure import evaluate, score
 from gigagan.evaluation.protocol import ProtocolError, differing
-from gigagan.evaluation.report import caption_grid, compare, table, write_json
+from gigagan.evaluation.report.results import caption_grid, compare, table, write_json
 from gigagan.evaluation.setting import seed_of
 from gigagan.models import pretrained
 from gigagan.models.aligner import fit_aligner

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gigagan.evaluation.alignment import clip_score
+from gigagan.evaluation.judges.alignment import clip_score
 from gigagan.inference.prompts import PromptError, check_prompt
 from gigagan.models import pretrained
 from gigagan.models.aesthetic import AestheticPredictor, collapse

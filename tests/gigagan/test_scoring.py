@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from data.config import ScoreConfig
-from gigagan.evaluation.alignment import clip_score
+from gigagan.evaluation.judges.alignment import clip_score
 from gigagan.models.pretrained import WEIGHTS_VARIABLE
 from gigagan.scoring import _device, encoders
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from kubernetes.utils.quantity import parse_quantity
 
-from flows import services
 from flows.config import ROOT
+from flows.serve import services
 from tests.flows.conftest import postgres, s3_server, wait_for  # noqa: F401  (fixtures)
 
 INFRA = ROOT / "infra"

@@ -1,4 +1,4 @@
-"""flows/pools.py: a template that follows Prefect's own and renders to a valid job."""
+"""flows/kubernetes/pools.py: a template that follows Prefect's own and renders to a valid job."""
 
 import asyncio
 import copy
@@ -11,7 +11,7 @@ import yaml
 from prefect_kubernetes import KubernetesWorker
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
-from flows import pools
+from flows.kubernetes import pools
 from tests.infra.conftest import INFRA, assert_confined
 
 DEFAULT = KubernetesWorker.get_default_base_job_template()
@@ -147,7 +147,7 @@ def test_what_the_template_names_is_in_the_manifests():
 def test_without_the_package_the_error_names_it():
     code = (
         "import sys; sys.modules['prefect_kubernetes'] = None\n"
-        "from flows import pools\n"
+        "from flows.kubernetes import pools\n"
         "try: pools.template()\n"
         "except ModuleNotFoundError as error: print(error)"
     )

@@ -15,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from flows import services
+from flows.serve import services
 from tests.infra.conftest import DOCKER, run, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.flow]

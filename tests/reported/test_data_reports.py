@@ -157,7 +157,7 @@ def test_lists_of_another_format_are_called_by_it(tmp_path, name, content, word)
 
 def test_a_png_with_a_megabyte_of_text_is_a_picture(tmp_path):
     from data.web.fetch import _checked
-    from gigagan.evaluation.features import open_rgb
+    from gigagan.evaluation.judges.features import open_rgb
 
     def chunk(tag, content):
         check = zlib.crc32(tag + content)
@@ -187,7 +187,7 @@ def test_every_named_format_passes_the_fetch(kind):
 
 def test_sixteen_bit_grey_is_the_same_everywhere(tmp_path):
     from data.decode import decode
-    from gigagan.evaluation.features import open_rgb
+    from gigagan.evaluation.judges.features import open_rgb
     from gigagan.inference.pictures import open_picture
 
     path = tmp_path / "0002.png"

@@ -7,8 +7,8 @@ import os
 
 import pytest
 
-from flows import services
 from flows.__main__ import main
+from flows.serve import services
 
 SMOKE = ("--preset", "smoke")
 STORE_COMMANDS = [

@@ -25,8 +25,8 @@ from prefect.client.schemas.filters import (
 )
 from prefect.states import Cancelling
 
-from flows import services, settings
 from flows.safety.slots import GPU_LIMIT
+from flows.serve import services, settings
 from tests.flows.conftest import wait_for
 
 MARKER = "OPERATIONS_TEST"
@@ -83,7 +83,7 @@ class Installation:
     def start(self) -> None:
         """Server, definitions, worker."""
         self.start_server()
-        code = "from flows.bootstrap import bootstrap; bootstrap(zombie_after_s=40)"
+        code = "from flows.serve.bootstrap import bootstrap; bootstrap(zombie_after_s=40)"
         subprocess.run(
             [sys.executable, "-c", code], env=self.environment, cwd=settings.ROOT, check=True
         )

@@ -9,8 +9,8 @@ import subprocess
 import pytest
 from prefect.states import Crashed
 
-from flows import services
 from flows.safety.aftermath import SILENT
+from flows.serve import services
 from tests.flows.broken.conftest import (
     LOGGED,
     Installation,

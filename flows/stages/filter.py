@@ -10,10 +10,10 @@ from typing import Any
 
 from prefect import flow
 
-from flows import download, score
 from flows.conductor import Outcome, conduct
 from flows.config import PipelineConfig
 from flows.stage import Context, Need, Stage
+from flows.stages import download, score
 
 ALIGNER = "aligner.safetensors"
 MAX_ALIGNER_PAIRS = 200_000

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import timedelta
+from importlib import import_module
 from typing import Any
 from uuid import UUID
 
@@ -24,10 +25,11 @@ from prefect.utilities.importtools import from_qualified_name
 from prefect.utilities.templating import apply_values
 from rich.console import Console
 
-from flows import progress, settings
+from flows import progress
 from flows.conductor import GPU_LIMIT
 from flows.config import ROOT, PipelineConfig
 from flows.safety.aftermath import SILENT
+from flows.serve import settings
 
 DEPLOYMENTS = ROOT / "infra" / "prefect.yaml"
 ZOMBIES = "crash-zombie-runs"
@@ -79,9 +81,8 @@ def make_pool(client: SyncPrefectClient, name: str, kind: str) -> None:
 
 
 def _kubernetes_template() -> dict[str, Any]:
-    from flows import pools  # its package is an extra
-
-    return pools.template()
+    template: dict[str, Any] = import_module("flows.kubernetes.pools").template()
+    return template  # a room that is entered where it is asked for: its packages are an extra
 
 
 def make_gpu_limit(client: SyncPrefectClient, gpu_jobs: int | None) -> None:

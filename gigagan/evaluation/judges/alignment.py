@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gigagan.evaluation.features import Picture, clip_image_vectors
+from gigagan.evaluation.judges.features import Picture, clip_image_vectors
 from gigagan.evaluation.protocol import CLIP_PREFIX
 from gigagan.models import pretrained
 from gigagan.models.openclip import OpenClipText

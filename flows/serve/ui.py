@@ -11,9 +11,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from flows import services
 from flows.record import relocation
 from flows.record.tracking import tracking_uri
+from flows.serve import services
 
 
 @contextmanager

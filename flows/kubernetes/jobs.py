@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 
 import yaml
 
-from flows.launch import remote
+from flows.kubernetes.manifest import DIGEST, GROUP, VERSION, manifest
+from flows.launch import cluster as remote
+from flows.launch.cluster import Ending, Unreachable, patiently
 from flows.launch.command import SAVE_S, Job, LaunchError, Output
-from flows.launch.manifest import DIGEST, GROUP, VERSION, manifest
-from flows.launch.remote import Ending, Unreachable, patiently
 
 PLURAL = "trainjobs"
 SEEN = ".kubernetes-seen"

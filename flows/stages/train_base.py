@@ -9,10 +9,11 @@ from typing import Any
 
 from prefect import flow
 
-from flows import download, filter, launch
+from flows import launch
 from flows.conductor import Outcome, conduct
 from flows.config import PipelineConfig
 from flows.stage import Context, Length, Need, Stage
+from flows.stages import download, filter
 from gigagan.config import FREE_TO_CHANGE
 
 PROCESS = launch.Process(("gigagan.training",), out="--run-dir")

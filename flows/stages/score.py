@@ -8,10 +8,10 @@ from typing import Any
 
 from prefect import flow
 
-from flows import download
 from flows.conductor import Outcome, conduct
 from flows.config import PipelineConfig
 from flows.stage import Context, Need, Stage
+from flows.stages import download
 
 
 def run(context: Context) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from flows import evaluate, launch, train_base
+from flows import launch
 from flows.config import ConfigError, PipelineConfig, StageName
-from flows.full_pipeline import stage as stage_of
 from flows.record import scrub
 from flows.record.tracking import child_environment, tracking_uri
 from flows.stage import Context, MissingInputError, Stage
+from flows.stages import evaluate, train_base
+from flows.stages.full_pipeline import stage as stage_of
 from flows.storage.store import Resolved, Store
 
 PROCESSES = {

@@ -7,10 +7,10 @@ from typing import Any
 
 from prefect import flow
 
-from flows import download, filter, train_base
 from flows.conductor import Outcome, conduct
 from flows.config import PipelineConfig
 from flows.stage import Need, Stage
+from flows.stages import download, filter, train_base
 
 
 def needs(config: PipelineConfig) -> Mapping[str, Need]:

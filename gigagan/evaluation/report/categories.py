@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gigagan.evaluation.statistics import mean_interval
+from gigagan.evaluation.judges.statistics import mean_interval
 
 _WORDS = {
     "count": "two three four five six seven eight nine ten several many couple pair dozen group",

@@ -11,10 +11,11 @@ from typing import Any
 
 from prefect import flow
 
-from flows import download, filter, launch, train_base, train_upsampler
+from flows import launch
 from flows.conductor import Outcome, conduct
 from flows.config import PipelineConfig
 from flows.stage import Context, Need, Stage
+from flows.stages import download, filter, train_base, train_upsampler
 
 PROCESS = launch.Process(("gigagan", "evaluate"), out="--out")
 

@@ -10,12 +10,13 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.runtime import flow_run
 
-from flows import download, evaluate, filter, outside, progress, score, train_base, train_upsampler
+from flows import progress
 from flows.conductor import prefect_tags
 from flows.config import PipelineConfig, StageName
 from flows.record.tracking import PIPELINE, Tracker
 from flows.safety.aftermath import spare
 from flows.stage import Manifest, MissingInputError, Stage, StageOutput
+from flows.stages import download, evaluate, filter, outside, score, train_base, train_upsampler
 from flows.storage.store import Store, Upstream
 from flows.storage.upstream import locate
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import t as student
 
-from gigagan.evaluation.statistics import Interval, Moments, frechet_from_moments
+from gigagan.evaluation.judges.statistics import Interval, Moments, frechet_from_moments
 
 _CHUNK = 2048  # rows of a kernel or distance matrix that are held at a time
 

@@ -17,8 +17,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from flows import places, settings
+from flows import places
 from flows.safety import guardian, processes
+from flows.serve import settings
 from flows.storage.files import write_atomically
 
 HOST = "127.0.0.1"

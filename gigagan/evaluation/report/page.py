@@ -13,11 +13,11 @@ from typing import Any
 
 from PIL import Image
 
-from gigagan.evaluation.categories import CategoryRow
-from gigagan.evaluation.neighbours import Memorisation
+from gigagan.evaluation.judges.neighbours import Memorisation
 from gigagan.evaluation.protocol import PROTOCOLS
-from gigagan.evaluation.report import unpaired
-from gigagan.evaluation.sweeps import CurvePoint, Speed
+from gigagan.evaluation.report.categories import CategoryRow
+from gigagan.evaluation.report.results import unpaired
+from gigagan.evaluation.report.sweeps import CurvePoint, Speed
 
 _CELL = 128
 _HEADLINES = 6

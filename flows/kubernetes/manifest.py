@@ -12,8 +12,8 @@ import json
 from typing import Any
 from urllib.parse import urlsplit
 
+from flows.kubernetes.pools import CONFINED_CONTAINER, CONFINED_POD
 from flows.launch.command import SAVE_S, Job, LaunchError
-from flows.pools import CONFINED_CONTAINER, CONFINED_POD
 from flows.resources import KubernetesResources, is_secret
 
 GROUP, VERSION = "trainer.kubeflow.org", "v1alpha1"

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from gigagan.evaluation import page, report, sweeps
-from gigagan.evaluation.alignment import clip_score_per_picture, similarities
-from gigagan.evaluation.categories import CategoryRow, by_category, categories
-from gigagan.evaluation.distances import kernel_distance
-from gigagan.evaluation.features import extract, extractor, open_rgb, reference, text_vectors
 from gigagan.evaluation.heldout import Heldout, training_pictures
-from gigagan.evaluation.naming import Drawn
-from gigagan.evaluation.neighbours import Memorisation, memorisation, nearest
+from gigagan.evaluation.judges.alignment import clip_score_per_picture, similarities
+from gigagan.evaluation.judges.distances import kernel_distance
+from gigagan.evaluation.judges.features import extract, extractor, open_rgb, reference, text_vectors
+from gigagan.evaluation.judges.naming import Drawn
+from gigagan.evaluation.judges.neighbours import Memorisation, memorisation, nearest
+from gigagan.evaluation.report import page, sweeps
+from gigagan.evaluation.report.categories import CategoryRow, by_category, categories
+from gigagan.evaluation.report.results import caption_grid
 from gigagan.evaluation.setting import (
     INCEPTION,
     Sample,
@@ -156,12 +157,10 @@ def _draw_grids(subject: Subject, at: Setting) -> None:
         ]
         (at.out / name).unlink(missing_ok=True)
         if rows:
-            grid = report.caption_grid(
-                rows, title=f"{title}: generated (left), real (right)", columns=4
-            )
+            grid = caption_grid(rows, title=f"{title}: generated (left), real (right)", columns=4)
             grid.save(at.out / name)
     if subject.variants:
-        grid = report.caption_grid(
+        grid = caption_grid(
             subject.variants[:_GRID_PROMPTS], title="One caption, several latents", columns=2
         )
         grid.save(at.out / "latents.png")

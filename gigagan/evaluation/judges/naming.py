@@ -21,11 +21,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from gigagan.evaluation.features import extract, extractor, reference, square, text_vectors
 from gigagan.evaluation.findings import Findings
 from gigagan.evaluation.heldout import SPLITS, Gallery, Heldout
+from gigagan.evaluation.judges.features import extract, extractor, reference, square, text_vectors
+from gigagan.evaluation.judges.statistics import bootstrap
 from gigagan.evaluation.setting import INCEPTION, Setting
-from gigagan.evaluation.statistics import bootstrap
 from gigagan.models import pretrained
 from gigagan.models.aligner import fit_aligner
 

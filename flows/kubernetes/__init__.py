@@ -1,0 +1,1 @@
+"""Kubernetes: training as TrainJobs, flows as pods. Nothing else imports this room."""

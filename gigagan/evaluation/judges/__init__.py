@@ -1,0 +1,1 @@
+"""Measures of pictures, each a function of features. Nothing here draws or reports."""

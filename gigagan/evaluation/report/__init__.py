@@ -1,0 +1,1 @@
+"""An evaluation as files: results, grids, curves, one page."""
