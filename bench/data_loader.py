@@ -32,7 +32,7 @@ TARGET = 0.95
 
 
 class Time(NamedTuple):
-    """Of one pass over all pictures, s."""
+    """Seconds of one pass over all pictures."""
 
     wall: float
     processor: float
@@ -72,7 +72,7 @@ def members(folder: Path) -> list[bytes]:
 
 
 def timed(run: Callable[[], object]) -> Time:
-    """One call."""
+    """Seconds that one call takes."""
     wall, processor = time.perf_counter(), time.process_time()
     run()
     return Time(time.perf_counter() - wall, time.process_time() - processor)

@@ -22,10 +22,10 @@ from PIL import Image
 
 from bench.timing import medians
 from data.config import ScoreConfig
-from data.decode import decode, open_picture
 from data.layout import ImageShard
 from data.schema import FATES
 from data.score.judge import AT_LEAST, Encoders, score_shard
+from gigagan.common.pictures import decode, open_picture
 
 NUM_PICTURES = 64
 SIDE = 512

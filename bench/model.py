@@ -146,7 +146,7 @@ def upsample(batch: int) -> tuple[Parts, Calls]:
 
 
 def child(candidate: str, task: str) -> dict[str, Any]:
-    """One measurement of a task of this file."""
+    """Measure one task of this file in this process."""
     kind, size = task.split("-")
     sizes = (int(size),) if kind == "upsample" else (int(size), BATCHES[int(size)])
     if candidate == OURS:
@@ -249,12 +249,12 @@ def _convolution_backward(
 
 
 def _parameters(network: nn.Module) -> int:
-    """How many, without our text branch."""
+    """Number of parameters, those of our text branch left out."""
     return sum(p.numel() for n, p in network.named_parameters() if not n.startswith("text."))
 
 
 def package(candidate: str) -> str:
-    """The package that a candidate is of."""
+    """Name of the package that a candidate comes from."""
     return candidate.split(".")[0]
 
 
@@ -338,7 +338,7 @@ def show(title: str, found: Mapping[str, list[dict[str, Any]]], batch: int) -> N
 
 
 def median(values: Iterable[float | Sequence[float]]) -> float:
-    """Of all numbers in all lists."""
+    """The median of all numbers, those in lists too."""
     flat = (x for value in values for x in (value if isinstance(value, list) else [value]))
     return float(statistics.median(flat))
 

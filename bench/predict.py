@@ -58,7 +58,7 @@ BLOCKS = (AdaptiveBlock, AttentionBlock, DownBlock, ResidualBlock)
 
 
 class Card(NamedTuple):
-    """What the vendor states."""
+    """A GPU by its data sheet: speed, bandwidth and memory."""
 
     name: str
     tflops: float
@@ -71,28 +71,28 @@ CARDS = (Card("A100-80GB", 312, 2.0, 80), Card("H100-80GB SXM", 989, 3.35, 80))
 
 
 class Count(NamedTuple):
-    """Of a step, as a constant (weights) and a part for each image."""
+    """What a step computes, moves and keeps: a constant (weights) and a part for each image."""
 
     gmac: float
-    """10⁹ multiply-adds of an image without R1 …"""
+    """10⁹ multiply-adds of an image, without R1."""
     r1_gmac: float
-    """… of its R1 …"""
+    """10⁹ multiply-adds of an image's R1."""
     forward_gmac: float
-    """… and of the forward passes that checkpointing repeats."""
+    """10⁹ multiply-adds of the forward passes that checkpointing repeats."""
     gb: float
-    """10⁹ bytes that an image's operations move without fusion, without R1 …"""
+    """10⁹ bytes that an image's operations move without fusion, without R1."""
     r1_gb: float
-    """… and those of its R1."""
+    """10⁹ bytes that an image's R1 moves without fusion."""
     kept_gb: float
-    """Activations of an image, G's graph and that of D's step …"""
+    """10⁹ bytes of an image's activations: G's graph and that of D's step."""
     checkpointed_gb: float
-    """… with checkpointing …"""
+    """The same with checkpointing."""
     r1_kept_gb: float
-    """… and G's graph and that of R1, which is float32 and not checkpointed."""
+    """10⁹ bytes of G's graph and that of R1, which is float32 and not checkpointed."""
     constant_gb: float
-    """Weights, gradients, AdamW, EMA and what is computed of weights once a step."""
+    """10⁹ bytes of weights, gradients, AdamW, EMA and what a step computes of weights once."""
     millions: tuple[float, float]
-    """Parameters of G and D."""
+    """10⁶ parameters of G and of D."""
 
 
 class _Traffic(TorchDispatchMode):
@@ -151,7 +151,7 @@ class _Kept:
 
     @property
     def numbers(self) -> int:
-        """All of it."""
+        """How many numbers all kept tensors hold."""
         return sum(_size(x) for _, x in self.found.values())
 
     @property
@@ -272,42 +272,41 @@ def _build(config: TrainStage, batch: int) -> tuple[Generator | Upsampler, Discr
         torch.empty(batch, read.pooled_width),
     )
     sides = [config.discriminator.resolution >> level for level in range(d.config.levels)]
-    small = None
+    given: tuple[torch.Tensor, ...] = ()
     if isinstance(g, Upsampler):
         side = g.config.input_resolution
-        small = (torch.empty(batch, 3, side, side), torch.empty(batch, 3, side, side))
+        given = (torch.empty(batch, 3, side, side), torch.empty(batch, 3, side, side))
     inputs = Inputs(
         real=[torch.empty(batch, 3, side, side) for side in sides],
         captions=[""] * batch,
         text=text,
         z_BZ=torch.empty(batch, g.config.latent_dim),
-        small=small,
+        given=given,
         other_text=text,
         has_other_B=(True,) * batch,
-        crop=(0, 0),
     )
     return g, d, inputs
 
 
 class Prediction(NamedTuple):
-    """On one card."""
+    """Batch and time per image on one card."""
 
     batch: int
     r1_batch: int
     """While R1 runs, which may come in smaller parts."""
     compute_ms: float
-    """Of one image."""
+    """Milliseconds that an image's multiply-adds take."""
     memory_ms: float
-    """The time that its bytes take."""
+    """Milliseconds that moving an image's bytes takes."""
 
     @property
     def images_per_second(self) -> float:
-        """Whichever of both takes longer."""
+        """Computing and moving overlap: the slower one decides."""
         return 1e3 / max(self.compute_ms, self.memory_ms)
 
 
 def predict(found: Count, card: Card, *, r1_every: int, is_checkpointed: bool) -> Prediction:
-    """The formulas of this file's head."""
+    """Speed and batch on a card, by the formulas in this file's docstring."""
     per_image = found.checkpointed_gb if is_checkpointed else found.kept_gb
     room = card.gb - RESERVED_GB - found.constant_gb
     batch, r1_batch = (max(math.floor(room / gb), 0) for gb in (per_image, found.r1_kept_gb))

@@ -87,7 +87,7 @@ def rivals_large(side: int) -> tuple[Parts, Calls]:
 
 
 def child(candidate: str, task: str) -> dict[str, Any]:
-    """One measurement."""
+    """Measure one task of this file in this process."""
     kind, size = task.split("-")
     if candidate == OURS:
         build = {"draw": draw, "large": large}[kind]

@@ -11,26 +11,18 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from bench import (
-    adaptive,
-    captions,
     data,
-    initial,
     model,
     orchestration,
-    precision,
     predict,
     sampling,
     training,
 )
 
 BENCHMARKS = {
-    "adaptive": adaptive.main,
-    "captions": captions.main,
     "data": data.main,
-    "initial": initial.main,
     "model": model.main,
     "orchestration": orchestration.main,
-    "precision": precision.main,
     "predict": predict.main,
     "sampling": sampling.main,
     "training": training.main,

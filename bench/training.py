@@ -10,7 +10,6 @@ Measured as `bench.model` measures; a step is one update of D and one of G with 
 - `profile` runs the training loop itself and times what it calls, each without what it calls in
   turn. The losses through frozen image encoders are left out, and features of text are made up, as
   training reads them from memory.
-- `neighbour` runs the same loop with threads or with ranks, alone and beside a busy process.
 
 Shape letters: B batch, Z latent, C colour, H W image.
 """
@@ -48,9 +47,9 @@ from gigagan.models.generator import Generator
 from gigagan.models.layers import pyramid
 from gigagan.training import loop, step
 from gigagan.training.captions import CaptionFeatures
-from gigagan.training.distributed import World
+from gigagan.training.distributed.world import World
 from gigagan.training.ema import Ema
-from gigagan.training.inputs import Inputs
+from gigagan.training.inputs import Batch, Inputs, Loader
 from gigagan.training.logs import Log
 from gigagan.training.probes import Look
 from gigagan.training.run import Run
@@ -60,7 +59,7 @@ CANDIDATES = (OURS, WITHOUT_TEXT, "gigagan_pytorch", "gigagan_pytorch.alike")
 CONVOLUTION, PRODUCT = "one large convolution", "one large matrix product"
 PENALTY_EVERY = {OURS: CONFIGS[32].optimizer.r1_every, "gigagan_pytorch": 4}
 STEPS = ("train-32", "train-64")
-TASKS = {"train": STEPS, "profile": ("profile",), "neighbour": ("neighbour",)}
+TASKS = {"train": STEPS, "profile": ("profile",)}
 PROFILED = "small_32"
 
 
@@ -78,10 +77,8 @@ def train(side: int, batch: int) -> tuple[Parts, Calls]:
         captions=[""] * batch,
         text=model.features(batch),
         z_BZ=torch.randn(batch, g.config.latent_dim),
-        small=None,
         other_text=model.features(batch),
         has_other_B=(True,) * batch,
-        crop=(0, 0),
     )
     opt_g, opt_d = (torch.optim.AdamW(m.parameters(), lr=1e-4, fused=True) for m in (g, d))
 
@@ -260,12 +257,12 @@ class _Enough(Exception):  # noqa: N818 – not an error
 class _Timed:
     """A loader that ends after some steps; the clock starts after the first."""
 
-    def __init__(self, loader: loop.Loader, watch: Stopwatch, num_steps: int) -> None:
+    def __init__(self, loader: Loader, watch: Stopwatch, num_steps: int) -> None:
         self.loader, self.watch, self.num_steps = loader, watch, num_steps
         self.captions_between = loader.captions_between
         self.total = 0.0
 
-    def batches(self, images_seen: int = 0) -> Iterator[loop.Batch]:
+    def batches(self, images_seen: int = 0) -> Iterator[Batch]:
         stream, started = self.loader.batches(images_seen), 0.0
         for number in itertools.count():
             if number == 1:
@@ -298,7 +295,7 @@ def players(config: TrainBaseConfig) -> step.Players:
 def profile(shards: Path | None = None, num_steps: int = 16, name: str = PROFILED) -> None:
     """Shares of a step's time in the training loop, R1 at its own interval."""
     config = endless(name)
-    loader: loop.Loader = Noise(config.generator.resolution, config.batch_size, World())
+    loader: Loader = Noise(config.generator.resolution, config.batch_size, World())
     if shards is not None:
         loader = ShardLoader(shards, batch_size=config.batch_size, seed=0)
     watch = Stopwatch()
@@ -344,16 +341,11 @@ def main(
     shards: Path | None = None,
     num_steps: int = 16,
 ) -> None:
-    """A training step against gigagan-pytorch, where its time goes, and what neighbours cost."""
+    """A training step against gigagan-pytorch, and where its time goes."""
     wanted = list(itertools.chain.from_iterable(TASKS.get(kind, (kind,)) for kind in what))
     for task in wanted:
         if task == "profile":
             profile(shards, num_steps)
-            continue
-        if task == "neighbour":
-            from bench import neighbour  # which runs what is in here
-
-            neighbour.main()
             continue
         found = model.compete(__name__, task, CANDIDATES, {OURS, *candidates}, rounds)
         side = int(task.split("-")[1])

@@ -432,15 +432,10 @@ def _render_all(out: Path, config: EmbeddedConfig, total: int, progress: Progres
     import the main module of whoever called us once more.
     """
     num_parts = max(1, min(os.cpu_count() or 1, 16, total // 200))
-    root = str(Path(__file__).resolve().parents[1])
-    env = {**os.environ, "PYTHONPATH": root}
     arguments = [str(out.resolve()), config.model_dump_json(), str(num_parts)]
     command = [sys.executable, "-m", "data.demo", *arguments]
     read_end, write_end = os.pipe()  # one for all: a line of theirs is one write
-    parts = [
-        subprocess.Popen([*command, str(part)], env=env, stdout=write_end)
-        for part in range(num_parts)
-    ]
+    parts = [subprocess.Popen([*command, str(part)], stdout=write_end) for part in range(num_parts)]
     os.close(write_end)
     try:
         done = 0

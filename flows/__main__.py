@@ -72,7 +72,8 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m flows",
         description="Download, score, filter, train, upsample, evaluate: one pipeline.",
-        epilog=f"Stages: {', '.join(StageName)}.",
+        epilog=f"Stages: {', '.join(StageName)}. What commands leave goes to the folder that "
+        "GIGAGAN_RUNS names, or to runs/ in the current folder.",
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     for group in (pipeline, services, record, store):

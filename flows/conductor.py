@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from prefect import get_run_logger
+from prefect import Flow, flow, get_run_logger
 from prefect.artifacts import (
     create_link_artifact,
     create_markdown_artifact,
@@ -29,18 +29,17 @@ from flows.safety import guardian
 from flows.safety.aftermath import (
     await_server,
     close_left_behind,
-    heard,
-    outlive_worker,
-    reclaim,
-    spare,
+    ignore_closed_console,
+    logging_to_run,
+    set_running_again,
+    suppressed,
 )
-from flows.safety.slots import GPU_LIMIT, gpu_slot
-from flows.stage import Context, Progress, Stage, StageOutput
+from flows.safety.slots import gpu_slot
+from flows.stage import Context, Stage, StageOutput
 from flows.storage.lease import Lease
 from flows.storage.store import Store
 from flows.storage.upstream import locate
-
-__all__ = ["GPU_LIMIT", "Outcome", "conduct", "prefect_tags"]
+from gigagan.common.progress import Progress
 
 ARTIFACT_EVERY_S = 5.0
 ARTIFACT_AGAIN_S = 60.0
@@ -63,17 +62,47 @@ def conduct(
 
     Returns its output, as data of a state named Skipped when there was nothing to do.
     """
-    outlive_worker()
-    with heard():
-        with spare("runs that an accident left as Running"):
+    ignore_closed_console()
+    with logging_to_run():
+        with suppressed("runs that an accident left as Running"):
             close_left_behind()
         # A retry of a forced run goes on where it broke off.
         force = force and (flow_run.run_count or 1) <= 1
         return _Attempt(stage, config.override(overrides), upstream or {}).outcome(force)
 
 
+def stage_flow(
+    stage: Stage, what: str, *, example: str, reads: str | None, again: str = "run it"
+) -> Flow[..., Outcome]:
+    """The flow of a stage; Prefect's form shows what its docstring says of each parameter.
+
+    `what` names its output in a sentence, `example` is one of its overrides, `reads` a stage whose
+    output it reads, and `again` what happens after its own is discarded.
+    """
+
+    def run(
+        overrides: dict[str, Any] = {},  # noqa: B006 (a form shows its defaults)
+        force: bool = False,
+        upstream: dict[str, str] = {},  # noqa: B006
+        config: PipelineConfig = PipelineConfig(),
+    ) -> Outcome:
+        return conduct(stage, overrides, force, config, upstream)
+
+    others = f'`{{"{reads}": WHERE}}` with a key, an MLflow run, a\n            folder or a URL'
+    run.__doc__ = f"""Bring {what} up to date.
+
+    Args:
+        overrides: settings by dotted key, as in `{example}`
+        force: discard its output and {again} again
+        upstream: outputs to read instead{f": {others}" if reads else "; this stage reads none"}
+        config: all settings; the deployment comes with those of its preset
+    """
+    run.__name__ = run.__qualname__ = stage.section
+    return flow(name=stage.name, persist_result=True)(run)
+
+
 class _Attempt:
-    """At one output, whose key its configuration and inputs decide."""
+    """One try to bring an output up to date; its configuration and inputs decide which."""
 
     def __init__(self, stage: Stage, config: PipelineConfig, upstream: Mapping[str, str]):
         self.stage, self.config = stage, config
@@ -83,6 +112,7 @@ class _Attempt:
         named = locate(self.store, upstream, self.tracker.output_of)
         self.resolved = self.store.resolve(stage, config, upstream=named, check=True)
         self.key = self.resolved.key
+        self.place = self.store.place(stage.name, self.key)
         self.parent = _pipeline_run(self.tracker)
 
     def outcome(self, force: bool) -> Outcome:
@@ -94,31 +124,31 @@ class _Attempt:
             if not force and (output := self.store.lookup(self.stage, self.key)):
                 return self._skip(output)
             self._clear(force)
-            with _reported(self.stage, str(self.store.directory(self.stage, self.key))):
+            with _reported(self.stage, str(self.place.folder)):
                 return self._run(lease, fresh=force)
 
     def _skip(self, output: StageOutput) -> State[StageOutput]:
         manifest = self.store.manifest(self.stage, output.key)
         assert manifest is not None, "looked up a moment ago"
         self.store.fetch_legible(self.stage, output.key)
-        run_id = self.tracker.recall(self.stage, manifest, output, self.resolved)
+        run_id = self.tracker.complete_record(self.stage, manifest, output, self.resolved)
         self._register(output, run_id)
         if self.parent:
-            self.tracker.adopt(self.parent, self.stage, output, run_id, "skipped")
+            self.tracker.copy_to_pipeline(self.parent, self.stage, output, run_id, "skipped")
         self._link(run_id)
         note = f"up to date in {output.path}"
         progress.reporter().ended(self.stage.name, "skipped", 0.0, note)
         return Completed(name="Skipped", message=f"up to date: {output.path}", data=output)
 
     def _clear(self, force: bool) -> None:
-        """End and remove what must not be resumed; of a damaged output its checkpoints stay."""
+        """End a dead run's processes; delete what must not be resumed, but keep checkpoints."""
         if left := guardian.end_left_behind(self._mark):
             get_run_logger().warning("ended processes of a run that died: %s", left)
         if force:
-            self.store.discard(self.stage, self.key)
-        elif self.store.manifest(self.stage, self.key):
-            get_run_logger().warning("made again: %s", self.store.damage(self.stage, self.key))
-            self.store.discard(self.stage, self.key, keep=self.stage.scratch)
+            self.place.discard()
+        elif manifest := self.store.manifest(self.stage, self.key):
+            get_run_logger().warning("made again: %s", self.place.damage(manifest))
+            self.place.discard(keep=self.stage.scratch)
 
     def _run(self, lease: Lease, fresh: bool) -> StageOutput:
         settings = getattr(self.config, self.stage.section).model_dump(mode="json")
@@ -143,11 +173,11 @@ class _Attempt:
             )
             self.tracker.outputs(run_id, output)
             self._register(output, run_id)
-        return self._told(output, run_id)
+        return self._report_end(output, run_id)
 
     def _context(self, run_id: str, lease: Lease) -> Context:
         return Context(
-            path=self.store.directory(self.stage, self.key),
+            path=self.place.folder,
             config=getattr(self.config, self.stage.section),
             inputs=self.resolved.paths,
             resources=getattr(self.config.resources, self.stage.section),
@@ -158,25 +188,26 @@ class _Attempt:
 
     def _work(self, context: Context, run_id: str, lease: Lease, fresh: bool) -> None:
         """Run the stage's body with what it reads at hand and all that watches over it."""
-        self.store.begin(self.stage, self.key, context.progress)
+        self.place.resume(context.progress)
         if not fresh and (
             said := self.store.go_on(self.stage, self.config, self.resolved, context.progress)
         ):
             context.log(said)
         self.store.fetch(self.resolved, context.progress)
-        every_s = self.config.save_every_s
         with (
             gpu_slot() if self.stage.gpu else nullcontext(),
             guardian.guarding(self._mark),
             metered(self.tracker.client, run_id),
-            self.store.saving(self.stage, self.key, lease, every_s, context.log),
+            self.place.pushing(
+                self.config.save_every_s, may=lambda: not lease.is_lost, log=context.log
+            ),
         ):
             self.stage.run(context)
 
-    def _told(self, output: StageOutput, run_id: str) -> StageOutput:
+    def _report_end(self, output: StageOutput, run_id: str) -> StageOutput:
         """Put the end of the stage where people look for it."""
         if self.parent:
-            self.tracker.adopt(self.parent, self.stage, output, run_id, "ran")
+            self.tracker.copy_to_pipeline(self.parent, self.stage, output, run_id, "ran")
         _summarise(self.stage, output, self.tracker, run_id)
         note = progress.figures(output.metrics)
         progress.reporter().ended(self.stage.name, "done", output.seconds, note)
@@ -185,20 +216,18 @@ class _Attempt:
 
     @property
     def _mark(self) -> str:
-        """What the processes of this output carry."""
-        return str(self.store.directory(self.stage, self.key))
+        """Value of the variable that all processes of this output inherit; see `guardian`."""
+        return str(self.place.folder)
 
     def _register(self, output: StageOutput, run_id: str) -> None:
-        said = registry.consider(
-            self.tracker, self.store, self.stage, self.resolved, output, run_id
-        )
-        if said:
+        if self.stage.registers:
+            said = registry.register_evaluation(
+                self.tracker, self.store, self.resolved, output, run_id
+            )
             get_run_logger().info(said)
 
     def _link(self, run_id: str) -> None:
-        url, key = self.tracker.run_url(run_id), f"mlflow-{self.stage.name}"
-        with spare("the link to MLflow"):
-            create_link_artifact(url, key=key, description="The run in MLflow.")
+        link_to(self.tracker.run_url(run_id), f"mlflow-{self.stage.name}")
 
 
 @contextmanager
@@ -214,6 +243,12 @@ def _reported(stage: Stage, where: str) -> Iterator[None]:
         if isinstance(error, Exception):  # not when asked to stop
             await_server()
         raise
+
+
+def link_to(url: str, key: str) -> None:
+    """Show a run's page in MLflow on the page of this flow run."""
+    with suppressed("the link to MLflow"):
+        create_link_artifact(url, key=key, description="The run in MLflow.")
 
 
 def prefect_tags() -> dict[str, str]:
@@ -250,13 +285,13 @@ def _progress(stage: Stage) -> Progress:
             return
         percent = min(100.0, 100.0 * done / total)
         due = time.monotonic() + ARTIFACT_AGAIN_S
-        with spare("progress"):
+        with suppressed("progress"):
             if what in artifacts:
                 update_progress_artifact(artifacts[what], percent)
             else:
                 description = f"{stage.name}: {what}"
                 artifacts[what] = create_progress_artifact(percent, description=description)
-            reclaim()
+            set_running_again()
             due = time.monotonic() + ARTIFACT_EVERY_S
 
     return report
@@ -277,10 +312,10 @@ def _summarise(stage: Stage, output: StageOutput, tracker: Tracker, run_id: str)
         f"[all runs of this stage]({tracker.compare_url(stage.name)})\n\n"
         f"| figure | value |\n|:--|--:|\n{rows}\n"
     )
-    with spare("the summary"):
+    with suppressed("the summary"):
         create_markdown_artifact(markdown, key=f"{stage.name}-summary")
     report = output.path / "report.json"
     funnel = json.loads(report.read_text()).get("funnel") if report.is_file() else None
     if funnel:
-        with spare("the funnel"):
+        with suppressed("the funnel"):
             create_table_artifact(funnel, key=f"{stage.name}-funnel", description="Rows left.")

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from data.config import DownloadConfig, FilterConfig, ScoreConfig
-from flows.places import ROOT as ROOT  # part of this module's interface
 from flows.places import runs
-from flows.resources import Frozen, ResourcesConfig
 from flows.resources import Resources as Resources  # part of this module's interface
+from flows.resources import ResourcesConfig
+from gigagan.common.settings import Frozen, SettingsError, dotted_keys, nearest, problems, unknown
 from gigagan.config import EvaluateConfig, TrainBaseConfig, TrainUpsamplerConfig
 from gigagan.config import presets as training_presets
 
@@ -27,10 +26,6 @@ TRAINING = frozenset({"train_base", "train_upsampler"})
 """Sections that may start from one of the networks' own presets."""
 FREE = frozenset({"env", "parameters", "node_selector", "env_from_secrets"})
 """Mappings in which an override may name a new key."""
-
-
-class ConfigError(ValueError):
-    """A preset, key or value that cannot be used; the message says what can."""
 
 
 class StageName(StrEnum):
@@ -77,14 +72,14 @@ class PipelineConfig(Frozen):
 
     @property
     def store_path(self) -> Path:
-        """The store's folder on this machine, whatever the working directory.
+        """The store's folder on this machine; a relative one is so to the current folder.
 
         Of a store behind a URL the mirror, below `GIGAGAN_STORE_CACHE` or `runs/mirror`.
         """
         if self.store_url is None:
             given = Path(self.store.removeprefix("file://")).expanduser()
             is_ours = given.parts[:1] == ("runs",)
-            return runs().joinpath(*given.parts[1:]) if is_ours else ROOT / given
+            return runs().joinpath(*given.parts[1:]) if is_ours else given.absolute()
         mirrors = os.environ.get("GIGAGAN_STORE_CACHE") or runs() / "mirror"
         name = re.sub(r"[^A-Za-z0-9]+", "-", self.store_url).strip("-")
         short = hashlib.sha256(self.store_url.encode()).hexdigest()[:8]
@@ -95,20 +90,21 @@ class PipelineConfig(Frozen):
         """One of the presets by name."""
         names = presets()
         if name not in names:
-            raise ConfigError(f"unknown preset {name!r}{_nearest(name, names)}: {', '.join(names)}")
+            raise SettingsError(
+                f"unknown preset {name!r}{nearest(name, names)}: {', '.join(names)}"
+            )
         return cls.parse(yaml.safe_load((PRESETS / f"{name}.yaml").read_text()) or {})
 
     @classmethod
     def parse(cls, tree: Mapping[str, Any]) -> PipelineConfig:
-        """Validate a tree; `ConfigError` names each key, its value and what is accepted.
+        """Validate a tree; `SettingsError` names each key, its value and what is accepted.
 
         A training section may name a `preset` of gigagan.config.presets to start from.
         """
         try:
             return cls.model_validate(_expand_presets(tree))
         except ValidationError as error:
-            problems = [_problem(problem) for problem in error.errors()]
-            raise ConfigError("\n".join(problems)) from error
+            raise SettingsError("\n".join(problems(error, cls))) from error
 
     def override(self, overrides: Mapping[str, Any]) -> PipelineConfig:
         """A copy with dotted keys replaced, as in `{"train_base.total_images": 20000}`.
@@ -129,7 +125,7 @@ class PipelineConfig(Frozen):
             # A leaf that is not there yet is legal in a free mapping such as `env` only.
             is_free = sections[-1:] and sections[-1] in FREE
             if not isinstance(node, dict) or (leaf not in node and not is_free):
-                raise ConfigError(_unknown(key))
+                raise SettingsError(unknown(key, dotted_keys(PipelineConfig)))
             node[leaf] = value
         return self.parse(tree)
 
@@ -137,17 +133,6 @@ class PipelineConfig(Frozen):
 def presets() -> list[str]:
     """Names of all presets."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
-
-
-def parse_assignments(items: Sequence[str], option: str = "--set") -> dict[str, Any]:
-    """`["a.b=1", …]` as overrides; values are read as YAML."""
-    overrides = {}
-    for item in items:
-        key, sign, value = item.partition("=")
-        if not sign:
-            raise ConfigError(f"{option} {item!r} has no '=': write it as KEY=VALUE")
-        overrides[key.strip()] = yaml.safe_load(value)
-    return overrides
 
 
 def _expand_presets(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,9 +150,9 @@ def _training_preset(section: str, name: Any) -> dict[str, Any]:
     try:
         found = training_presets.preset(str(name))
     except ValueError as error:
-        raise ConfigError(f"{section}.preset: {error}") from error
+        raise SettingsError(f"{section}.preset: {error}") from error
     if f"train_{found.kind}" != section:
-        raise ConfigError(f"{section}.preset = {name}: that is one of train_{found.kind}")
+        raise SettingsError(f"{section}.preset = {name}: that is one of train_{found.kind}")
     return found.model_dump(mode="json")
 
 
@@ -180,36 +165,3 @@ def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
         else:
             merged[key] = value
     return merged
-
-
-def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every key that an override may name."""
-    for name, field in model.model_fields.items():
-        yield prefix + name
-        for kind in (field.annotation, *get_args(field.annotation)):  # of `X | None` the X
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from dotted_keys(kind, f"{prefix}{name}.")
-
-
-def _nearest(name: str, candidates: list[str]) -> str:
-    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.4)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
-def _unknown(key: str) -> str:
-    keys = list(dotted_keys(PipelineConfig))
-    last = key.rpartition(".")[2]
-    # A right name in the wrong section is nearer than a similar spelling.
-    elsewhere = [known for known in keys if known.rpartition(".")[2] == last]
-    hint = _nearest(key, elsewhere) or _nearest(key, keys)
-    return f"unknown setting {key!r}{hint}"
-
-
-def _problem(problem: Mapping[str, Any]) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return _unknown(key)
-    # A validator of ours says what is wrong, and no more where the value may be a secret.
-    if problem["type"] != "value_error" and not isinstance(problem["input"], dict):
-        return f"{key} = {problem['input']!r}: {problem['msg']}"
-    return f"{key}: {problem['msg'].removeprefix('Value error, ')}"

@@ -1,4 +1,4 @@
-"""Where the checkout is, and where all that commands leave goes."""
+"""Where all that commands leave goes."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ import os
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 class RunsError(RuntimeError):
     """What commands leave cannot be written; the message says what moves it."""
 
 
 def runs() -> Path:
-    """The folder of all that commands leave: `GIGAGAN_RUNS`, or runs/ in the checkout.
+    """The folder of all that commands leave: `GIGAGAN_RUNS`, or runs/ in the current folder.
 
     The default store with its record, the mirrors of stores behind URLs, Prefect's home and the
     logs of servers lie in it, each unless its own variable or option names another place.
     """
-    given = os.environ.get("GIGAGAN_RUNS")
-    return Path(given).expanduser().absolute() if given else ROOT / "runs"
+    return Path(os.environ.get("GIGAGAN_RUNS") or "runs").expanduser().absolute()
 
 
 def make(folder: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -11,21 +9,14 @@ from typing import NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Live
 from rich.text import Text
 
-LINE_EVERY_S = 10.0
+from gigagan.common import progress
+from gigagan.common.console import Amount
+
 LOG_EVERY_S = 60.0
-COUNT = re.compile(r"\b([\d,_]+)\s*/\s*([\d,_]+)\b(?: ([a-z]+))?")
 STATES = {"done": "green", "skipped": "cyan", "failed": "red"}
 
 
@@ -58,12 +49,12 @@ class Reporter:
 class Lines(Reporter):
     """A line now and then, for logs and pipes."""
 
-    every_s = LINE_EVERY_S
+    every_s = progress.LINE_EVERY_S
 
     def __init__(self, console: Console):
         super().__init__()
         self.console = console
-        self._last: dict[tuple[str, str], tuple[float, int]] = {}
+        self._line = progress.Lines(lambda text: self.say(escape(text)), self.every_s)
 
     def say(self, markup: str) -> None:
         """Print a line."""
@@ -79,25 +70,13 @@ class Lines(Reporter):
 
     def progress(self, stage: str, what: str, done: int, total: int | None) -> None:
         """Print at most one line in `every_s` for each part, with rate and time left."""
-        now = time.monotonic()
-        before, seen = self._last.setdefault((stage, what), (now, done))
-        if now - before < self.every_s:
-            return
-        self._last[stage, what] = (now, done)
-        rate = max(done - seen, 0) / (now - before)
-        text = f"{stage}: {what} {done:,}"
-        if total:
-            text += f"/{total:,} ({done / total:.0%})"
-        text += f", {rate:.3g}/s"
-        if total and rate:
-            text += f", {clock((total - done) / rate)} left"
-        self.say(escape(text))
+        self._line(f"{stage}: {what}", done, total)
 
     def ended(self, stage: str, state: str, seconds: float, note: str) -> None:
         """Print the end."""
         super().ended(stage, state, seconds, note)
         mark = f"[{STATES[state]}]{state}[/]"
-        self.say(f"[bold]{stage}[/] {mark} in {clock(seconds)}: {escape(note)}")
+        self.say(f"[bold]{stage}[/] {mark} in {progress.clock(seconds)}: {escape(note)}")
 
 
 class Log(Lines):
@@ -133,12 +112,11 @@ class Bars(Lines):
     """A live bar for each running part; starts and ends scroll by above."""
 
     def __init__(self, console: Console):
-        self._live = Progress(
+        self._live = Live(
             TextColumn("[bold]{task.fields[stage]}"),
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            _Rate(),
+            Amount(),
             TimeRemainingColumn(compact=True),
             console=console,
             transient=True,
@@ -154,7 +132,10 @@ class Bars(Lines):
         """Move the part's bar; a part that is complete makes room."""
         key = (stage, what)
         if key not in self._tasks:
-            self._tasks[key] = self._live.add_task(what, stage=stage, total=total)
+            name, is_bytes = what.removesuffix(progress.BYTES), what.endswith(progress.BYTES)
+            self._tasks[key] = self._live.add_task(
+                name, stage=stage, total=total, is_bytes=is_bytes
+            )
         complete = total is not None and done >= total
         self._live.update(self._tasks[key], completed=done, total=total, visible=not complete)
 
@@ -163,14 +144,6 @@ class Bars(Lines):
         for key in [key for key in self._tasks if key[0] == stage]:
             self._live.remove_task(self._tasks.pop(key))
         super().ended(stage, state, seconds, note)
-
-
-class _Rate(ProgressColumn):
-    """Units a second."""
-
-    def render(self, task: Task) -> Text:
-        """Two or three digits."""
-        return Text(f"{task.speed:.3g}/s" if task.speed else "", style="progress.data.speed")
 
 
 _current: ContextVar[Reporter] = ContextVar("reporter", default=Reporter())  # noqa: B039
@@ -201,28 +174,6 @@ def logged(log: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
-
-
-def from_output(
-    progress: Callable[[str, int, int | None], None],
-) -> Callable[[str], None]:
-    """A listener to a child's output that reads `12,800/40,000 images` in a line as progress."""
-
-    def listen(line: str) -> None:
-        if count := COUNT.search(line):
-            done, total = (int(re.sub("[,_]", "", text)) for text in count.groups()[:2])
-            progress(count[3] or "done", done, total)
-
-    return listen
-
-
-def clock(seconds: float) -> str:
-    """`75` as `1:15`, short times with a decimal."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def figures(metrics: dict[str, float], most: int = 4) -> str:

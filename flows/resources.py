@@ -9,7 +9,9 @@ import re
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from gigagan.common.settings import Frozen
 
 REMOTE = frozenset({"slurm", "kubernetes"})
 """Backends that run a stage's process as a job of a cluster."""
@@ -29,14 +31,6 @@ USED = {
     "evaluate": _PROCESS,
 }
 """What each stage makes use of; the data stages work in the pipeline's own process."""
-
-
-class Frozen(BaseModel):
-    """A section of the configuration: immutable, unknown keys refused, attribute docs shown."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
-    )
 
 
 def is_secret(name: str, value: str) -> bool:
@@ -82,7 +76,7 @@ class SlurmResources(Frozen):
     job's script."""
     container_image: str | None = None
     """Image that Slurm's container plugin (pyxis) runs the processes in; the store is mounted."""
-    parameters: dict[str, str] = {}
+    parameters: dict[str, str] = Field({})
     """Further options of sbatch by long name, as in `{reservation: gan, exclusive: ""}`."""
 
     @field_validator("setup")
@@ -146,13 +140,13 @@ class KubernetesResources(Frozen):
     mount_path: str | None = None
     """Where the claim is mounted, in training pods as in the pipeline's own: the store lies
     below. Required."""
-    node_selector: dict[str, str] = {}
+    node_selector: dict[str, str] = Field({})
     """Labels that a node must have."""
     tolerations: tuple[Toleration, ...] = ()
     """Taints that pods may run on."""
     service_account: str | None = None
     """ServiceAccount of the pods; training itself asks nothing of the cluster."""
-    env_from_secrets: dict[str, str] = {}
+    env_from_secrets: dict[str, str] = Field({})
     """Environment variables whose values Kubernetes takes from its secrets, as in
     `{AWS_SECRET_ACCESS_KEY: s3-credentials/secret-key}`: variable to SECRET/KEY."""
 
@@ -194,7 +188,7 @@ class Resources(Frozen):
     RAY_ADDRESS, or a local one)."""
     gpus: float = Field(0.0, ge=0)
     """Share of a CUDA device that Ray gives each worker; without it workers see none."""
-    env: dict[str, str] = {}
+    env: dict[str, str] = Field({})
     """Further environment variables for child processes; nothing secret."""
     slurm: SlurmResources = SlurmResources()
     """For the backend `slurm`."""

@@ -23,11 +23,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from flows.config import PipelineConfig, Resources
 from flows.storage.files import digest, safe
+from gigagan.common.progress import Progress, silent
 
 MANIFEST = "manifest.json"
-
-Progress = Callable[[str, int, int | None], None]
-"""Called with (what, done, total or None) by everything that takes long."""
 
 
 class StageError(RuntimeError):
@@ -94,7 +92,7 @@ class Manifest(BaseModel):
     config: dict[str, Any]
     inputs: dict[str, str]
     """Content digest of each input, and of what was read from outside the store."""
-    origins: dict[str, str] = {}
+    origins: dict[str, str]
     """The output, as STAGE/KEY, that each input came from."""
     metrics: dict[str, float]
     mlflow_run_id: str | None
@@ -156,24 +154,12 @@ class Context:
     resources: Resources = field(default_factory=Resources)
     env: Mapping[str, str] = field(default_factory=dict)
     """Variables for child processes (the MLflow run to log to)."""
-    progress: Progress = lambda what, done, total: None
+    progress: Progress = silent
     log: Callable[[str], None] = lambda line: None
     metrics: dict[str, float] = field(default_factory=dict)
     """Headline figures; the stage fills them in."""
     digests: dict[str, str] = field(default_factory=dict)
     """sha256 by relative path where the writer knows it: terabytes are not read again."""
-
-
-def _no_needs(config: PipelineConfig) -> dict[str, Need]:
-    return {}
-
-
-def _no_external(config: PipelineConfig) -> dict[str, str]:
-    return {}
-
-
-def _all_keyed(config: PipelineConfig) -> Collection[str]:
-    return ()
 
 
 @dataclass(frozen=True)
@@ -194,8 +180,8 @@ class Stage:
     version: int
     """Raise it when the code makes other output from the same config."""
     run: Callable[[Context], None]
-    needs: Callable[[PipelineConfig], Mapping[str, Need]] = _no_needs
-    external: Callable[[PipelineConfig], Mapping[str, str]] = _no_external
+    needs: Callable[[PipelineConfig], Mapping[str, Need]] = lambda config: {}
+    external: Callable[[PipelineConfig], Mapping[str, str]] = lambda config: {}
     """Digests by name of what it reads from outside the store: they enter the key."""
     scratch: tuple[str, ...] = ()
     """Top-level names that only serve to resume: not part of the output, free to delete."""
@@ -206,11 +192,13 @@ class Stage:
     """Reads what is `vouched` whole: what is wrong with it and the remedy, or None."""
     gpu: bool = False
     """Whether runs of it queue for the `gpu` concurrency limit."""
-    unkeyed: Callable[[PipelineConfig], Collection[str]] = _all_keyed
+    unkeyed: Callable[[PipelineConfig], Collection[str]] = lambda config: ()
     """Settings of its section that, like resources, do not decide what the output is: those under
     which unfinished work goes on, and those that are not read."""
     length: Length | None = None
     """What makes a longer run of a shorter one; null where there is no such thing."""
+    registers: bool = False
+    """Whether it measures a pair of networks, which then stands in MLflow's registry."""
 
     @property
     def section(self) -> str:

@@ -76,7 +76,7 @@ class Emoji:
         return np.random.default_rng(0).permutation(places)[:count].tolist()
 
     def gallery(self) -> Gallery:
-        """For `naming`: who is told apart from whom."""
+        """The works that `naming` tells apart from each other."""
         names = list(self.palette)
         works = [
             Work(
@@ -175,7 +175,7 @@ class EmojiLoader:
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def batches(self, images_seen: int = 0) -> Iterator[EmojiBatch]:
-        """From that position on, without end."""
+        """Batches from the position `images_seen` on, without end."""
         while True:
             looks = self._between(images_seen, images_seen + self.batch_size)
             captions = [self.emoji.looks[i].caption for i in looks]
@@ -183,7 +183,7 @@ class EmojiLoader:
             images_seen += self.batch_size
 
     def captions_between(self, start: int, stop: int) -> list[str]:
-        """Captions at these positions."""
+        """Captions of the positions from `start` to below `stop`."""
         return [self.emoji.looks[i].caption for i in self._between(start, stop)]
 
     def _between(self, start: int, stop: int) -> list[int]:

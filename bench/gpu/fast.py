@@ -34,7 +34,7 @@ from gigagan.models.layers import adaptive_conv2d, downsample, halve_by_mean, up
 from gigagan.models.upsampler import Upsampler
 from gigagan.training import acceleration, step
 from gigagan.training.acceleration import autocast, uncompiled
-from gigagan.training.distributed import World
+from gigagan.training.distributed.world import World
 from gigagan.training.run import adamw
 
 ROUNDS = 5
@@ -109,7 +109,7 @@ class Step:
         """The penalty alone."""
         self.d.requires_grad_(True)
         self.opt_d.zero_grad(set_to_none=True)
-        with uncompiled():
+        with uncompiled(self.d):
             step.r1_loss(self.players, self.inputs).loss.backward()
 
     @torch.no_grad()

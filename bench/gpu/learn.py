@@ -40,9 +40,9 @@ from gigagan.models.upsampler import Upsampler
 from gigagan.training import acceleration, checkpoint, loop, step
 from gigagan.training.augment import Augment
 from gigagan.training.captions import CaptionFeatures
-from gigagan.training.distributed import World
+from gigagan.training.distributed.world import World
 from gigagan.training.logs import Log
-from gigagan.training.probes import Look
+from gigagan.training.probes import Look, Probe
 
 TICK_S = 30.0
 """Seconds between two looks."""
@@ -253,10 +253,10 @@ class UpsamplerLook:
 
 
 class NoLook:
-    """For trials of speed."""
+    """Looks at nothing, for trials of speed."""
 
     def look(self, generator: nn.Module) -> Look:
-        """Nothing."""
+        """An empty picture and no figures."""
         return Look(Image.new("RGB", (8, 8)), {})
 
 
@@ -264,7 +264,7 @@ def train(
     room: Room,
     config: TrainStage,
     made: emoji.Emoji,
-    probe: loop.Probe,
+    probe: Probe,
     run_dir: Path,
     *,
     loader: emoji.EmojiLoader | None = None,

@@ -199,10 +199,9 @@ def step_inputs(given: Mapping[str, Tensor], *, levels: int = 3) -> Inputs:
         captions=[""] * batch,
         text=text,
         z_BZ=given["z"],
-        small=(given["small"], given["noise"]) if "small" in given else None,
+        given=(given["small"], given["noise"]) if "small" in given else (),
         other_text=other,
         has_other_B=(True,) * batch,
-        crop=(0, 0),
     )
 
 
@@ -399,7 +398,7 @@ def resume(room: learn.Room, made: emoji.Emoji) -> dict[str, object]:
 
 
 def _after(calls: int) -> Callable[[], bool]:
-    """True from the so manieth question on."""
+    """A function that returns True from its `calls`-th call on."""
     asked = iter(range(1 << 30))
     return lambda: next(asked) >= calls - 1
 

@@ -70,10 +70,8 @@ class Job(BaseModel):
     @property
     def environment(self) -> dict[str, str]:
         """Variables that every process needs, those on other machines as well."""
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         without = " ".join(name for name in UNUSED if name != self.distributor)
-        return {**QUIET, "PYTHONPATH": path, WITHOUT: without}
+        return {**QUIET, WITHOUT: without}
 
 
 class Pulse:

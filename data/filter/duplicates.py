@@ -20,9 +20,9 @@ import numpy as np
 from PIL import Image
 
 from data import coco, executor
-from data.decode import UndecodableError, decode
 from data.report import Progress, silent
 from data.schema import MINIATURE
+from gigagan.common.pictures import UndecodableError, decode
 
 HASH_BITS = 64
 DENSE = 256

@@ -10,13 +10,14 @@ from typing import Any
 import duckdb
 from PIL import Image
 
-from data import decoders, originals, sql
-from data.decode import UndecodableError, decode
+from data import originals, sql
 from data.filter.rules import RULES
 from data.filter.select import score_files
 from data.layout import PART_DIGITS, SHARD_DIGITS, shard_of
 from data.look.sheet import Tile, contact_sheet
 from data.report import Progress, Report, silent
+from gigagan.common import decoders
+from gigagan.common.pictures import UndecodableError, decode
 
 NUM_PICTURES = 48
 """Most pictures on a sheet."""

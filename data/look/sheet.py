@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from PIL import Image, ImageDraw
 
-from data.lettering import wrapped, write
+from gigagan.common.lettering import wrapped, write
 
 CELL_PX = 176
 """Side of the square that a picture is fitted into."""

@@ -22,13 +22,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data import decoders, originals
+from data import originals
 from data.config import ScoreConfig
-from data.decode import JPEG, UndecodableError, open_picture
 from data.filter.duplicates import fingerprint
 from data.layout import ImageShard
 from data.schema import SCORES
 from data.score.language import language
+from gigagan.common import decoders
+from gigagan.common.pictures import JPEG, UndecodableError, open_picture
 
 ImageFeatures = Callable[[list[Image.Image]], np.ndarray]
 """Pictures → features [N, D], float32."""

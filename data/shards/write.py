@@ -24,13 +24,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data import decoders, originals
+from data import originals
 from data.config import FilterConfig
-from data.decode import UndecodableError, decode, square
 from data.executor import each
 from data.layout import shard_of
 from data.report import Progress, silent
 from data.shards.manifest import INDEX, KEY, SIDECAR, Entry, Index
+from gigagan.common import decoders
+from gigagan.common.pictures import UndecodableError, decode, square
 
 FORMAT = 2
 """Goes up when the same rows give other bytes, so that no set mixes the two."""

@@ -28,11 +28,11 @@ from urllib3.exceptions import DecodeError, HTTPError, ProtocolError, SSLError
 from urllib3.exceptions import TimeoutError as SilenceError
 
 from data.config import DownloadConfig
-from data.decode import UndecodableError, check
-from data.decoders import Decoders
 from data.web.addresses import RefusedError, dial, is_public, vetted
 from data.web.deadlines import Deadlines
 from data.web.hosts import MAX_FILE_BYTES, Hosts, Store, Turns, opt_out
+from gigagan.common.decoders import Decoders
+from gigagan.common.pictures import UndecodableError, check
 
 __all__ = ["FetchSettings", "Fetcher", "RefusedError", "is_public", "opt_out", "vetted"]
 

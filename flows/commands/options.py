@@ -8,15 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import yaml
+from rich.console import Console
 
-from flows.config import PipelineConfig, StageName, parse_assignments
+from flows.config import PipelineConfig, StageName
+from gigagan.common.settings import parse_assignments
 
 DEFAULT_PRESET = "demo"
 
 
 class UsageError(Exception):
     """The command line asks for something that is not there."""
+
+
+def say(console: Console, markup: str) -> None:
+    """Print text as it is: no line is broken, and no number coloured."""
+    console.print(markup, soft_wrap=True, highlight=False)
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
@@ -68,16 +74,17 @@ def configured(arguments: argparse.Namespace) -> PipelineConfig:
 
 def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The changes of the command line; a store is relative to where it was typed."""
-    overrides = assigned(arguments.assignments)
-    if arguments.store is not None:
-        overrides["store"] = located(arguments.store)
-    return overrides
+    return {**parse_assignments(arguments.assignments), **store_of(arguments)}
 
 
 def recorded(arguments: argparse.Namespace) -> PipelineConfig:
     """The configuration whose record is meant; a folder is relative to where it was typed."""
-    given = {} if arguments.store is None else {"store": located(arguments.store)}
-    return PipelineConfig.preset(arguments.preset).override(given)
+    return PipelineConfig.preset(arguments.preset).override(store_of(arguments))
+
+
+def store_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """What `--store` changes."""
+    return {} if arguments.store is None else {"store": located(arguments.store)}
 
 
 def located(store: str) -> str:
@@ -103,20 +110,6 @@ def located(store: str) -> str:
     if not above.is_dir():
         raise UsageError(f"--store {store!r}: {above} is a file: give a folder")
     return str(path)
-
-
-def assigned(items: Sequence[str], option: str = "--set") -> dict[str, Any]:
-    """What KEY=VALUE on the command line says, by key; `UsageError` where a value is no YAML."""
-    found: dict[str, Any] = {}
-    for item in items:
-        try:
-            found |= parse_assignments([item], option)
-        except yaml.YAMLError as error:
-            why = " ".join(str(error).split())
-            raise UsageError(f"{option} {item!r}: the value is not YAML ({why})") from error
-        if "" in found:
-            raise UsageError(f"{option} {item!r}: write it as KEY=VALUE")
-    return found
 
 
 def deployment_of(preset: str) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from flows import progress
 from flows.commands.options import (
@@ -24,9 +24,11 @@ from flows.commands.options import (
     deployment_of,
     named_stages,
     overrides_of,
+    say,
 )
 from flows.config import PRESETS, PipelineConfig, StageName, presets
 from flows.serve import settings
+from gigagan.common.progress import clock
 
 if TYPE_CHECKING:
     from flows.stage import StageOutput
@@ -136,9 +138,7 @@ def render_command(arguments: argparse.Namespace) -> None:
 
 def presets_command(arguments: argparse.Namespace) -> None:
     """List the presets with the first line of each file."""
-    table = Table(box=None)
-    for column in ("preset", "deployment", "what it is"):
-        table.add_column(column)
+    table = Table("preset", "deployment", "what it is", box=None)
     for name in presets():
         summary = (PRESETS / f"{name}.yaml").read_text().partition("\n")[0].lstrip("# ")
         table.add_row(name, f"full-pipeline/{deployment_of(name)}", escape(summary))
@@ -157,13 +157,9 @@ def _show_plan(
 
     console = Console()
     console.print_json(config.model_dump_json())
-    table = Table(
-        title=escape(f"Plan in {config.store_url or config.store_path}"),
-        title_justify="left",
-        box=None,
-    )
-    for column in ("stage", "action", "key", "why"):
-        table.add_column(column, overflow="fold")
+    columns = [Column(name, overflow="fold") for name in ("stage", "action", "key", "why")]
+    title = escape(f"Plan in {config.store_url or config.store_path}")
+    table = Table(*columns, title=title, title_justify="left", box=None)
     steps = plan(config, stages, force, parse(upstream))
     for step in steps:
         table.add_row(step.stage, step.action, (step.key or "")[:16], escape(step.reason))
@@ -171,8 +167,7 @@ def _show_plan(
     for step in steps:
         absent = weights(config, StageName(step.stage)) if step.action != "skip" else []
         for text in (*step.lacks, *absent):
-            line = f"[red]missing[/] for {step.stage}: {escape(text)}"
-            console.print(line, soft_wrap=True, highlight=False)
+            say(console, f"[red]missing[/] for {step.stage}: {escape(text)}")
 
 
 def _show_results(
@@ -184,27 +179,23 @@ def _show_results(
     from flows.record.compare import shows
     from flows.record.tracking import LOCAL_UI, Tracker
 
-    table = Table(title="Stages", title_justify="left", box=None)
-    for column in ("stage", "state", "time", "figures"):
-        table.add_column(column)
+    columns = ("stage", "state", "time", "figures")
+    table = Table(*columns, title="Stages", title_justify="left", box=None)
     for ending in endings:
         metrics = outputs[ending.stage].metrics
-        time = progress.clock(ending.seconds)
+        time = clock(ending.seconds)
         table.add_row(ending.stage, ending.state, time, progress.figures(metrics))
     console.print(table)
     results = outputs["evaluate"].path / "results.json" if "evaluate" in outputs else None
     if results is not None and results.is_file():
         from gigagan.evaluation.report.results import table as figures
 
-        console.print(
-            f"\n[bold]Result[/] ({escape(str(results))})", soft_wrap=True, highlight=False
-        )
-        text = figures(json.loads(results.read_text()))
-        console.print(escape(text), soft_wrap=True, highlight=False)
+        say(console, f"\n[bold]Result[/] ({escape(str(results))})")
+        say(console, escape(figures(json.loads(results.read_text()))))
     if shown := [path for output in outputs.values() for path in pictures(output.path)]:
         console.print("\n[bold]Pictures and reports[/]")
     for path in shown:
-        console.print(f"  {escape(str(path))}", soft_wrap=True, highlight=False)
+        say(console, f"  {escape(str(path))}")
     tracker = Tracker(config.name, config.store_path)
     is_open = tracker.is_server or shows(LOCAL_UI, tracker)
     opens, prefect = f"{ui_of(config)} opens it", os.environ.get("PREFECT_UI_URL")
@@ -214,7 +205,7 @@ def _show_results(
     }
     console.print("\n[bold]Pages[/]")
     for name, page in pages.items():
-        console.print(f"  {name:8} {escape(page)}", soft_wrap=True, highlight=False)
+        say(console, f"  {name:8} {escape(page)}")
 
 
 def ui_of(config: PipelineConfig) -> str:

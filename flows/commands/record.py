@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from flows.commands.options import UsageError, add_debug, add_record, named_stages, recorded
 from flows.config import PipelineConfig, presets
@@ -84,9 +84,10 @@ def _show_versions(console: Console, registry: Registry) -> None:
     from flows.record.registry import score_under
 
     champion = registry.champion()
-    table = Table(title=f"{registry.name} in the registry", title_justify="left", box=None)
-    for column in ("version", "", "decides", "protocol", "evaluated", "note"):
-        table.add_column(column, overflow="fold")
+    names = ("version", "", "decides", "protocol", "evaluated", "note")
+    columns = [Column(name, overflow="fold") for name in names]
+    title = f"{registry.name} in the registry"
+    table = Table(*columns, title=title, title_justify="left", box=None)
     for version in registry.versions():
         title = "champion" if champion and version.version == champion.version else ""
         note = version.tags.get("champion.withdrawn") or version.tags.get("champion.reason", "")

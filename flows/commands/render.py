@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from flows import launch
-from flows.config import ConfigError, PipelineConfig, StageName
+from flows.config import PipelineConfig, StageName
 from flows.record import scrub
 from flows.record.tracking import child_environment, tracking_uri
 from flows.stage import Context, MissingInputError, Stage
 from flows.stages import evaluate, train_base
-from flows.stages.full_pipeline import stage as stage_of
+from flows.stages.full_pipeline import STAGES
 from flows.storage.store import Resolved, Store
+from gigagan.common.settings import SettingsError
 
 PROCESSES = {
     StageName.TRAIN_BASE: train_base.PROCESS,
@@ -25,20 +26,20 @@ RUN = "RUN"
 def rendered(name: StageName, config: PipelineConfig) -> str:
     """A command line, a batch script or a manifest, without the values of our secrets.
 
-    Raises `ConfigError` for stages without a process, and `LaunchError` for what would not start.
+    Raises `SettingsError` for stages without a process, and `LaunchError` for what would not start.
     """
     if name not in PROCESSES:
-        raise ConfigError(
+        raise SettingsError(
             f"{name} works in the pipeline's own process: only "
             f"{', '.join(PROCESSES)} start another one"
         )
-    stage, store = stage_of(name), Store.of(config)
+    stage, store = STAGES[name], Store.of(config)
     try:
         resolved = store.resolve(stage, config)
     except MissingInputError:
         resolved = _assumed(stage, config, store)
     context = Context(
-        path=store.directory(stage, resolved.key),
+        path=store.place(name, resolved.key).folder,
         config=getattr(config, stage.section),
         inputs=resolved.paths,
         resources=getattr(config.resources, stage.section),
@@ -55,5 +56,5 @@ def rendered(name: StageName, config: PipelineConfig) -> str:
 def _assumed(stage: Stage, config: PipelineConfig, store: Store) -> Resolved:
     """As if all inputs were there."""
     needs = stage.needs(config).items()
-    paths = {name: store.directory(need.stage, UNKNOWN) / need.under for name, need in needs}
-    return Resolved(UNKNOWN, paths, {})
+    folders = {name: store.place(need.stage.name, UNKNOWN).folder for name, need in needs}
+    return Resolved(UNKNOWN, {name: folders[name] / need.under for name, need in needs}, {})

@@ -10,9 +10,10 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from flows.commands.options import UsageError, add_debug, assigned, located
+from flows.commands.options import UsageError, add_debug, store_of
 from flows.config import PipelineConfig
 from flows.serve import settings
+from gigagan.common.settings import parse_assignments
 
 
 def add_parsers(commands: Any) -> None:
@@ -62,8 +63,7 @@ def ui_command(arguments: argparse.Namespace) -> None:
             raise UsageError(f"port {port} is none: give one from 1 to 65535")
         if port and not services.port_is_free(port):
             raise UsageError(f"port {port} is in use: name another, or none to get a free one")
-    given = {} if arguments.store is None else {"store": located(arguments.store)}
-    store = PipelineConfig().override(given).store_path
+    store = PipelineConfig().override(store_of(arguments)).store_path
     ui.serve(store, Console(), arguments.prefect_port, arguments.mlflow_port)
 
 
@@ -71,7 +71,7 @@ def bootstrap_command(arguments: argparse.Namespace) -> None:
     """Prepare a Prefect server: the one of PREFECT_API_URL, or the database in runs/."""
     from flows.serve import services
 
-    variables = assigned(arguments.job_variables, "--job-variable")
+    variables = parse_assignments(arguments.job_variables, "--job-variable")
     with services.prefect_api() as api:
         from flows.serve.bootstrap import bootstrap
 

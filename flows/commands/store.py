@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from flows import progress
-from flows.commands.options import UsageError, add_debug, located
+from flows.commands.options import UsageError, add_debug, say, store_of
 from flows.config import PipelineConfig, StageName
+from gigagan.common.progress import amount
 
 if TYPE_CHECKING:
     from flows.storage.housekeeping import Item, Record, Verdict
@@ -64,26 +65,26 @@ def ls_command(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps([_as_json(item, users[item.name]) for item in found], indent=1))
         return
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)  # 80 columns hold all of it
-    for column in ("stage", "key", "state", "size", "age", "MLflow", "users"):
-        is_number = column in ("size", "age", "users")
-        table.add_column(column, justify="right" if is_number else "left", no_wrap=True)
+    numbers = ("size", "age", "users")
+    columns = [
+        Column(name, no_wrap=True, justify="right" if name in numbers else "left")
+        for name in ("stage", "key", "state", "size", "age", "MLflow", "users")
+    ]
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0), pad_edge=False)  # within 80 columns
     for item in found:
         run = (item.manifest and item.manifest.mlflow_run_id) or ""
         by = f"{len(users[item.name]) or ''}"
         state = f"[{COLOURS[item.state]}]{item.state}[/]"
         age = _age(item.age)
-        table.add_row(item.stage, item.key, state, _size(item.bytes), age, run[:8], by)
+        table.add_row(item.stage, item.key, state, _bytes(item.bytes), age, run[:8], by)
     console = Console()
     console.print(table)
     for item in found:
         if item.note:
-            console.print(f"{item.name}: {escape(item.note)}", soft_wrap=True, highlight=False)
-    total = _size(sum(item.bytes for item in found))
+            say(console, f"{item.name}: {escape(item.note)}")
+    total = _bytes(sum(item.bytes for item in found))
     where = escape(str(_store(arguments)))
-    console.print(
-        f"{housekeeping.states(found)}: {total} in {where}", soft_wrap=True, highlight=False
-    )
+    say(console, f"{housekeeping.states(found)}: {total} in {where}")
 
 
 def show_command(arguments: argparse.Namespace) -> None:
@@ -96,14 +97,12 @@ def show_command(arguments: argparse.Namespace) -> None:
     console = Console()
     where = store.place(item.stage, item.key)
     console.print(f"[bold]{item.name}[/] {item.state} {escape(item.note)}", soft_wrap=True)
-    console.print(f"in {escape(str(where))}, {_size(item.bytes)}", soft_wrap=True, highlight=False)
+    say(console, f"in {escape(str(where))}, {_bytes(item.bytes)}")
     console.print(f"used by: {', '.join(housekeeping.used_by(found)[item.name]) or 'nothing'}")
     if item.manifest is None:
         return
     console.print_json(item.manifest.model_dump_json(exclude={"files"}))
-    table = Table(box=None)
-    for column in ("file", "bytes", "sha256"):
-        table.add_column(column, justify="right" if column == "bytes" else "left")
+    table = Table("file", Column("bytes", justify="right"), "sha256", box=None)
     for entry in item.manifest.files:
         table.add_row(
             escape(entry.path), f"{entry.size:,}", (entry.sha256 or "by other files")[:16]
@@ -113,14 +112,14 @@ def show_command(arguments: argparse.Namespace) -> None:
 
 def verify_command(arguments: argparse.Namespace) -> int:
     """Read every file; 1 when one is damaged."""
-    from flows.stages.full_pipeline import stage
+    from flows.stages.full_pipeline import STAGES
     from flows.storage import housekeeping
 
     store, console = _store(arguments), Console()
     found = housekeeping.items(store)
     chosen = [housekeeping.pick(found, key) for key in arguments.keys] or found
     if not chosen:
-        console.print(f"nothing to verify in {escape(str(store))}", soft_wrap=True, highlight=False)
+        say(console, f"nothing to verify in {escape(str(store))}")
     harmed = 0
     with progress.reporting(console) as reporter:
         for item in chosen:
@@ -129,7 +128,7 @@ def verify_command(arguments: argparse.Namespace) -> int:
                 reporter.progress(name, what, done, total)
 
             damage = housekeeping.verify(store, item, show)
-            harm = stage(StageName(item.stage)).harm
+            harm = STAGES[StageName(item.stage)].harm
             if harm and item.manifest and not damage:  # files whose digests others of it hold
                 place = store.place(item.stage, item.key)
                 place.pull(item.manifest, item.manifest.files, show)
@@ -137,7 +136,7 @@ def verify_command(arguments: argparse.Namespace) -> int:
             harmed += damage is not None
             text = escape(damage) if damage else "not finished" if not item.manifest else "good"
             mark = "[red]damaged[/]: " if damage else ""
-            console.print(f"{item.name}: {mark}{text}", soft_wrap=True, highlight=False)
+            say(console, f"{item.name}: {mark}{text}")
     return 1 if harmed else 0
 
 
@@ -171,7 +170,7 @@ def rm_command(arguments: argparse.Namespace) -> int:
 
 def _say_asked(console: Console, record: Record) -> None:
     asked = f"asked {record.where}, which knows {len(record.runs)} runs"
-    console.print(escape(asked), soft_wrap=True, highlight=False)
+    say(console, escape(asked))
 
 
 def _delete(store: Store, verdicts: Sequence[Verdict], console: Console, yes: bool) -> int:
@@ -180,12 +179,12 @@ def _delete(store: Store, verdicts: Sequence[Verdict], console: Console, yes: bo
     from flows.storage import housekeeping
 
     for verdict in verdicts:
-        text = f"{verdict.item.name} {_size(verdict.item.bytes)}"
+        text = f"{verdict.item.name} {_bytes(verdict.item.bytes)}"
         line = f"kept    {text}: {escape(verdict.kept)}" if verdict.kept else f"would go {text}"
         console.print(line, soft_wrap=True)
     going = [verdict.item for verdict in verdicts if not verdict.kept]
     if not yes:
-        console.print(f"[bold]{_size(sum(i.bytes for i in going))} to free: add --yes[/]")
+        console.print(f"[bold]{_bytes(sum(i.bytes for i in going))} to free: add --yes[/]")
         return 0
     freed, refused = 0, 0
     for item in going:
@@ -196,14 +195,14 @@ def _delete(store: Store, verdicts: Sequence[Verdict], console: Console, yes: bo
         except BusyError as error:
             refused += 1
             console.print(f"kept    {item.name}: {escape(str(error))}", soft_wrap=True)
-    console.print(f"[bold]{_size(freed)} freed[/]")
+    console.print(f"[bold]{_bytes(freed)} freed[/]")
     return 1 if refused else 0
 
 
 def _store(arguments: argparse.Namespace) -> Store:
     from flows.storage.store import Store
 
-    given = {} if arguments.store is None else {"store": located(arguments.store)}
+    given = store_of(arguments)
     store = Store.of(PipelineConfig().override(given))
     if given and not store.remote and not store.root.is_dir():
         raise UsageError(f"--store {arguments.store!r}: there is no such folder")
@@ -224,12 +223,8 @@ def _as_json(item: Item, users: list[str]) -> dict[str, Any]:
     }
 
 
-def _size(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
+def _bytes(count: int) -> str:
+    return amount(count, is_bytes=True)
 
 
 def _age(age: timedelta) -> str:

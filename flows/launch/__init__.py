@@ -8,18 +8,15 @@ packages are imported when it is used.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 
-from flows import progress
 from flows.config import Resources
 from flows.launch.auto import plan
-from flows.launch.command import LOG, PREEMPTED, Job, LaunchError, Output
+from flows.launch.command import LOG, Job, LaunchError, Output
 from flows.stage import Context
 
-__all__ = ["LOG", "PREEMPTED", "LaunchError", "Process", "launch", "render", "stage_process"]
+__all__ = ["LOG", "LaunchError", "Process", "render", "stage_process"]
 
 BACKENDS = {
     "inline": "flows.launch.local",
@@ -28,22 +25,6 @@ BACKENDS = {
     "kubernetes": "flows.kubernetes.jobs",
 }
 CONFIG = "config.json"
-
-
-def launch(
-    module: Sequence[str],
-    resources: Resources,
-    *,
-    log_file: Path,
-    log: Callable[[str], None] = print,
-    env: Mapping[str, str] | None = None,
-) -> None:
-    """Run a module to its end, each line of its output going to `log` and to `log_file`.
-
-    It gets SIGTERM when we leave by an exception. Raises `LaunchError` when it fails.
-    """
-    job = Job(module, plan(resources, None).resources, log_file, env or {})
-    _backend(job).run(job, Output(log))
 
 
 @dataclass(frozen=True)
@@ -65,25 +46,19 @@ class Process:
 
 
 def stage_process(context: Context, process: Process) -> None:
-    """Run a stage's body; a line of its output that holds `DONE/TOTAL WHAT` moves the progress.
+    """Run a stage's body, whose facts of progress are the stage's.
 
     What `auto` chose is said first, in the log file too, and becomes part of the figures.
     """
     (context.path / CONFIG).write_text(context.config.model_dump_json(indent=2))
-    show = progress.from_output(context.progress)
-
-    def listen(line: str) -> None:
-        context.log(line)
-        show(line)
-
     planned = plan(context.resources, context.config)
     job = process.job(context, planned.resources)
     if planned.reason:
         context.metrics |= planned.figures
         with job.log_file.open("a") as file:
             file.write(f"{planned.reason}\n")
-        listen(planned.reason)
-    _backend(job).run(job, Output(listen))
+        context.log(planned.reason)
+    _backend(job).run(job, Output(context.log, context.progress))
 
 
 def render(context: Context, process: Process) -> str:

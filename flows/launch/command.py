@@ -11,7 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flows.config import ROOT, Resources
+from flows.config import Resources
+from gigagan.common import exits
+from gigagan.common.exits import read_fact
+from gigagan.common.progress import Progress, silent
 
 LOG = "output.log"
 """Name of the file in a stage's output that keeps what its process printed."""
@@ -20,10 +23,6 @@ REPORT_LINES = 80
 """Lines of torchrun's own report on a failure, at most."""
 REPORT = re.compile(r"torch/distributed/elastic\S* failed \(exitcode")
 """How it begins."""
-PREEMPTED = 75
-"""Exit status of a training that was asked to stop and has saved its state."""
-SAVED = "the same command goes on from there"
-"""End of its last line then: torchrun has a status of its own."""
 SAVE_S = 120
 """Seconds that a training has for it before it is killed."""
 
@@ -73,10 +72,13 @@ class Job:
 
 
 class Output:
-    """What a job prints: each line to a listener, the last ones kept for an error message."""
+    """What a job prints: each line to a listener, the last ones kept for an error message.
 
-    def __init__(self, listener: Callable[[str], None]):
-        self._listener = listener
+    Facts (`gigagan.common.exits`) among the lines move the progress or are kept, and go no further.
+    """
+
+    def __init__(self, listener: Callable[[str], None], progress: Progress = silent):
+        self._listener, self._progress = listener, progress
         self.tail: deque[str] = deque(maxlen=TAIL_LINES + REPORT_LINES)
         self.has_saved = False
         """Whether it said that it stopped in an orderly way."""
@@ -84,9 +86,16 @@ class Output:
     def take(self, line: str) -> None:
         """The next line."""
         line = line.rstrip()
-        self.tail.append(line)
-        self.has_saved |= line.endswith(SAVED)
-        self._listener(line)
+        match read_fact(line):
+            case (exits.PROGRESS, [str(what), int(done), int() | None as total]):
+                self._progress(what, done, total)
+            case (exits.STOPPED, _):
+                self.has_saved = True
+            case (exits.HARDWARE, _):  # the model card reads it in the log file
+                pass
+            case _:
+                self.tail.append(line)
+                self._listener(line)
 
     def say(self, text: str) -> None:
         """A line of our own about the job."""
@@ -132,11 +141,9 @@ def environment(job: Job) -> dict[str, str]:
     """The environment of a child: ours, and no more threads than cores."""
     ranks = job.resources.processes if job.resources.backend == "torchrun" else 1
     threads = job.resources.threads or max(1, len(os.sched_getaffinity(0)) // ranks)
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         **job.variables,
     }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 import subprocess
 
-from flows.launch.command import PREEMPTED, Job, Output, argv, environment
+from flows.launch.command import Job, Output, argv, environment
+from gigagan.common.exits import PREEMPTED
 
 GRACE_S = 20.0
 

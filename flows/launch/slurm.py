@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from flows.config import ROOT
 from flows.launch import cluster as remote
 from flows.launch.cluster import Ending, Unreachable, patiently
 from flows.launch.command import SAVE_S, Job, LaunchError, Output, torchrun
@@ -92,8 +91,6 @@ def environment(job: Job) -> dict[str, str]:
         if not name.startswith(("PREFECT_", "PIPELINE_STAGE_", "SLURM_JOB", "SLURM_STEP"))
         and name not in ("OMP_NUM_THREADS", "SLURM_MEM_PER_NODE", "SLURM_CPUS_PER_TASK")
     }
-    if not job.resources.slurm.container_image:  # an image has its own
-        ours["PYTHONPATH"] = str(ROOT)
     cores = job.resources.slurm.cpus_per_task or 0
     if threads := job.resources.threads or cores // job.resources.processes:
         ours["OMP_NUM_THREADS"] = str(threads)

@@ -15,11 +15,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from flows import progress
 from flows.record import lineage, scrub
 from flows.stage import Manifest
 from flows.storage.place import Place
 from flows.storage.store import Store
+from gigagan.common.exits import HARDWARE, read_fact
+from gigagan.common.progress import clock
 
 UNKNOWN = "not recorded"
 SOURCES = {
@@ -34,7 +35,7 @@ HIGHLIGHTS = (
 )
 """Settings of both trainings that are shown; all are in their config.json."""
 LOG = "output.log"
-"""What a stage's process printed; its first line names the hardware."""
+"""What a stage's process printed, with the fact of the hardware."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def _training(networks: Mapping[str, Output]) -> str:
                 role,
                 f"{seen:,.0f}" if seen is not None else UNKNOWN,
                 f"{rate:.1f}" if rate is not None else UNKNOWN,
-                progress.clock(manifest.seconds),
+                clock(manifest.seconds),
                 _hardware(network.place.folder / LOG),
                 manifest.created.date().isoformat(),
             )
@@ -267,9 +268,10 @@ def _count(snapshot: Path | None) -> int:
 
 
 def _hardware(log: Path) -> str:
-    """What the training process said it ran on: `base on 8 × cuda`."""
-    lines = log.read_text(errors="replace").splitlines()[:1] if log.is_file() else []
-    return lines[0].partition(" on ")[2] or UNKNOWN if lines else UNKNOWN
+    """What the training said it ran on, `8 × cuda, 4 threads`; of several attempts each other."""
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    facts = [fact for line in lines if (fact := read_fact(line))]
+    return "; ".join(dict.fromkeys(str(v) for name, v in facts if name == HARDWARE)) or UNKNOWN
 
 
 def _strings(tree: Any) -> Iterator[str]:

@@ -6,14 +6,13 @@ decides  = FID; KID for fewer than 10,000 pictures, where FID is mostly bias
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from flows.stage import Manifest
+from flows.storage.files import digest
 from gigagan.evaluation.protocol import DECISIVE
 
 MIN_FID_IMAGES = 10_000
@@ -37,8 +36,7 @@ def protocol_of(results: Mapping[str, Any], manifest: Manifest) -> str:
     rules = results.get("protocol", {})
     decisive = {name: rules.get(name) for name in DECISIVE}
     decisive["code"] = manifest.version
-    text = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest(decisive)[:16]
 
 
 def score_of(results: Mapping[str, Any]) -> Score:

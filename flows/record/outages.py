@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -11,6 +10,7 @@ from typing import TypeVar
 from mlflow.exceptions import MlflowException
 
 from flows.record import scrub
+from gigagan.common import retrying
 
 BOUNDS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 """A request gives up after a quarter of a minute; MLflow's own bounds make it several."""
@@ -26,25 +26,26 @@ class TrackingError(RuntimeError):
     """The tracking server does not answer or refuses us; the message says what is kept."""
 
 
-def insist(action: Callable[[], T], where: str, kept: Path | None = None) -> T:
+def retry(action: Callable[[], T], where: str, kept: Path | None = None) -> T:
     """Do what can be done twice, again and again while the server is gone.
 
     Raises `TrackingError` when that takes longer than `PATIENCE_S`: it says that the output in
     `kept` is complete, and what completes its record.
     """
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            return action()
-        except Exception as error:
-            if not is_outage(error):
-                raise
-            if time.monotonic() > deadline:
-                raise TrackingError(_lament(error, where, kept)) from error
-            log.warning(
-                "MLflow at %s does not take the record (%s); trying again", where, brief(error)
-            )
-            time.sleep(PAUSE_S)
+
+    def tell(error: Exception, pause_s: float) -> None:
+        said = "MLflow at %s does not take the record (%s); trying again"
+        log.warning(said, where, brief(error))
+
+    waits = retrying.pauses(PAUSE_S, growth=1.0)
+    try:
+        return retrying.retry(
+            action, waits, may_help=is_outage, patience_s=PATIENCE_S, on_retry=tell
+        )
+    except Exception as error:
+        if not is_outage(error):
+            raise
+        raise TrackingError(_gone_message(error, where, kept)) from error
 
 
 def is_outage(error: Exception) -> bool:
@@ -65,7 +66,7 @@ def brief(error: Exception) -> str:
     return scrub.text(str(error)).partition("\n")[0][:300]
 
 
-def _lament(error: Exception, where: str, kept: Path | None) -> str:
+def _gone_message(error: Exception, where: str, kept: Path | None) -> str:
     output = f"the output in {kept} is complete and kept" if kept else "nothing is lost"
     return (
         f"MLflow at {where} does not take the record ({brief(error)}): {output}; start the server "

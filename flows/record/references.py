@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from flows.databases import sqlite_file
 from flows.record import outages, scrub
 from flows.record.outages import TrackingError
-from flows.record.tracking import Tracker, tracking_uri
+from flows.record.tracking import Tracker, found_by, tracking_uri
 from flows.storage.housekeeping import Record
 
 KEYS = re.compile(r"\b([0-9a-f]{16})(?:[0-9a-f]{48})?\b")
@@ -83,36 +83,15 @@ def _read(client: MlflowClient, where: str) -> Record:
 
 def _runs(client: MlflowClient) -> Iterator[tuple[Run, bool]]:
     """All runs, and whether each is there still: neither it nor its experiment was deleted."""
-    token = None
-    while True:
-        page = client.search_experiments(ViewType.ALL, max_results=1000, page_token=token)
-        for experiment in page:
-            for run in _runs_of(client, experiment.experiment_id):
-                stages = {experiment.lifecycle_stage, run.info.lifecycle_stage}
-                yield run, stages == {LifecycleStage.ACTIVE}
-        token = page.token
-        if not token:
-            return
-
-
-def _runs_of(client: MlflowClient, experiment: str) -> Iterator[Run]:
-    token = None
-    while True:
-        page = client.search_runs([experiment], "", ViewType.ALL, 1000, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
+    for experiment in found_by(client.search_experiments, ViewType.ALL, max_results=1000):
+        ids = [experiment.experiment_id]
+        for run in found_by(client.search_runs, ids, "", ViewType.ALL, max_results=1000):
+            stages = {experiment.lifecycle_stage, run.info.lifecycle_stage}
+            yield run, stages == {LifecycleStage.ACTIVE}
 
 
 def _versions(client: MlflowClient) -> Iterator[tuple[str, str, str]]:
     """Name and version of each registered model, and all text that may hold a key."""
-    token = None
-    while True:
-        page = client.search_model_versions(max_results=1000, page_token=token)
-        for version in page:
-            texts = [str(version.source), *map(str, (version.tags or {}).values())]
-            yield version.name, str(version.version), " ".join(texts)
-        token = page.token
-        if not token:
-            return
+    for version in found_by(client.search_model_versions, max_results=1000):
+        texts = [str(version.source), *map(str, (version.tags or {}).values())]
+        yield version.name, str(version.version), " ".join(texts)

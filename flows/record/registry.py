@@ -22,11 +22,10 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from flows.config import StageName
 from flows.record import card, lineage, scrub
 from flows.record.comparable import Score, protocol_of, score_of
-from flows.record.tracking import Tracker
-from flows.stage import Stage, StageOutput
+from flows.record.tracking import Tracker, found_by
+from flows.stage import StageOutput
 from flows.storage.store import Resolved, Store
 
 ALIAS = "champion"
@@ -76,27 +75,19 @@ class Pair:
         return tags
 
 
-def consider(
-    tracker: Tracker,
-    store: Store,
-    stage: Stage,
-    resolved: Resolved,
-    output: StageOutput,
-    run_id: str,
-) -> str | None:
+def register_evaluation(
+    tracker: Tracker, store: Store, resolved: Resolved, output: StageOutput, run_id: str
+) -> str:
     """Register what an evaluation measured and let it stand for champion; says what happened.
 
-    Other stages have nothing to register. Done twice it is done once, so a run that was cut off
-    here is made good by the next one.
+    Done twice it is done once, so a run that was cut off here is made good by the next one.
     """
-    if stage.name != StageName.EVALUATE or not set(ROLES) <= resolved.inputs.keys():
-        return None
     networks = {role: resolved.inputs[role] for role in ROLES}
     pair = Pair({role: card.Output(i.place, i.manifest) for role, i in networks.items()})
-    return tracker.insist(lambda: _consider(tracker, store, pair, output, run_id), output.path)
+    return tracker.retry(lambda: _register(tracker, store, pair, output, run_id), output.path)
 
 
-def _consider(tracker: Tracker, store: Store, pair: Pair, output: StageOutput, run_id: str) -> str:
+def _register(tracker: Tracker, store: Store, pair: Pair, output: StageOutput, run_id: str) -> str:
     judged = card.find(store, f"{output.stage}/{output.key}")
     assert judged is not None, "it was committed a moment ago, or looked up"
     results = judged.json(RESULTS)
@@ -106,8 +97,8 @@ def _consider(tracker: Tracker, store: Store, pair: Pair, output: StageOutput, r
     if version is None or not version.tags.get(SCORE + protocol, "").endswith(run_id):
         text = card.render(tracker.name, store, judged, pair.outputs)
         version = registry.register(pair, run_id, text)
-        registry.note(version, protocol, score, results, run_id)
-    registry.locate(version, pair)
+        registry.record_scores(version, protocol, score, results, run_id)
+    registry.update_location(version, pair)
     said = f"{tracker.name} version {version.version}: {registry.elect(protocol)}"
     tracker.client.set_tag(run_id, "registry", said)
     return said
@@ -122,14 +113,8 @@ class Registry:
 
     def versions(self) -> list[ModelVersion]:
         """All versions, the oldest first."""
-        found: list[ModelVersion] = []
-        token = None
-        while True:
-            page = self.client.search_model_versions(f"name = '{self.name}'", page_token=token)
-            found += page
-            token = page.token
-            if not token:
-                return sorted(found, key=lambda version: int(version.version))
+        found = found_by(self.client.search_model_versions, f"name = '{self.name}'")
+        return sorted(found, key=lambda version: int(version.version))
 
     def others(self) -> list[str]:
         """Names of the registered models of this record."""
@@ -175,7 +160,7 @@ class Registry:
             return first
         return new
 
-    def note(
+    def record_scores(
         self,
         version: ModelVersion,
         protocol: str,
@@ -193,7 +178,7 @@ class Registry:
         for key, value in tags.items():
             self._tag(version, key, value)
 
-    def locate(self, version: ModelVersion, pair: Pair) -> None:
+    def update_location(self, version: ModelVersion, pair: Pair) -> None:
         """Let a version say where its networks are now: a store may be moved."""
         for key, value in pair.tags.items():
             if version.tags.get(key) != value:
@@ -213,7 +198,7 @@ class Registry:
                 return said or "no champion: nothing was measured that decides"
             score = score_under(best, protocol)
             if champion is None:
-                said = self._crown(best, None, f"first, {score.metric} {score.value:.6g}")
+                said = self._promote(best, None, f"first, {score.metric} {score.value:.6g}")
                 continue
             held = score_under(champion, protocol)
             if math.isnan(held.value):
@@ -226,7 +211,7 @@ class Registry:
                     f"champion stays version {champion.version} ({held.metric} {held.value:.6g})"
                 )
             reason = f"{score.metric} {score.value:.6g} < {held.value:.6g} by protocol {protocol}"
-            said = self._crown(best, champion, reason)
+            said = self._promote(best, champion, reason)
 
     def choose(self, number: str) -> str:
         """Make a version champion by hand; better ones are withdrawn, or they would win again."""
@@ -238,7 +223,7 @@ class Registry:
         for version in self.versions():
             if version.version != wanted.version and _is_better(version, wanted):
                 self._withdraw(version, f"passed over for version {number} by hand")
-        return self._crown(wanted, champion, "by hand")
+        return self._promote(wanted, champion, "by hand")
 
     def roll_back(self) -> str:
         """Give the title back to the champion before this one, which is withdrawn."""
@@ -268,7 +253,7 @@ class Registry:
         ]
         return min(measured, key=lambda v: score_under(v, protocol).value, default=None)
 
-    def _crown(self, version: ModelVersion, old: ModelVersion | None, reason: str) -> str:
+    def _promote(self, version: ModelVersion, old: ModelVersion | None, reason: str) -> str:
         if old is not None:
             self._tag(version, PREVIOUS, str(old.version))
         return self._move(version, old, reason)

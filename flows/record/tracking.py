@@ -20,6 +20,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunStatus
 from mlflow.exceptions import MlflowException
+from mlflow.store.entities import PagedList
 
 from flows import places
 from flows.databases import absolute, sqlite_file, sqlite_uri
@@ -88,7 +89,7 @@ class Tracker:
             relocation.relocate(self.uri, store)
         self.client = MlflowClient(self.uri)
         self.models = lineage.Models(self.client)
-        self._greet()
+        self._check_access()
 
     @property
     def is_server(self) -> bool:
@@ -182,7 +183,7 @@ class Tracker:
         experiment = self.experiment(stage.name)
         self.reconcile(experiment)
         identity = {"stage": stage.name, "fingerprint": key[:16]}
-        self._bury(experiment, identity, parent)
+        self._end_superseded(experiment, identity, parent)
         old = None if fresh else self.find(experiment, identity)
         if parent:
             tags = {**tags, "mlflow.parentRunId": parent}
@@ -201,11 +202,11 @@ class Tracker:
         except BaseException:  # signals and cancellations are no `Exception`
             self._end(run_id, "KILLED")
             raise
-        self.insist(lambda: self.client.set_terminated(run_id, "FINISHED"))
+        self.retry(lambda: self.client.set_terminated(run_id, "FINISHED"))
 
-    def insist(self, action: Callable[[], T], kept: Path | None = None) -> T:
-        """Do what can be done twice until the server has taken it; see `outages.insist`."""
-        return outages.insist(action, self._where, kept)
+    def retry(self, action: Callable[[], T], kept: Path | None = None) -> T:
+        """Do what can be done twice until the server has taken it; see `outages.retry`."""
+        return outages.retry(action, self._where, kept)
 
     def inputs(self, run_id: str, resolved: Resolved, config: Mapping[str, Any]) -> None:
         """Record what a run reads: data by content digest, snapshots as models.
@@ -224,18 +225,20 @@ class Tracker:
 
     def outputs(self, run_id: str, output: StageOutput) -> None:
         """Record what a stage made: dataset, model, curves, headline figures, pictures, reports."""
-        self.insist(lambda: self._outputs(run_id, output), output.path)
+        self.retry(lambda: self._outputs(run_id, output), output.path)
 
-    def adopt(self, parent: str, stage: Stage, output: StageOutput, run_id: str, how: str) -> None:
+    def copy_to_pipeline(
+        self, parent: str, stage: Stage, output: StageOutput, run_id: str, how: str
+    ) -> None:
         """Copy a stage's headline figures to the pipeline's run, with the way to its own."""
 
         def copy() -> None:
             self.metrics(parent, output.metrics, prefix=f"{stage.name}/")
             self.client.set_tag(parent, f"stage.{stage.name}", f"{how}: {run_id}")
 
-        self.insist(copy, output.path)
+        self.retry(copy, output.path)
 
-    def recall(
+    def complete_record(
         self, stage: Stage, manifest: Manifest, output: StageOutput, resolved: Resolved
     ) -> str:
         """The run of an output that is up to date, made good where it lacks something.
@@ -279,7 +282,9 @@ class Tracker:
             if owners.has_died(run):
                 self.client.set_terminated(run.info.run_id, "KILLED")
 
-    def _bury(self, experiment: str, identity: Mapping[str, str], parent: str | None) -> None:
+    def _end_superseded(
+        self, experiment: str, identity: Mapping[str, str], parent: str | None
+    ) -> None:
         """End the RUNNING runs of a key that was taken over, and the pipelines they died with."""
         for run in self._running(experiment, identity):
             self.client.set_terminated(run.info.run_id, "KILLED")
@@ -358,7 +363,7 @@ class Tracker:
                 "MLFLOW_TRACKING_URI to record to a file beside the store"
             ) from error
 
-    def _greet(self) -> None:
+    def _check_access(self) -> None:
         """Be refused now rather than after hours of work."""
         try:
             self.client.search_experiments(max_results=1)
@@ -370,6 +375,17 @@ class Tracker:
             raise TrackingError(
                 f"MLflow at {self._where} refuses us ({outages.brief(error)}): {remedy}"
             ) from error
+
+
+def found_by(search: Callable[..., PagedList[T]], *arguments: Any, **options: Any) -> Iterator[T]:
+    """All that one of MLflow's searches finds, page by page."""
+    token = None
+    while True:
+        page = search(*arguments, page_token=token, **options)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def place_of(output: StageOutput) -> Place:

@@ -48,7 +48,7 @@ def close_left_behind() -> None:
 
 
 @contextmanager
-def spare(what: str) -> Iterator[None]:
+def suppressed(what: str) -> Iterator[None]:
     """What only informs does not cost a stage its work: a warning, and on."""
     try:
         yield
@@ -58,7 +58,7 @@ def spare(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def heard() -> Iterator[None]:
+def logging_to_run() -> Iterator[None]:
     """Put what our own modules log, in whatever thread, into the log of this flow run."""
     run, ours = get_run_logger(), logging.getLogger("flows")
 
@@ -74,7 +74,7 @@ def heard() -> Iterator[None]:
         ours.removeHandler(handler)
 
 
-def reclaim() -> None:
+def set_running_again() -> None:
     """Set this run, and its pipeline's, Running again that were taken for dead while they live.
 
     A server that was away has seen no heartbeats, and may say so when it is back.
@@ -88,7 +88,7 @@ def reclaim() -> None:
                 client.set_flow_run_state(UUID(str(run_id)), lives, force=True)
 
 
-def outlive_worker() -> None:
+def ignore_closed_console() -> None:
     """Let a run go on when the worker is gone that reads its output.
 
     Left to itself the console of Prefect's log ends the process at the next line.

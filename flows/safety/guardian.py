@@ -19,8 +19,6 @@ from pathlib import Path
 
 import psutil
 
-from flows.places import ROOT
-
 MARK = "PIPELINE_STAGE_PROCESS"
 """Variable that all processes of a stage inherit (its output's folder), or of a service of ours."""
 GRACE_S = 20.0
@@ -48,7 +46,6 @@ def start(mark: str, users: Path | None = None) -> subprocess.Popen[bytes]:
         # It may live on, and whoever reads what we say waits for its end else.
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        cwd=ROOT,
         env={name: value for name, value in os.environ.items() if name != MARK},
         start_new_session=True,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import timedelta
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -26,12 +27,12 @@ from prefect.utilities.templating import apply_values
 from rich.console import Console
 
 from flows import progress
-from flows.conductor import GPU_LIMIT
-from flows.config import ROOT, PipelineConfig
+from flows.config import PipelineConfig
 from flows.safety.aftermath import SILENT
+from flows.safety.slots import GPU_LIMIT
 from flows.serve import settings
 
-DEPLOYMENTS = ROOT / "infra" / "prefect.yaml"
+DEPLOYMENTS = Path(__file__).with_name("prefect.yaml")
 ZOMBIES = "crash-zombie-runs"
 ZOMBIE_AFTER_S = 90.0
 """Silence after which a run is taken for dead; three of its heartbeats."""
@@ -142,10 +143,10 @@ def start_run(deployment: str, parameters: dict[str, Any]) -> FlowRun:
 def deploy(
     client: SyncPrefectClient, pool: str, job_variables: Mapping[str, Any] | None = None
 ) -> None:
-    """Register the deployments of infra/prefect.yaml in a work pool.
+    """Register the deployments of prefect.yaml in a work pool.
 
-    `prefect deploy --all --prefect-file infra/prefect.yaml` does the same for the pool in that
-    file, five times as slowly: it derives the form of every deployment anew.
+    `prefect deploy --all --prefect-file flows/serve/prefect.yaml` does the same for the pool in
+    that file, five times as slowly: it derives the form of every deployment anew.
     """
     flows: dict[str, tuple[UUID, dict[str, Any], str | None]] = {}
     found = deployments()
@@ -179,7 +180,7 @@ def about(flow: Flow[..., Any]) -> str:
 
 
 def deployments() -> list[dict[str, Any]]:
-    """What infra/prefect.yaml declares, with its build steps run and their results put in."""
+    """What prefect.yaml declares, with its build steps run and their results put in."""
     document = yaml.safe_load(DEPLOYMENTS.read_text())
     results = {}
     for step in document["build"]:
@@ -190,5 +191,10 @@ def deployments() -> list[dict[str, Any]]:
 
 
 def preset_step(preset: str) -> dict[str, Any]:
-    """A build step of infra/prefect.yaml: the settings of a preset, as `{{ ID.config }}`."""
+    """A build step of prefect.yaml: the settings of a preset, as `{{ ID.config }}`."""
     return {"config": PipelineConfig.preset(preset).model_dump(mode="json", exclude_unset=True)}
+
+
+def folder_step() -> dict[str, str]:
+    """A build step of prefect.yaml: the current folder, as `{{ ID.folder }}`."""
+    return {"folder": str(Path.cwd())}

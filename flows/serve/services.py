@@ -20,7 +20,7 @@ from typing import IO, Any
 from flows import places
 from flows.safety import guardian, processes
 from flows.serve import settings
-from flows.storage.files import write_atomically
+from gigagan.common.files import write_aside
 
 HOST = "127.0.0.1"
 WORKER = ["prefect", "worker", "start", "--pool", settings.POOL, "--type", "process"]
@@ -54,7 +54,6 @@ class Service:
                 [sys.executable, "-m", *module],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                cwd=settings.ROOT,
                 env={**os.environ, **(env or {})},
                 start_new_session=True,
             )
@@ -141,7 +140,7 @@ def _server(port: int, users: IO[bytes]) -> Iterator[str]:
     service = Service("prefect", module, f"{api}/health", env)
     try:
         service.wait_until_ready()
-        write_atomically(_record_file(), json.dumps(_record(api, service.process.pid)))
+        write_aside(_record_file(), json.dumps(_record(api, service.process.pid)), has_rivals=True)
         yield api
     finally:
         if _is_free(users):

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from flows import databases
-from flows.places import ROOT, runs
+from flows.places import runs
 
 POOL = "local"
 """The work pool of this machine."""
@@ -33,7 +33,6 @@ DEFAULTS = {
     # third of the speed (docs/log.md).
     "GOMP_SPINCOUNT": "20000",
     "PREFECT_CLI_PROMPT": "false",
-    "PIPELINE_ROOT": str(ROOT),
 }
 PREFECT_DATABASE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
 DATABASES = (
@@ -47,7 +46,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def apply() -> None:
-    """Set what is not set, and make `flows` importable in child processes.
+    """Set what is not set.
 
     What is relative to this folder means the same place in processes that run in another one.
     """
@@ -60,8 +59,6 @@ def apply() -> None:
         os.environ[name] = databases.absolute(os.environ[name])
     _name_prefects_database()
     _spare_loopback()
-    paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
     with suppress(OSError):  # what only looks needs none, and what writes says so itself
         home().mkdir(parents=True, exist_ok=True)  # Prefect makes one level only
     warnings.filterwarnings("ignore", "Failed to create the Prefect home")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from prefect import flow
 
 from data.config import LIMITS
-from flows.conductor import Outcome, conduct
+from flows.conductor import stage_flow
 from flows.config import PipelineConfig
-from flows.stage import Context, Progress, Stage
+from flows.stage import Context, Stage
+from gigagan.common.progress import Progress
 
 
 def run(context: Context) -> None:
@@ -67,20 +65,6 @@ STAGE = Stage(
     scratch=("img2dataset.log", "work"),
 )
 
-
-@flow(name=STAGE.name, persist_result=True)
-def download(
-    overrides: dict[str, Any] = {},  # noqa: B006
-    force: bool = False,
-    upstream: dict[str, str] = {},  # noqa: B006
-    config: PipelineConfig = PipelineConfig(),
-) -> Outcome:
-    """Bring the download up to date.
-
-    Args:
-        overrides: settings by dotted key, as in `{"download.embedded.max_concepts": 50}`
-        force: discard its output and run it again
-        upstream: outputs to read instead; this stage reads none
-        config: all settings; the deployment comes with those of its preset
-    """
-    return conduct(STAGE, overrides, force, config, upstream)
+download = stage_flow(
+    STAGE, "the download", example='{"download.embedded.max_concepts": 50}', reads=None
+)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from prefect import flow
 
 from flows import launch
-from flows.conductor import Outcome, conduct
+from flows.conductor import stage_flow
 from flows.config import PipelineConfig
 from flows.stage import Context, Need, Stage
 from flows.stages import download, filter, train_base, train_upsampler
+from gigagan.common.files import sha256_of
 
 PROCESS = launch.Process(("gigagan", "evaluate"), out="--out")
 
@@ -49,10 +46,7 @@ def needs(config: PipelineConfig) -> Mapping[str, Need]:
 def external(config: PipelineConfig) -> Mapping[str, str]:
     """A captions file of one's own; the run itself complains where it is not there."""
     path = Path(config.evaluate.captions or "")
-    if not path.is_file():
-        return {}
-    with path.open("rb") as file:
-        return {"captions": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"captions": sha256_of(path)} if path.is_file() else {}
 
 
 def unkeyed(config: PipelineConfig) -> tuple[str, ...]:
@@ -69,23 +63,9 @@ STAGE = Stage(
     unkeyed=unkeyed,
     scratch=("features", launch.LOG),
     gpu=True,
+    registers=True,
 )
 
-
-@flow(name=STAGE.name, persist_result=True)
-def evaluate(
-    overrides: dict[str, Any] = {},  # noqa: B006
-    force: bool = False,
-    upstream: dict[str, str] = {},  # noqa: B006
-    config: PipelineConfig = PipelineConfig(),
-) -> Outcome:
-    """Bring the evaluation up to date.
-
-    Args:
-        overrides: settings by dotted key, as in `{"evaluate.seed": 1}`
-        force: discard its output and evaluate again
-        upstream: outputs to read instead: `{"train-base": WHERE}` with a key, an MLflow run, a
-            folder or a URL
-        config: all settings; the deployment comes with those of its preset
-    """
-    return conduct(STAGE, overrides, force, config, upstream)
+evaluate = stage_flow(
+    STAGE, "the evaluation", again="evaluate", example='{"evaluate.seed": 1}', reads="train-base"
+)

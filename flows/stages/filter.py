@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from prefect import flow
-
-from flows.conductor import Outcome, conduct
+from flows.conductor import stage_flow
 from flows.config import PipelineConfig
 from flows.stage import Context, Need, Stage
 from flows.stages import download, score
+from gigagan.common.files import sha256_of
 
 ALIGNER = "aligner.safetensors"
 MAX_ALIGNER_PAIRS = 200_000
@@ -74,12 +71,8 @@ def needs(config: PipelineConfig) -> Mapping[str, Need]:
 
 def external(config: PipelineConfig) -> Mapping[str, str]:
     """The evaluation captions that training must not contain."""
-    found = {}
-    for number, name in enumerate(config.filter.decontaminate):
-        if Path(name).is_file():
-            with Path(name).open("rb") as file:
-                found[f"decontaminate:{number}"] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    files = enumerate(map(Path, config.filter.decontaminate))
+    return {f"decontaminate:{n}": sha256_of(file) for n, file in files if file.is_file()}
 
 
 def unkeyed(config: PipelineConfig) -> tuple[str, ...]:
@@ -90,21 +83,4 @@ def unkeyed(config: PipelineConfig) -> tuple[str, ...]:
 
 STAGE = Stage("filter", version=2, run=run, needs=needs, external=external, unkeyed=unkeyed)
 
-
-@flow(name=STAGE.name, persist_result=True)
-def filter_(
-    overrides: dict[str, Any] = {},  # noqa: B006
-    force: bool = False,
-    upstream: dict[str, str] = {},  # noqa: B006
-    config: PipelineConfig = PipelineConfig(),
-) -> Outcome:
-    """Bring the filter up to date.
-
-    Args:
-        overrides: settings by dotted key, as in `{"filter.min_similarity": 0.2}`
-        force: discard its output and run it again
-        upstream: outputs to read instead: `{"score": WHERE}` with a key, an MLflow run, a
-            folder or a URL
-        config: all settings; the deployment comes with those of its preset
-    """
-    return conduct(STAGE, overrides, force, config, upstream)
+filter_ = stage_flow(STAGE, "the filter", example='{"filter.min_similarity": 0.2}', reads="score")

@@ -7,42 +7,31 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from prefect import flow, get_run_logger
-from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 
 from flows import progress
-from flows.conductor import prefect_tags
+from flows.conductor import link_to, prefect_tags
 from flows.config import PipelineConfig, StageName
 from flows.record.tracking import PIPELINE, Tracker
-from flows.safety.aftermath import spare
+from flows.safety.aftermath import suppressed
 from flows.stage import Manifest, MissingInputError, Stage, StageOutput
 from flows.stages import download, evaluate, filter, outside, score, train_base, train_upsampler
 from flows.storage.store import Store, Upstream
 from flows.storage.upstream import locate
 
-ALL = list(StageName)
-
-
-def stage(name: StageName) -> Stage:
-    """The stage of that name."""
-    return {
-        StageName.DOWNLOAD: download.STAGE,
-        StageName.SCORE: score.STAGE,
-        StageName.FILTER: filter.STAGE,
-        StageName.TRAIN_BASE: train_base.STAGE,
-        StageName.TRAIN_UPSAMPLER: train_upsampler.STAGE,
-        StageName.EVALUATE: evaluate.STAGE,
-    }[name]
-
-
-FLOWS = {
-    StageName.DOWNLOAD: download.download,
-    StageName.SCORE: score.score,
-    StageName.FILTER: filter.filter_,
-    StageName.TRAIN_BASE: train_base.train_base,
-    StageName.TRAIN_UPSAMPLER: train_upsampler.train_upsampler,
-    StageName.EVALUATE: evaluate.evaluate,
-}
+ORDER = (
+    (download.STAGE, download.download),
+    (score.STAGE, score.score),
+    (filter.STAGE, filter.filter_),
+    (train_base.STAGE, train_base.train_base),
+    (train_upsampler.STAGE, train_upsampler.train_upsampler),
+    (evaluate.STAGE, evaluate.evaluate),
+)
+"""All stages with their flows, as they run."""
+STAGES = {StageName(stage.name): stage for stage, _ in ORDER}
+FLOWS = {StageName(stage.name): run for stage, run in ORDER}
+ALL = list(STAGES)
 
 
 @flow(name=PIPELINE, persist_result=True)
@@ -71,21 +60,18 @@ def full_pipeline(
     run_id = tracker.start_pipeline(
         str(flow_run.id), config.model_dump(mode="json"), prefect_tags()
     )
-    url = tracker.run_url(run_id)
-    with spare("the link to MLflow"):
-        create_link_artifact(url, key="mlflow", description="The run in MLflow.")
-
+    link_to(tracker.run_url(run_id), "mlflow")
     outputs: dict[str, StageOutput] = {}
     log = get_run_logger().info
     try:
         with tracker.status_of(run_id), progress.logged(log):
             for number, name in enumerate(chosen, 1):
-                about = PipelineConfig.model_fields[stage(name).section].description
+                about = PipelineConfig.model_fields[STAGES[name].section].description
                 log("stage %d of %d, %s: %s", number, len(chosen), name, about)
                 outcome = FLOWS[name](force=name in force, upstream=upstream, config=config)
                 outputs[name.value] = cast(StageOutput, outcome)  # Prefect unwraps a state
     finally:
-        with spare("the summary"):
+        with suppressed("the summary"):
             create_markdown_artifact(_summary(outputs, tracker, run_id), key="pipeline-summary")
     return outputs
 
@@ -131,7 +117,7 @@ def plan(
     for name in ALL:
         if name not in stages or name in given:
             continue
-        this = stage(name)
+        this = STAGES[name]
         makers = {need.stage.name for need in this.needs(config).values()}
         waits_for = [other for other in pending if other in makers]
         step = _step(this, config, store, given, waits_for, name in force)
@@ -173,7 +159,7 @@ def _step(
         if folder.has_work():
             return Step(this.name, "resume", key, f"unfinished in {folder}")
         return Step(this.name, "run", key, "never run with this configuration and input")
-    if damage := store.damage(this, key):
+    if damage := folder.damage(manifest):
         return Step(this.name, "run", key, damage)
     return Step(
         this.name, "skip", key, f"up to date in {folder}{_made_with(this, config, manifest)}"

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
-from prefect import flow
-
-from flows.conductor import Outcome, conduct
+from flows.conductor import stage_flow
 from flows.config import PipelineConfig
 from flows.stage import Context, Need, Stage
 from flows.stages import download
@@ -44,21 +41,4 @@ def unkeyed(config: PipelineConfig) -> tuple[str, ...]:
 
 STAGE = Stage("score", version=1, run=run, needs=needs, unkeyed=unkeyed, gpu=True)
 
-
-@flow(name=STAGE.name, persist_result=True)
-def score(
-    overrides: dict[str, Any] = {},  # noqa: B006
-    force: bool = False,
-    upstream: dict[str, str] = {},  # noqa: B006
-    config: PipelineConfig = PipelineConfig(),
-) -> Outcome:
-    """Bring the scores up to date.
-
-    Args:
-        overrides: settings by dotted key, as in `{"score.nsfw": null}`
-        force: discard its output and run it again
-        upstream: outputs to read instead: `{"download": WHERE}` with a key, an MLflow run, a
-            folder or a URL
-        config: all settings; the deployment comes with those of its preset
-    """
-    return conduct(STAGE, overrides, force, config, upstream)
+score = stage_flow(STAGE, "the scores", example='{"score.nsfw": null}', reads="download")

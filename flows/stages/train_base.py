@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
-
-from prefect import flow
 
 from flows import launch
-from flows.conductor import Outcome, conduct
+from flows.conductor import stage_flow
 from flows.config import PipelineConfig
 from flows.stage import Context, Length, Need, Stage
 from flows.stages import download, filter
@@ -61,21 +58,10 @@ STAGE = Stage(
     gpu=True,
 )
 
-
-@flow(name=STAGE.name, persist_result=True)
-def train_base(
-    overrides: dict[str, Any] = {},  # noqa: B006
-    force: bool = False,
-    upstream: dict[str, str] = {},  # noqa: B006
-    config: PipelineConfig = PipelineConfig(),
-) -> Outcome:
-    """Bring the base generator up to date.
-
-    Args:
-        overrides: settings by dotted key, as in `{"train_base.total_images": 20000}`
-        force: discard its output and train again
-        upstream: outputs to read instead: `{"filter": WHERE}` with a key, an MLflow run, a
-            folder or a URL
-        config: all settings; the deployment comes with those of its preset
-    """
-    return conduct(STAGE, overrides, force, config, upstream)
+train_base = stage_flow(
+    STAGE,
+    "the base generator",
+    again="train",
+    example='{"train_base.total_images": 20000}',
+    reads="filter",
+)

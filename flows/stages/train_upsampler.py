@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-from prefect import flow
-
-from flows.conductor import Outcome, conduct
+from flows.conductor import stage_flow
 from flows.config import PipelineConfig
 from flows.stage import Need, Stage
 from flows.stages import download, filter, train_base
@@ -36,21 +33,10 @@ STAGE = Stage(
     gpu=True,
 )
 
-
-@flow(name=STAGE.name, persist_result=True)
-def train_upsampler(
-    overrides: dict[str, Any] = {},  # noqa: B006
-    force: bool = False,
-    upstream: dict[str, str] = {},  # noqa: B006
-    config: PipelineConfig = PipelineConfig(),
-) -> Outcome:
-    """Bring the upsampler up to date.
-
-    Args:
-        overrides: settings by dotted key, as in `{"train_upsampler.total_images": 20000}`
-        force: discard its output and train again
-        upstream: outputs to read instead: `{"filter": WHERE}` with a key, an MLflow run, a
-            folder or a URL
-        config: all settings; the deployment comes with those of its preset
-    """
-    return conduct(STAGE, overrides, force, config, upstream)
+train_upsampler = stage_flow(
+    STAGE,
+    "the upsampler",
+    again="train",
+    example='{"train_upsampler.total_images": 20000}',
+    reads="filter",
+)

@@ -1,14 +1,14 @@
-"""Files of an output: digests, whole writes, and names that cannot lead out of a folder."""
+"""Files of an output: their list, its digest, and names that cannot lead out of a folder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from gigagan.common.files import is_unfinished
 
 
 class UnsafeNameError(ValueError):
@@ -19,25 +19,6 @@ def digest(value: Any) -> str:
     """sha256 of anything that JSON can say."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def sha256(path: Path) -> str:
-    """sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that nobody ever sees half of it."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with aside.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def safe(name: str) -> str:
@@ -66,14 +47,15 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def listing(folder: Path, leave_out: tuple[str, ...] = ()) -> Iterator[tuple[str, Path]]:
-    """Files below a folder in a fixed order, without hidden ones and some top-level names.
+    """Files below a folder in a fixed order, but for hidden, unfinished and some top-level ones.
 
     Raises:
         UnsafeNameError: a link leads out, or to a folder, whose files would be missed.
     """
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        if any(part.startswith(".") for part in parts) or parts[0] in leave_out:
+        is_hidden = any(part.startswith(".") for part in parts)
+        if is_hidden or parts[0] in leave_out or is_unfinished("/".join(parts)):
             continue
         if path.is_symlink() and path.is_dir():
             raise UnsafeNameError(f"{path} is a link to a folder: put the files themselves there")

@@ -11,11 +11,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from flows.config import StageName
-from flows.stage import BusyError, DamagedError, Manifest, Progress, StageError
+from flows.stage import BusyError, DamagedError, Manifest, StageError
 from flows.storage.lease import holder
-from flows.storage.place import Place, silent
+from flows.storage.place import Place
 from flows.storage.store import Store
 from flows.storage.upstream import only
+from gigagan.common.progress import Progress, silent
 
 KEY = re.compile(r"(?:(?P<stage>[a-z-]+)/)?(?P<key>[0-9a-f]{1,64})")
 AGE = re.compile(r"(?P<count>\d+(?:\.\d+)?)(?P<unit>[mhdw])")
@@ -102,16 +103,10 @@ def pick(found: Iterable[Item], name: str) -> Item:
 def used_by(found: Iterable[Item]) -> dict[str, list[str]]:
     """Names of the outputs that were made from each output."""
     found = list(found)
-    contents = {item.name: _contents(item.manifest) for item in found if item.manifest}
     users: dict[str, list[str]] = {item.name: [] for item in found}
     for item in found:
-        if item.manifest is None:
-            continue
-        read = set(item.manifest.origins.values())
-        if not read:  # a manifest of before they were recorded
-            digests = set(item.manifest.inputs.values())
-            read = {name for name, known in contents.items() if known & digests}
-        for name in read & users.keys() - {item.name}:
+        read = set(item.manifest.origins.values()) if item.manifest else set()
+        for name in read & users.keys():
             users[name].append(item.name)
     return users
 
@@ -133,7 +128,7 @@ def sweep(
         item.name: "not named"
         if named and item.name not in named
         else _needed(item, record)
-        or (None if named else _spared(item, record, older_than, unfinished))
+        or (None if named else _may_stay(item, record, older_than, unfinished))
         for item in found
     }
     users = used_by(found)
@@ -221,7 +216,7 @@ def _needed(item: Item, record: Record) -> str | None:
     return None
 
 
-def _spared(item: Item, record: Record, older_than: timedelta, unfinished: bool) -> str | None:
+def _may_stay(item: Item, record: Record, older_than: timedelta, unfinished: bool) -> str | None:
     """Why what nobody needs stays."""
     if doubt := record.doubt(item):
         return doubt
@@ -230,15 +225,6 @@ def _spared(item: Item, record: Record, older_than: timedelta, unfinished: bool)
     if item.manifest is None and not unfinished:
         return "unfinished: a run may go on from it (--unfinished)"
     return None
-
-
-def _contents(manifest: Manifest) -> set[str]:
-    """Digests of all that a need may have named in an output."""
-    folders = {""} | {entry.path for entry in manifest.files}
-    for entry in manifest.files:
-        folders |= {str(above) for above in Path(entry.path).parents} - {"."}
-    few = folders if len(folders) < 500 else {name for name in folders if name.count("/") <= 1}
-    return {found for name in few if (found := manifest.content_of(name))}
 
 
 def states(found: Iterable[Item]) -> str:

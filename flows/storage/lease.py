@@ -25,8 +25,9 @@ from typing import Protocol
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flows.safety import processes
-from flows.stage import BusyError, Progress
-from flows.storage.files import write_atomically
+from flows.stage import BusyError
+from gigagan.common.files import write_aside
+from gigagan.common.progress import Progress
 
 STALE_S = 30.0
 """After so long without a sign of life a holder elsewhere counts as dead."""
@@ -85,7 +86,7 @@ class LocalBoard:
 
     def rewrite(self, number: int, body: bytes) -> None:
         """See `Board`."""
-        write_atomically(self._path(number), body.decode())
+        write_aside(self._path(number), body, fsync=True, has_rivals=True)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:08d}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
-import random
 import re
 import threading
 import time
@@ -18,13 +17,17 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
 
-from flows.stage import DamagedError, Progress, StageError
-from flows.storage.files import UnsafeNameError, safe, sha256
+from flows.stage import DamagedError, StageError
+from flows.storage.files import UnsafeNameError, safe
+from gigagan.common.files import filled_aside, sha256_of
+from gigagan.common.progress import Progress, silent
+from gigagan.common.retrying import pauses, retry
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -156,19 +159,16 @@ class Remote:
             DamagedError: the object is not there, or has another size or sha256.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         where = f"{self.url}/{name}"
-        try:
-            self._ask("read", name, self.fs.get_file, self._path(name), str(aside))
+        with filled_aside(path, has_rivals=True) as aside:
+            try:
+                self._ask("read", name, self.fs.get_file, self._path(name), str(aside))
+            except FileNotFoundError as error:
+                raise DamagedError(f"{where} is missing") from error
             if size is not None and aside.stat().st_size != size:
                 raise DamagedError(f"{where} has {aside.stat().st_size} bytes instead of {size}")
-            if digest and sha256(aside) != digest:
+            if digest and sha256_of(aside) != digest:
                 raise DamagedError(f"{where} has another sha256 than when it was written")
-            aside.replace(path)
-        except FileNotFoundError as error:
-            raise DamagedError(f"{where} is missing") from error
-        finally:
-            aside.unlink(missing_ok=True)
 
     def sha256(self, name: str) -> str:
         """Digest of an object, read piece by piece."""
@@ -189,7 +189,7 @@ class Remote:
             with suppress(FileNotFoundError):
                 self._ask("delete", name, self.fs.rm_file, self._path(name))
 
-        each("deleting", remove, [*names], lambda what, done, total: None)
+        each("deleting", remove, [*names], silent)
 
     def _create(self, path: str, data: bytes) -> None:
         try:
@@ -207,20 +207,19 @@ class Remote:
         self, verb: str, name: str, function: Callable[..., Any], *args: Any, **options: Any
     ) -> Any:
         where = f"{self.url}/{name}" if name else self.url
-        for attempt in range(1, self.attempts + 1):
-            try:
-                return function(*args, **options)
-            except (FileNotFoundError, FileExistsError):
+        waits = pauses(
+            PAUSE_S, attempts=self.attempts, longest_s=LONGEST_PAUSE_S, spread=(0.5, 1.0)
+        )
+        ask, tell = partial(function, *args, **options), partial(_complain, self.url)
+        try:
+            return retry(ask, waits, may_help=_may_help, on_retry=tell)
+        except (FileNotFoundError, FileExistsError):
+            raise
+        except Exception as error:
+            if not isinstance(error, OSError) and not _is_network(error):
                 raise
-            except Exception as error:
-                if not isinstance(error, OSError) and not _is_network(error):
-                    raise
-                if _is_for_good(error) or attempt == self.attempts:
-                    raise RemoteError(_message(verb, where, error, attempt)) from error
-                _complain(self.url, error)
-                pause = min(LONGEST_PAUSE_S, PAUSE_S * 2 ** (attempt - 1))
-                time.sleep(pause * random.uniform(0.5, 1.0))  # machines do not return in step
-        raise AssertionError("the last attempt returns or raises")
+            tried = self.attempts if _may_help(error) else 1
+            raise RemoteError(_message(verb, where, error, tried)) from error
 
 
 class RemoteBoard:
@@ -283,13 +282,20 @@ def _is_network(error: Exception) -> bool:
     return type(error).__module__.partition(".")[0] in NETWORK or isinstance(error, TimeoutError)
 
 
+def _may_help(error: Exception) -> bool:
+    """Whether asking again may help."""
+    if isinstance(error, FileNotFoundError | FileExistsError) or _is_for_good(error):
+        return False
+    return isinstance(error, OSError) or _is_network(error)
+
+
 def _is_for_good(error: Exception) -> bool:
     if isinstance(error, PermissionError) or type(error).__name__.startswith(CREDENTIALS):
         return True
     return isinstance(error, OSError) and error.errno in FOR_GOOD
 
 
-def _complain(url: str, error: Exception) -> None:
+def _complain(url: str, error: Exception, pause_s: float) -> None:
     """A warning, but not one for every object that waits."""
     now = time.monotonic()
     if now - _complained.get(url, -COMPLAIN_EVERY_S) >= COMPLAIN_EVERY_S:

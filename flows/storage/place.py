@@ -15,9 +15,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from flows.stage import MANIFEST, DamagedError, FileEntry, Manifest, Progress
-from flows.storage.files import UnsafeNameError, inside, listing, safe, sha256, write_atomically
+from flows.stage import MANIFEST, DamagedError, FileEntry, Manifest
+from flows.storage.files import UnsafeNameError, inside, listing, safe
 from flows.storage.objects import Remote, each
+from gigagan.common.files import sha256_of, write_aside
+from gigagan.common.progress import Progress, silent
 
 RECORD = ".mirror.json"
 WORK = ".work.json"
@@ -26,12 +28,6 @@ LINE = ".line.json"
 """Of a stage whose runs have a length: which run this is, and how long."""
 TAKEN = ".taken"
 """Where the work of another output is brought to, before it takes its place."""
-UNFINISHED = (".partial", ".tmp", ".part")
-"""Endings of files, and of folders of them, that their writer has not named yet."""
-
-
-def silent(what: str, done: int, total: int | None) -> None:
-    """Progress that nobody watches."""
 
 
 class Record(BaseModel):
@@ -129,7 +125,7 @@ class Place:
         text = line.model_dump_json()
         if self.remote:
             self.remote.write(LINE, text.encode())
-        write_atomically(self.folder / LINE, text)
+        _write(self.folder / LINE, text)
 
     def names(self) -> list[str]:
         """Names of the files that are here, or behind the URL, without hidden ones."""
@@ -146,7 +142,7 @@ class Place:
         All of it is brought aside first. What tells how far it is takes its place last, and whole:
         whoever is interrupted before does it again.
         """
-        names = [n for n in other.names() if n != MANIFEST and not _is_unfinished(n)]
+        names = [name for name in other.names() if name != MANIFEST]
         aside = self.folder / TAKEN
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -225,11 +221,8 @@ class Place:
         if self.remote is None:
             return 0
         record = self._record()
-        now = {
-            name: (path, _stamp(path))
-            for name, path in listing(self.folder, (MANIFEST,))
-            if not _is_unfinished(name)
-        }
+        found = listing(self.folder, (MANIFEST,))
+        now = {name: (path, _stamp(path)) for name, path in found}
         changed = [name for name in now if record.sent.get(name) != now[name][1]]
         gone = [name for name in record.sent if name not in now]
         if not changed and not gone:
@@ -310,14 +303,14 @@ class Place:
             self.remote.delete([WORK, *rest])
             known = {e.path: _known(e, manifest, self.folder) for e in manifest.files}
             self._save(Record(known=known))
-        write_atomically(self.folder / MANIFEST, text)
+        _write(self.folder / MANIFEST, text)
 
     def _has(self, entry: FileEntry, manifest: Manifest, record: Record) -> bool:
         if _size(self.folder, entry.path) != entry.size:
             return False
         if record.known.get(entry.path) == _known(entry, manifest, self.folder):
             return True
-        return entry.sha256 is not None and sha256(self.folder / entry.path) == entry.sha256
+        return entry.sha256 is not None and sha256_of(self.folder / entry.path) == entry.sha256
 
     def _send(self, name: str, path: Path) -> None:
         assert self.remote is not None
@@ -340,7 +333,7 @@ class Place:
             ) from error
 
     def _sha256(self, name: str) -> str:
-        return self.remote.sha256(name) if self.remote else sha256(self.folder / name)
+        return self.remote.sha256(name) if self.remote else sha256_of(self.folder / name)
 
     def _record(self) -> Record:
         try:
@@ -349,7 +342,7 @@ class Place:
             return Record()
 
     def _save(self, record: Record) -> None:
-        write_atomically(self.folder / RECORD, record.model_dump_json())
+        _write(self.folder / RECORD, record.model_dump_json())
 
     def _clear(self, keep: Sequence[str]) -> None:
         if not self.folder.is_dir():
@@ -360,17 +353,16 @@ class Place:
                 _remove(path)
 
 
+def _write(path: Path, text: str) -> None:
+    write_aside(path, text, fsync=True, has_rivals=True)
+
+
 def _remove(path: Path) -> None:
     """Delete a file, a link or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _is_unfinished(name: str) -> bool:
-    """Whether a file is still being written, or lies in a folder of scratch."""
-    return any(part.endswith(UNFINISHED) for part in name.split("/"))
 
 
 def _sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,17 +24,18 @@ from flows.stage import (
     Manifest,
     MissingInputError,
     Need,
-    Progress,
     Stage,
     StageError,
     StageOutput,
     content,
 )
 from flows.storage import lease as leases
-from flows.storage.files import UnsafeNameError, digest, listing, sha256
+from flows.storage.files import UnsafeNameError, digest, listing
 from flows.storage.lease import Lease, LocalBoard
 from flows.storage.objects import Remote, RemoteBoard
-from flows.storage.place import Line, Place, silent
+from flows.storage.place import Line, Place
+from gigagan.common.files import sha256_of
+from gigagan.common.progress import Progress, silent
 
 LEASES = ".leases"
 SHORT_KEY = re.compile(r"[0-9a-f]{16}")
@@ -107,10 +108,6 @@ class Store:
             ) from error
         if self.remote:
             self.remote.prepare()
-
-    def directory(self, stage: Stage, key: str) -> Path:
-        """Where the output with this key is made and kept on this machine."""
-        return self.root / stage.name / key[:16]
 
     def place(self, stage: str, key: str) -> Place:
         """Where the output with this key is, there and here."""
@@ -273,35 +270,12 @@ class Store:
             )
         return manifest
 
-    def damage(
-        self, stage: Stage, key: str, *, verify: bool = False, progress: Progress = silent
-    ) -> str | None:
-        """What is wrong with a completed output: see `Place.damage`."""
-        manifest = self.manifest(stage, key)
-        assert manifest is not None, "only a completed output can be damaged"
-        return self.place(stage.name, key).damage(manifest, verify=verify, progress=progress)
-
     def lookup(self, stage: Stage, key: str, *, verify: bool = False) -> StageOutput | None:
         """The output with this key if it is complete and undamaged."""
         manifest = self.manifest(stage, key)
         if manifest is None or self.place(stage.name, key).damage(manifest, verify=verify):
             return None
         return self._output(manifest)
-
-    def discard(self, stage: Stage, key: str, *, keep: tuple[str, ...] = ()) -> None:
-        """Delete an output, manifest first, but the top-level names in `keep`."""
-        self.place(stage.name, key).discard(keep)
-
-    def begin(self, stage: Stage, key: str, progress: Progress = silent) -> None:
-        """Make the folder to work in, with the unfinished work of an earlier attempt."""
-        self.place(stage.name, key).resume(progress)
-
-    def saving(
-        self, stage: Stage, key: str, lease: Lease, every_s: float, log: Callable[[str], None]
-    ) -> AbstractContextManager[None]:
-        """Send unfinished work to the URL during the block; nothing to do for a folder."""
-        place = self.place(stage.name, key)
-        return place.pushing(every_s, may=lambda: not lease.is_lost, log=log)
 
     def commit(
         self,
@@ -437,7 +411,7 @@ def _listed(stage: Stage, context: Context) -> tuple[FileEntry, ...]:
             size=path.stat().st_size,
             sha256=None
             if name.partition("/")[0] in stage.vouched
-            else context.digests.get(name) or sha256(path),
+            else context.digests.get(name) or sha256_of(path),
         )
         for name, path in found
     )

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from flows.config import ROOT, StageName
+from flows.config import StageName
 from flows.stage import StageError
 from flows.storage.objects import Remote
 from flows.storage.place import Place
@@ -99,7 +99,7 @@ def only(prefix: str, candidates: Sequence[str], what: str) -> str:
 def _elsewhere(store: Store, where: str) -> Place:
     if "://" not in where or where.startswith("file://"):
         try:
-            return Place(ROOT / Path(where.removeprefix("file://")).expanduser())
+            return Place(Path(where.removeprefix("file://")).expanduser().absolute())
         except RuntimeError as error:  # the home of nobody
             raise UpstreamError(f"upstream {where}: {error}") from error
     remote = Remote(where)

@@ -35,7 +35,7 @@ key.json has the answers."""
 
 
 def add(commands: Commands) -> None:
-    """Its arguments."""
+    """Add the command `blind` with its arguments."""
     command = commands.add_parser(
         "blind",
         help="can one name the pictures? a numbered sheet, and a score of the answers",
@@ -198,7 +198,7 @@ def write(
 
 
 def _names(key: Path) -> list[str]:
-    """The right answers."""
+    """The names that a key file lists, in the order of the pictures."""
     try:
         names = json.loads(key.read_text(encoding="utf-8"))["names"]
         if not names or not all(isinstance(name, str) for name in names):

@@ -11,7 +11,7 @@ from gigagan.config.presets import PRESETS, PUBLISHED, preset
 
 
 def add(commands: Commands) -> None:
-    """Its arguments."""
+    """Add the command `describe` with its arguments."""
     command = commands.add_parser(
         "describe", help="a preset's layers, shapes, parameters and multiply-adds"
     )

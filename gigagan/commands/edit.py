@@ -1,10 +1,8 @@
-"""`python -m gigagan edit`: pictures between, across and along others."""
+"""`python -m gigagan edit`: pictures between and across others."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +18,6 @@ from gigagan.commands.options import (
     is_made,
     progress_bar,
     provenance,
-    sha256_of,
     tell,
 )
 
@@ -33,18 +30,15 @@ _EXAMPLES = """examples:
   python -m gigagan edit swap "flat emoji of a bell" --style-seed 5 --crossover 2
   python -m gigagan edit truncate "flat emoji of a bell" --steps 5
   python -m gigagan edit walk "flat emoji of a sun" "flat emoji of a moon" --out walk.mp4
-  python -m gigagan edit direction --without "emoji on a pink background" \\
-      --having "emoji on a teal background" --out teal.safetensors
-  python -m gigagan edit move "flat emoji of a bell" --along teal.safetensors --strengths -1 0 1 2
 """
 
 
 def add(commands: Commands) -> None:
-    """Its arguments."""
+    """Add the command `edit` with its arguments."""
     raw = argparse.RawDescriptionHelpFormatter
     command = commands.add_parser(
         "edit",
-        help="interpolate, mix, swap, walk, and move along attributes",
+        help="interpolate, mix, swap, truncate, walk",
         epilog=_EXAMPLES,
         formatter_class=raw,
     )
@@ -78,14 +72,6 @@ def add(commands: Commands) -> None:
     one.add_argument("--frames", type=int, default=48, help="(%(default)s)")
     one.add_argument("--fps", type=int, default=12, help="(%(default)s)")
     one.add_argument("--no-loop", action="store_true", help="do not come back to the start")
-    one = kind("direction", "find an attribute's direction from pairs of prompts", "direction")
-    one.add_argument("--without", nargs="+", required=True, metavar="PROMPT")
-    one.add_argument("--having", nargs="+", required=True, metavar="PROMPT")
-    one = kind("move", "along such a direction")
-    one.add_argument("prompts", nargs=1, metavar="PROMPT")
-    one.add_argument("--along", type=Path, required=True, help="what `direction` wrote")
-    one.add_argument("--strengths", nargs="+", type=float, default=[-1, 0, 1], help="(-1 0 1)")
-    one.add_argument("--space", choices=("w", "t"), default="w", help="(%(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -94,17 +80,10 @@ def run(args: argparse.Namespace) -> None:
     from gigagan.inference.sampler import load
 
     check(args)
-    for strength in getattr(args, "strengths", ()):
-        if not math.isfinite(strength):
-            raise ValueError(f"--strengths {strength}: give numbers")
     sampler = load(args.base, args.upsampler, device=device(args))
-    for name in ("prompts", "without", "having"):
-        given = getattr(args, name, ())
-        setattr(args, name, [check_prompt(p, sampler.encoder, cut=args.cut) for p in given])
+    args.prompts = [check_prompt(p, sampler.encoder, cut=args.cut) for p in args.prompts]
     if args.kind == "walk":
         _walk(sampler, args)
-    elif args.kind == "direction":
-        _direction(sampler, args)
     else:
         _write(sampler, _steps(sampler, args), args)
 
@@ -114,7 +93,6 @@ Steps = list[tuple[str, dict[str, Any]]]
 
 
 def _steps(sampler: Sampler, args: argparse.Namespace) -> Steps:
-    from gigagan.inference import directions
     from gigagan.inference.editing import Edit
 
     if args.kind in ("interpolate", "truncate") and args.steps < 2:
@@ -127,11 +105,6 @@ def _steps(sampler: Sampler, args: argparse.Namespace) -> Steps:
     if args.kind == "truncate":
         psis = [args.truncation * i / (args.steps - 1) for i in range(args.steps)]
         return [(f"{psi:.2f}", {"truncation": psi}) for psi in psis]
-    if args.kind == "move":
-        found = directions.load(args.along, sampler)
-        return [
-            (f"{s:+g}", {"shift": directions.Shift(found, s, args.space)}) for s in args.strengths
-        ]
     if args.kind == "mix":
         mix = Edit(args.prompts[1], "mix", crossover=args.crossover)
         mix.first_level(len(sampler.base.levels))
@@ -156,13 +129,6 @@ def _write(sampler: Sampler, steps: Steps, args: argparse.Namespace) -> None:
         about = {**common, "prompt": prompt, **settings}
         if edit := about.pop("edit", None):
             about["edit"] = edit.told()
-        if shift := about.pop("shift", None):
-            about["along"] = {
-                "file": args.along.name,
-                "sha256": sha256_of(args.along),
-                "strength": shift.strength,
-                "space": shift.space,
-            }
         path = args.out / f"{number:03d}.png"
         there = is_made(path, about, overwrite=args.overwrite, read=read_about)
         wanted.append((name, path, about, prompt, settings, there))
@@ -209,17 +175,3 @@ def _walk(sampler: Sampler, args: argparse.Namespace) -> None:
             )
         walk.save(args.out, pictures, fps=args.fps, about=about)
     tell(args.out, about, skipped=there)
-
-
-def _direction(sampler: Sampler, args: argparse.Namespace) -> None:
-    from gigagan.inference import directions
-
-    path = args.out
-    if path.suffix != ".safetensors":
-        path = path.with_name(f"{path.name}.safetensors")
-    about = directions.described(args.without, args.having) | provenance(sampler.snapshots)
-    there = is_made(path, about, overwrite=args.overwrite, read=directions.read_about)
-    if not there:
-        found = directions.find(sampler, args.without, args.having)
-        directions.save(path, dataclasses.replace(found, about=about))
-    tell(path, about, skipped=there)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gigagan.commands.options import Commands, add_networks, devices
+from gigagan.common.exits import PROGRESS, tell
 from gigagan.config import EvaluateConfig
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
 
     def progress(what: str, done: int, total: int | None) -> None:
         print(f"{done}/{total} {what}", flush=True)
+        tell(PROGRESS, [what, done, total])
 
     common: dict[str, Any] = {"devices": devices(args), "statistics": args.statistics}
     common["progress"] = progress
@@ -118,11 +120,11 @@ def _drawn_by(
 
 
 def _config(args: argparse.Namespace) -> EvaluateConfig:
-    from data import settings
+    from gigagan.common.settings import load
 
     given = {name: getattr(args, name) for name in ("protocol", "num_images")}
     given = {name: value for name, value in given.items() if value is not None}
-    return settings.load(EvaluateConfig, "evaluate", args.config, [], **given)
+    return load(EvaluateConfig, "evaluate", args.config, [], **given)
 
 
 def _list() -> None:

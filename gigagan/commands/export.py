@@ -11,8 +11,8 @@ from gigagan.commands.options import (
     check,
     is_made,
     provenance,
-    sha256_of,
 )
+from gigagan.common.files import sha256_of
 
 _EXAMPLES = """examples:
   python -m gigagan export runs/…/snapshot.safetensors small.safetensors
@@ -24,7 +24,7 @@ An .onnx holds a network for one prompt: a generator from z, or an upsampler (of
 
 
 def add(commands: Commands) -> None:
-    """Its arguments."""
+    """Add the command `export` with its arguments."""
     command = commands.add_parser(
         "export",
         help="a snapshot at half its size, or as ONNX for one prompt",

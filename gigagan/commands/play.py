@@ -12,7 +12,7 @@ from gigagan.commands.options import Commands, add_networks, device
 
 
 def add(commands: Commands) -> None:
-    """Its arguments."""
+    """Add the command `play` with its arguments."""
     command = commands.add_parser("play", help="a page to play with a model, on this machine")
     add_networks(command)
     command.add_argument("--host", default="127.0.0.1", help="address to serve on (%(default)s)")

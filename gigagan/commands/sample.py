@@ -38,7 +38,7 @@ empty lines and lines that begin with # are passed over."""
 
 
 def add(commands: Commands) -> None:
-    """Its arguments."""
+    """Add the command `sample` with its arguments."""
     command = commands.add_parser(
         "sample",
         help="draw pictures from prompts",

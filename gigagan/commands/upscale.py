@@ -16,9 +16,9 @@ from gigagan.commands.options import (
     is_made,
     progress_bar,
     provenance,
-    sha256_of,
     tell,
 )
+from gigagan.common.files import sha256_of
 
 _EXAMPLES = """examples:
   python -m gigagan upscale photo.jpg --prompt "a violin on a table"
@@ -30,7 +30,7 @@ the result is the picture itself. A second call passes over what the first one m
 
 
 def add(commands: Commands) -> None:
-    """Its arguments."""
+    """Add the command `upscale` with its arguments."""
     command = commands.add_parser(
         "upscale",
         help="enlarge pictures of any size",

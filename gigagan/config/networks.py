@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from gigagan.common.settings import Frozen
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Depth = Annotated[int, Field(ge=0)]
@@ -26,14 +28,6 @@ ENCODER_WIDTHS = {
     "open_clip:ViT-bigG-14": (1280, 1280),
 }
 """Widths of token features and of the pooled vector, where they are known before loading."""
-
-
-class Frozen(BaseModel):
-    """A section of the configuration: immutable, unknown keys refused, attribute docs shown."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
-    )
 
 
 class TextConfig(Frozen):

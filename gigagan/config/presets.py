@@ -5,15 +5,14 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
+from gigagan.common.settings import nearest
 from gigagan.config.networks import (
     DiscriminatorConfig,
     GeneratorConfig,
-    StyleConfig,
     TextConfig,
     UpsamplerConfig,
 )
@@ -24,8 +23,6 @@ from gigagan.config.training import (
     TrainStage,
     TrainUpsamplerConfig,
 )
-
-Network = TypeVar("Network", GeneratorConfig, DiscriminatorConfig, UpsamplerConfig)
 
 PUBLISHED: dict[str, dict[str, float]] = {
     "paper_64": {"Generator": 652.5e6, "Discriminator": 381.4e6},
@@ -130,29 +127,6 @@ def imagenet_64_to_256() -> TrainUpsamplerConfig:
         matching=0.0,
     )
     return trained.model_copy(update={"lpips": 100.0})
-
-
-def width_scaled(config: Network, divisor: int) -> Network:
-    """The same network with all widths but the encoder's divided: for tests on small machines.
-
-    Channels are rounded to whole heads, whose width is divided too.
-    """
-    head = max(config.head_width // divisor, 8)
-
-    def narrow(width: int) -> int:
-        return max(round(width / divisor / head), 1) * head
-
-    changes: dict[str, Any] = {"head_width": head}
-    for field in ("channels", "down_channels", "up_channels"):
-        if hasattr(config, field):
-            changes[field] = tuple(map(narrow, getattr(config, field)))
-    if isinstance(config, StyleConfig):
-        changes["style_dim"] = narrow(config.style_dim)
-    if config.text is not None:
-        changes["text"] = config.text.model_copy(
-            update={"width": narrow(config.text.width), "head_width": head}
-        )
-    return type(config).model_validate({**config.model_dump(), **changes})
 
 
 # ---- the ladder -----------------------------------------------------------------------------
@@ -269,7 +243,5 @@ def preset(name: str) -> TrainStage:
         ValueError: unknown; the message names the nearest and all.
     """
     if name not in PRESETS:
-        close = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
-        hint = f", did you mean {close[0]!r}" if close else ""
-        raise ValueError(f"unknown preset {name!r}{hint}: {', '.join(PRESETS)}")
+        raise ValueError(f"unknown preset {name!r}{nearest(name, PRESETS)}: {', '.join(PRESETS)}")
     return PRESETS[name]()

@@ -6,9 +6,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from gigagan.common.settings import Frozen
 from gigagan.config.networks import (
     DiscriminatorConfig,
-    Frozen,
     GeneratorConfig,
     UpsamplerConfig,
 )

@@ -10,14 +10,15 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
+from gigagan.common.files import sha256_of
+from gigagan.common.progress import Progress, silent
 from gigagan.config import EvaluateConfig
 from gigagan.evaluation import drawing, judging, measure, protocol
-from gigagan.evaluation.describing import describe_rules, sha256_of
 from gigagan.evaluation.devices import Device
-from gigagan.evaluation.findings import Findings, assemble
+from gigagan.evaluation.findings import Findings, assemble, describe_rules
 from gigagan.evaluation.heldout import Heldout, read_heldout, subset
 from gigagan.evaluation.judges import fidelity
-from gigagan.evaluation.judges.features import Progress, open_rgb, silent, square
+from gigagan.evaluation.judges.features import open_rgb, square
 from gigagan.evaluation.report import looks
 from gigagan.evaluation.setting import Setting, setting
 from gigagan.models import pretrained

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.entries import entries
+from gigagan.common import tars
+from gigagan.common.entries import entries
+from gigagan.common.pictures import decode
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 SPLITS = ("trained", "combination", "unseen")
@@ -242,18 +243,15 @@ def pictures_in(folder: Path) -> list[Path]:
 
 def training_pictures(shards: Path, count: int) -> list[tuple[str, Image.Image]]:
     """Up to `count` pictures of a folder of tars with their keys, evenly spread, in order."""
-    tars = sorted(shards.glob("*.tar"))
-    each = -(-count // max(1, len(tars)))
+    shard_paths = sorted(shards.glob("*.tar"))
+    each = -(-count // max(1, len(shard_paths)))
     found: list[tuple[str, Image.Image]] = []
-    for tar in tars:
-        with tarfile.open(tar) as archive:
-            members = [m for m in archive if Path(m.name).suffix.lower() in SUFFIXES]
+    for path in shard_paths:
+        with path.open("rb", buffering=0) as file:
+            members = [m for m in tars.members(file) if Path(m.name).suffix.lower() in SUFFIXES]
             step = max(1, len(members) // each)
             for member in members[::step][:each]:
-                stream = archive.extractfile(member)
-                assert stream is not None
-                with Image.open(stream) as picture:
-                    found.append((Path(member.name).stem, picture.convert("RGB")))
+                found.append((Path(member.name).stem, decode(tars.read(file, member))))
     return found[:count]
 
 

@@ -33,12 +33,10 @@ from gigagan.evaluation.judges.features import (
 )
 from gigagan.evaluation.judges.naming import Drawn
 from gigagan.evaluation.judges.statistics import subsampled
-from gigagan.evaluation.setting import INCEPTION, Setting, Variants, embedded
+from gigagan.evaluation.setting import INCEPTION, MAX_PAIRS, Setting, Variants, embedded
 from gigagan.models import pretrained
 from gigagan.models.aligner import Aligner
 
-MAX_PAIRS = 1000
-"""Retrieval and pixel metrics look at this many pairs: ranks among more say little more."""
 _MAX_PRDC = 10_000
 _MAX_SUBSAMPLES = 20
 _MIN_PART, _MAX_PART = 4, 10_000

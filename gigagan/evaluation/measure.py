@@ -16,14 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gigagan.common.files import sha256_of
+from gigagan.common.progress import Progress, silent
 from gigagan.config import EvaluateConfig
 from gigagan.evaluation import drawing, protocol
-from gigagan.evaluation.describing import describe, sha256_of
 from gigagan.evaluation.devices import Device
-from gigagan.evaluation.findings import Findings, assemble
+from gigagan.evaluation.findings import Findings, assemble, describe
 from gigagan.evaluation.heldout import Gallery, Heldout, read_drawn, read_heldout, subset
 from gigagan.evaluation.judges import naming
-from gigagan.evaluation.judges.features import Progress, silent
 from gigagan.evaluation.judges.naming import Drawn
 from gigagan.evaluation.judging import judge_all, measure_diversity
 from gigagan.evaluation.report import looks

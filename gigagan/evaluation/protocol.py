@@ -49,11 +49,6 @@ class Protocol:
     published: tuple[tuple[str, Mapping[str, float]], ...] = ()
     """What others report under these rules: (model, numbers by our metrics' names)."""
 
-    @property
-    def is_fixed(self) -> bool:
-        """Whether a number under this name may be held against others' numbers."""
-        return self.num_generated is not None
-
 
 _CLIP = "open_clip:ViT-B-32/openai"
 _CLIP_NAME = "clip_score_ViT-B-32_openai"

@@ -10,15 +10,20 @@ from typing import Any
 import torch
 from PIL import Image
 
+from gigagan.common.progress import Progress, silent
 from gigagan.config import EvaluateConfig
 from gigagan.evaluation import protocol
 from gigagan.evaluation.devices import Device
-from gigagan.evaluation.judges.features import Progress, image_vectors, silent, square
+from gigagan.evaluation.judges.features import image_vectors, square
 from gigagan.models import pretrained
 from gigagan.models.aligner import Aligner
 from gigagan.seeds import derived
 
 INCEPTION = "inception-2015-12-05"
+TEXT_ENCODER = "embedded:minilm-l6"
+"""Encoder of the captions that drawn pictures are named by."""
+MAX_PAIRS = 1000
+"""Retrieval and pixel metrics look at this many pairs: ranks among more say little more."""
 _DEFAULT_RESOLUTION = 128
 
 Sample = Callable[[list[str], int, float], list[Image.Image]]
@@ -47,7 +52,7 @@ class Setting:
 
     @property
     def device(self) -> Device:
-        """For what is small enough for one."""
+        """The first: for work that one device does alone."""
         return self.devices[0]
 
     @property

@@ -6,6 +6,7 @@ latent, and takes tiles and their noise.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import warnings
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gigagan.common.files import filled_aside
 from gigagan.models.baking import bake
 from gigagan.models.encoders import TextEncoder
 from gigagan.models.generator import Generator
@@ -28,7 +30,6 @@ ENTRY = "gigagan"
 """Entry of the metadata that holds prompt and provenance as JSON."""
 PARITY = 1e-3
 """Largest difference to the original, of pixels in [−1, 1], that is taken for rounding."""
-_INPUTS = {"generator": ("z",), "upsampler": ("image", "noise")}
 
 
 class PromptGenerator(nn.Module):
@@ -79,56 +80,75 @@ def export(
         ValueError: the packages onnx, onnxscript and onnxruntime are not installed; or the file
             draws otherwise than the network, and is not kept.
     """
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401  # what torch exports with
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"an .onnx needs the package {error.name}: `pip install -e .[use]`"
-        ) from error
-    text = network.read(encoder.encode([prompt]))
-    text = Text(*(None if x is None else x.clone() for x in text))
-    if text.mask_BL is not None and text.local_BLT is not None:
-        kept_L = text.mask_BL[0]
-        text = Text(text.local_BLT[:, kept_L], text.mask_BL[:, kept_L], text.global_BT)
-    random = torch.Generator().manual_seed(seed)
-    module, inputs, others = _module(network, text, random)
-    names = _INPUTS["generator" if isinstance(network, Generator) else "upsampler"]
+    _check_packages()
+    text = _alone(network.read(encoder.encode([prompt])))
+    module, inputs, others = _module(network, text, torch.Generator().manual_seed(seed))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial.onnx")
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                module,
-                inputs,
-                str(partial),
-                input_names=list(names),
-                output_names=["image_out"],
-                dynamic_shapes=_dynamic(network),
-                opset_version=OPSET,
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-            )
-        model = onnx.load(str(partial))
-        described = {"prompt": prompt, "seed": seed, **(about or {})}
-        onnx.helper.set_model_props(model, {ENTRY: json.dumps(described, ensure_ascii=False)})
-        onnx.save(model, str(partial))
-        onnx.checker.check_model(str(partial))
-        onnxruntime.disable_telemetry_events()  # it would call its maker
-        session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
-        feed = {name: x.numpy() for name, x in zip(names, others, strict=True)}
-        theirs = session.run(None, feed)[0]
-        difference = float(np.abs(theirs - module(*others).numpy()).max())
+    with filled_aside(path) as partial:
+        _trace(partial, network, module, inputs)
+        _describe(partial, {"prompt": prompt, "seed": seed, **(about or {})})
+        difference = _difference(partial, network, module, others)
         if not difference <= PARITY:
             raise ValueError(f"{path} would draw otherwise than the original, by {difference:.1e}")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return difference
+
+
+def _check_packages() -> None:
+    for name in ("onnx", "onnxruntime", "onnxscript"):  # the last is what torch exports with
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"an .onnx needs the package {name}: `pip install -e .[use]`")
+
+
+def _alone(text: Text) -> Text:
+    """The text of one caption without padding; outside inference mode, which cannot be traced."""
+    text = Text(*(None if x is None else x.clone() for x in text))
+    if text.mask_BL is None or text.local_BLT is None:
+        return text
+    kept_L = text.mask_BL[0]
+    return Text(text.local_BLT[:, kept_L], text.mask_BL[:, kept_L], text.global_BT)
+
+
+def _trace(
+    path: Path, network: Generator | Upsampler, module: nn.Module, inputs: tuple[Tensor, ...]
+) -> None:
+    """Write the module as ONNX, as it runs on these inputs."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module,
+            inputs,
+            str(path),
+            input_names=list(_names(network)),
+            output_names=["image_out"],
+            dynamic_shapes=_dynamic(network),
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+
+
+def _describe(path: Path, about: Mapping[str, Any]) -> None:
+    """Write prompt and provenance into the file's metadata, and check the file."""
+    import onnx
+
+    model = onnx.load(str(path))
+    onnx.helper.set_model_props(model, {ENTRY: json.dumps(about, ensure_ascii=False)})
+    onnx.save(model, str(path))
+    onnx.checker.check_model(str(path))
+
+
+def _difference(
+    path: Path, network: Generator | Upsampler, module: nn.Module, inputs: tuple[Tensor, ...]
+) -> float:
+    """The largest difference of a pixel between the file in onnxruntime and the module."""
+    import onnxruntime
+
+    onnxruntime.disable_telemetry_events()  # it would call its maker
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    feed = {name: x.numpy() for name, x in zip(_names(network), inputs, strict=True)}
+    return float(np.abs(session.run(None, feed)[0] - module(*inputs).numpy()).max())
 
 
 def read_about(path: Path) -> dict[str, Any] | None:
@@ -159,6 +179,11 @@ def _module(
         return torch.rand(shape, generator=random) * 2 - 1, torch.randn(shape, generator=random)
 
     return module.eval(), tiles(2), tiles(3)
+
+
+def _names(network: Generator | Upsampler) -> tuple[str, ...]:
+    """What the inputs of the file are called."""
+    return ("z",) if isinstance(network, Generator) else ("image", "noise")
 
 
 def _dynamic(network: Generator | Upsampler) -> Any:

@@ -1,22 +1,23 @@
 """A page to play with a model: one Gradio form on this machine, and nothing kept after it.
 
 Gradio is imported only when the page is built. Files of the page live in one folder that goes with
-it; prompts, sizes and rates are bounded.
+it; prompts and sizes are bounded.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from gigagan.common.pictures import as_rgb
 from gigagan.inference.editing import Edit
-from gigagan.inference.pictures import as_rgb, read_about, save_picture
+from gigagan.inference.pictures import read_about, save_picture
 from gigagan.inference.prompts import PromptError
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ MAX_PROMPT = 400
 """Characters of a prompt on the page."""
 MAX_SIDE = 1024
 """Side in pixels of a picture that is uploaded."""
-PICTURES_A_MINUTE = 60
-BURST = 10
 HISTORY = 24
 """Pictures that the page remembers."""
 MAX_SEED = 2**31 - 1
@@ -41,81 +40,73 @@ _CSS = """
 """Gradio shows a picture of 128 px in its own pixels."""
 
 
-class TooFastError(ValueError):
-    """More pictures than the page draws in a minute."""
+@dataclass(frozen=True)
+class Controls:
+    """What the page's controls say, in their order; numbers are None where a field is empty."""
 
+    prompt: str
+    seed: float | None
+    truncation: float
+    change: str
+    second: str
+    """The second prompt."""
+    amount: float
+    """Of a blend: 0 is the first prompt, 1 the second."""
+    crossover: float
+    """The first level of the second prompt or style."""
+    style_seed: float | None
+    upscale: bool
 
-class Bucket:
-    """A token bucket: `rate` a minute, `burst` at once (all who use the page share it)."""
-
-    def __init__(
-        self, rate: float, burst: int, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._rate, self._burst, self._clock = rate / 60, burst, clock
-        self._tokens, self._last = float(burst), clock()
-        self._lock = threading.Lock()
-
-    def take(self) -> None:
-        """Take one, or raise TooFastError saying how long to wait."""
-        with self._lock:
-            now = self._clock()
-            self._tokens = min(self._burst, self._tokens + (now - self._last) * self._rate)
-            self._last = now
-            if self._tokens < 1:
-                wait = (1 - self._tokens) / self._rate
-                raise TooFastError(f"too many pictures at once: wait {wait:.0f} seconds")
-            self._tokens -= 1
+    def edit(self) -> Edit | None:
+        """The change asked for; raises ValueError with what to change."""
+        if self.change == NOTHING:
+            return None
+        if self.change == STYLE:
+            seed = _seed(self.style_seed)
+            return Edit(how="style", seed=seed, crossover=int(self.crossover))
+        if not self.second.strip():
+            raise PromptError("the second prompt is empty: say what to mix in, or change nothing")
+        second = _bounded(self.second)
+        if self.change == BLEND:
+            return Edit(second, "interpolate", amount=float(self.amount))
+        return Edit(second, "mix", crossover=int(self.crossover))
 
 
 class Table:
     """What the page's controls do, without a page: settings to a file with its picture."""
 
-    def __init__(self, sampler: Sampler, folder: Path, bucket: Bucket | None = None) -> None:
+    def __init__(self, sampler: Sampler, folder: Path) -> None:
         self.sampler = sampler
         self.folder = folder
-        self.bucket = bucket or Bucket(PICTURES_A_MINUTE, BURST)
         self._number = 0
         self._lock = threading.Lock()
 
-    def draw(
-        self,
-        prompt: str,
-        seed: float,
-        truncation: float,
-        change: str,
-        second: str,
-        amount: float,
-        crossover: float,
-        style_seed: float,
-        upscale: bool,
-    ) -> Path:
+    def draw(self, controls: Controls) -> Path:
         """Draw one picture; raises ValueError with what to change."""
-        edit = self._edit(change, second, amount, crossover, style_seed)
-        prompt = _bounded(prompt)
-        settings = {"seed": _seed(seed), "truncation": float(truncation)}
-        self.bucket.take()
+        edit, prompt = controls.edit(), _bounded(controls.prompt)
+        seed, truncation = _seed(controls.seed), float(controls.truncation)
         with self._lock:
-            (picture,) = self.sampler.sample([prompt], edit=edit, upscale=upscale, **settings)  # type: ignore[arg-type]
-        about: dict[str, Any] = {"prompt": prompt, "upscaled": upscale, **settings}
-        if edit is not None:
-            about["edit"] = edit.told()
-        return self._keep(picture, about)
+            (picture,) = self.sampler.sample(
+                [prompt], seed=seed, truncation=truncation, edit=edit, upscale=controls.upscale
+            )
+        about = {"prompt": prompt, "upscaled": controls.upscale}
+        about |= {"seed": seed, "truncation": truncation}
+        return self._keep(picture, about if edit is None else about | {"edit": edit.told()})
 
-    def settings_of(self, path: Path) -> tuple[Any, ...]:
-        """What `draw` takes, as a picture's file says it; of an enlarged one prompt and seed."""
+    def controls_of(self, path: Path) -> Controls:
+        """What `draw` took, as a picture's file says it; of an enlarged one prompt and seed."""
         about = read_about(path) or {}
         edit = about.get("edit", {})
-        levels = len(self.sampler.base.levels)
-        return (
-            about.get("prompt", ""),
-            about.get("seed", 0),
-            about.get("truncation", 1.0),
-            CHANGE_OF[edit.get("how")],
-            edit.get("prompt", ""),
-            edit.get("amount", 0.5),
-            edit.get("crossover", levels // 2),
-            edit.get("seed", 1),
-            about.get("upscaled", self.sampler.upsampler is not None),
+        return Controls(
+            prompt=about.get("prompt", ""),
+            seed=about.get("seed", 0),
+            truncation=about.get("truncation", 1.0),
+            change=CHANGE_OF[edit.get("how")],
+            second=edit.get("prompt", ""),
+            amount=edit.get("amount", 0.5),
+            crossover=edit.get("crossover", len(self.sampler.base.levels) // 2),
+            style_seed=edit.get("seed", 1),
+            upscale=about.get("upscaled", self.sampler.upsampler is not None),
         )
 
     def enlarge(self, picture: Image.Image | None, prompt: str, seed: float) -> Path:
@@ -128,24 +119,9 @@ class Table:
                 f"{MAX_SIDE}: `python -m gigagan upscale` takes larger ones"
             )
         prompt = _bounded(prompt)
-        self.bucket.take()
         with self._lock:
             (large,) = self.sampler.upscale([as_rgb(picture)], [prompt], seed=_seed(seed))
         return self._keep(large, {"prompt": prompt, "seed": _seed(seed), "enlarged": True})
-
-    def _edit(
-        self, change: str, second: str, amount: float, crossover: float, style_seed: float
-    ) -> Edit | None:
-        if change == NOTHING:
-            return None
-        if change == STYLE:
-            return Edit(how="style", seed=_seed(style_seed), crossover=int(crossover))
-        if not second.strip():
-            raise PromptError("the second prompt is empty: say what to mix in, or change nothing")
-        second = _bounded(second)
-        if change == BLEND:
-            return Edit(second, "interpolate", amount=float(amount))
-        return Edit(second, "mix", crossover=int(crossover))
 
     def _keep(self, picture: Image.Image, about: dict[str, Any]) -> Path:
         """A file for the page to show and to download; old ones go."""
@@ -195,123 +171,114 @@ def build(table: Table) -> Any:
         raise ValueError("the page needs the package gradio: `pip install -e .[use]`") from error
 
     sampler = table.sampler
-    levels = len(sampler.base.levels)
-
-    def shown(*settings: Any) -> tuple[str, list[str]]:
-        *given, history = settings
-        try:
-            path = table.draw(*given)
-        except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from None
-        return str(path), [str(path), *history][:HISTORY]
-
-    def enlarged(picture: Any, prompt: str, seed: float, history: list[str]) -> Any:
-        try:
-            path = table.enlarge(picture, prompt, seed)
-        except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from None
-        return str(path), [str(path), *history][:HISTORY]
-
-    def restored(history: list[str], event: gr.SelectData) -> tuple[Any, ...]:
-        path = history[event.index]
-        return *table.settings_of(Path(path)), path
-
-    restored.__annotations__["event"] = gr.SelectData  # Gradio looks there for what to pass
-
-    def other_seed() -> int:
-        return int.from_bytes(os.urandom(4)) & MAX_SEED
-
     with gr.Blocks(title="GigaGAN", analytics_enabled=False) as blocks:
         gr.Markdown(f"# GigaGAN\nOne pass from words to a picture of {sampler.resolution} px.")
         history = gr.State([])
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
-                prompt = gr.Textbox(
-                    label="Prompt",
-                    value="flat emoji of a violin on a teal background",
-                    max_length=MAX_PROMPT,
-                    lines=2,
-                    elem_id="prompt",
-                )
-                with gr.Row():
-                    seed = gr.Number(label="Seed", value=0, precision=0, elem_id="seed")
-                    new_seed = gr.Button("Another seed", elem_id="new-seed")
-                truncation = gr.Slider(
-                    0, 1, 1.0, step=0.05, label="Truncation", info="Lower: typical, less varied."
-                )
-                with gr.Accordion("Change it", open=False):
-                    change = gr.Radio(
-                        list(CHANGE_OF.values()),
-                        value=NOTHING,
-                        label="Take from a second prompt or seed",
-                    )
-                    second = gr.Textbox(
-                        label="Second prompt", max_length=MAX_PROMPT, elem_id="second"
-                    )
-                    amount = gr.Slider(0, 1, 0.5, step=0.05, label="Blend", info="1: the second.")
-                    crossover = gr.Slider(
-                        0,
-                        levels,
-                        levels // 2,
-                        step=1,
-                        label="Fine from level",
-                        info="0 is 4 px; each level doubles it.",
-                    )
-                    style_seed = gr.Number(label="Seed of the style", value=1, precision=0)
-                upscale = gr.Checkbox(
-                    label="Upsample",
-                    value=sampler.upsampler is not None,
-                    interactive=sampler.upsampler is not None,
-                )
-                draw = gr.Button("Draw", variant="primary", elem_id="draw")
+                controls, draw = _add_controls(gr, sampler)
             with gr.Column(scale=2, min_width=300):
-                result = gr.Image(
-                    label="Picture",
-                    type="filepath",
-                    format="png",
-                    interactive=False,
-                    elem_id="result",
-                    buttons=["download", "fullscreen"],
-                    height=560,
-                )
-                gallery = gr.Gallery(
-                    label="History: click to take up again",
-                    columns=6,
-                    height=200,
-                    allow_preview=False,
-                    object_fit="contain",
-                    fit_columns=False,
-                    elem_id="history",
-                )
+                result, gallery = _add_pictures(gr)
+        drawn = _answering(gr, lambda *given: table.draw(Controls(*given)))
+        prompt, seed, *_ = controls
+        for trigger in (draw.click, prompt.submit):
+            trigger(drawn, [*controls, history], [result, history], api_visibility="private")
         if sampler.upsampler is not None:
             with gr.Accordion("Enlarge a picture of yours", open=False):
                 upload = gr.Image(
                     label=f"Up to {MAX_SIDE} px", type="pil", sources=["upload"], height=240
                 )
-                enlarge = gr.Button("Enlarge; the prompt above says what it shows")
-                enlarge.click(
-                    enlarged,
+                gr.Button("Enlarge; the prompt above says what it shows").click(
+                    _answering(gr, table.enlarge),
                     [upload, prompt, seed, history],
                     [result, history],
                     api_visibility="private",
                 )
-        settings = [
-            prompt,
-            seed,
-            truncation,
-            change,
-            second,
-            amount,
-            crossover,
-            style_seed,
-            upscale,
-        ]
-        for trigger in (draw.click, prompt.submit):
-            trigger(shown, [*settings, history], [result, history], api_visibility="private")
-        new_seed.click(other_seed, None, seed, api_visibility="private")
+
+        def restored(paths: list[str], event: gr.SelectData) -> tuple[Any, ...]:
+            path = paths[event.index]
+            return *astuple(table.controls_of(Path(path))), path
+
+        restored.__annotations__["event"] = gr.SelectData  # Gradio looks there for what to pass
         history.change(lambda paths: paths, history, gallery, api_visibility="private")
-        gallery.select(restored, history, [*settings, result], api_visibility="private")
+        gallery.select(restored, history, [*controls, result], api_visibility="private")
     return blocks.queue(max_size=16, default_concurrency_limit=1)
+
+
+def _answering(gr: Any, draw: Callable[..., Path]) -> Callable[..., tuple[str, list[str]]]:
+    """An event's function: the picture drawn and the history with it, or a message why not."""
+
+    def answer(*given: Any) -> tuple[str, list[str]]:
+        *settings, history = given
+        try:
+            path = str(draw(*settings))
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        return path, [path, *history][:HISTORY]
+
+    return answer
+
+
+def _add_controls(gr: Any, sampler: Sampler) -> tuple[list[Any], Any]:
+    """The fields in the order of `Controls`, and the button that draws."""
+    levels, can_upscale = len(sampler.base.levels), sampler.upsampler is not None
+    prompt = gr.Textbox(
+        label="Prompt",
+        value="flat emoji of a violin on a teal background",
+        max_length=MAX_PROMPT,
+        lines=2,
+        elem_id="prompt",
+    )
+    with gr.Row():
+        seed = gr.Number(label="Seed", value=0, precision=0, elem_id="seed")
+        another = gr.Button("Another seed", elem_id="new-seed")
+    another.click(
+        lambda: int.from_bytes(os.urandom(4)) & MAX_SEED, None, seed, api_visibility="private"
+    )
+    truncation = gr.Slider(
+        0, 1, 1.0, step=0.05, label="Truncation", info="Lower: typical, less varied."
+    )
+    with gr.Accordion("Change it", open=False):
+        changes = [
+            gr.Radio(
+                list(CHANGE_OF.values()), value=NOTHING, label="Take from a second prompt or seed"
+            ),
+            gr.Textbox(label="Second prompt", max_length=MAX_PROMPT, elem_id="second"),
+            gr.Slider(0, 1, 0.5, step=0.05, label="Blend", info="1: the second."),
+            gr.Slider(
+                *(0, levels, levels // 2),
+                step=1,
+                label="Fine from level",
+                info="0 is 4 px; each level doubles it.",
+            ),
+            gr.Number(label="Seed of the style", value=1, precision=0),
+        ]
+    upscale = gr.Checkbox(label="Upsample", value=can_upscale, interactive=can_upscale)
+    draw = gr.Button("Draw", variant="primary", elem_id="draw")
+    return [prompt, seed, truncation, *changes, upscale], draw
+
+
+def _add_pictures(gr: Any) -> tuple[Any, Any]:
+    """Where the last picture is shown, and those before it."""
+    result = gr.Image(
+        label="Picture",
+        type="filepath",
+        format="png",
+        interactive=False,
+        elem_id="result",
+        buttons=["download", "fullscreen"],
+        height=560,
+    )
+    gallery = gr.Gallery(
+        label="History: click to take up again",
+        columns=6,
+        height=200,
+        allow_preview=False,
+        object_fit="contain",
+        fit_columns=False,
+        elem_id="history",
+    )
+    return result, gallery
 
 
 def serve(table: Table, *, host: str, port: int) -> str:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
-from gigagan.evaluation.judges.features import as_rgb
-
-__all__ = ["PictureError", "as_rgb", "open_picture", "read_about", "save_picture"]
+from gigagan.common import pictures
+from gigagan.common.files import filled_aside
+from gigagan.common.pictures import UndecodableError
 
 MAX_PIXELS = 2**26
-"""Of a picture that is opened: 67 million, 8192 × 8192."""
+"""Most pixels of a picture that is opened: 67 million, 8192 × 8192."""
 ENTRY = "gigagan"
 """PNG text entry that holds prompt and provenance as JSON."""
 
@@ -25,44 +24,30 @@ class PictureError(ValueError):
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A file as RGB: turned as its EXIF says, 16 bits scaled, transparency put on white.
+    """A file as RGB: see `gigagan.common.pictures.open_picture`.
 
     Raises:
         PictureError: no picture, a damaged one, or more than `MAX_PIXELS`; the file is named.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we have our own limit
-            image = Image.open(path)
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise PictureError(
-                    f"{path} is {width}×{height} px, the limit is {MAX_PIXELS:,} pixels: make it "
-                    "smaller or cut it into parts"
-                )
-            image.load()
-    except PictureError:
-        raise
+        return pictures.read(path, max_pixels=MAX_PIXELS)
     except FileNotFoundError:
         raise PictureError(f"{path}: there is no such file") from None
-    except UnidentifiedImageError:
-        raise PictureError(f"{path} is not a picture that can be read") from None
-    except Image.DecompressionBombError as error:
-        raise PictureError(
-            f"{path} is too large ({error}), the limit is {MAX_PIXELS:,} pixels: make it smaller "
+    except OSError as error:
+        raise PictureError(f"{path} cannot be read ({error.strerror})") from error
+    except UndecodableError as error:
+        raise PictureError(f"{path} {_fault(error)}") from error
+
+
+def _fault(error: UndecodableError) -> str:
+    if error.kind == "not a picture":
+        return "is not a picture that can be read"
+    if error.kind.startswith("too many"):
+        return (
+            f"is too large ({error.args[1]}), the limit is {MAX_PIXELS:,} pixels: make it smaller "
             "or cut it into parts"
-        ) from error
-    except Exception as error:  # codecs raise anything
-        raise PictureError(f"{path} is damaged ({error}): get it again") from error
-    return as_rgb(_upright(image))
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF says. Broken EXIF says nothing: the picture itself may be whole."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:
-        return image
+        )
+    return f"is damaged ({error}): get it again"
 
 
 def save_picture(path: Path, image: Image.Image, about: Mapping[str, Any]) -> None:
@@ -73,9 +58,8 @@ def save_picture(path: Path, image: Image.Image, about: Mapping[str, Any]) -> No
         entries.add_itxt("Description", str(about["prompt"]))
     entries.add_text("Software", "gigagan")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    image.save(partial, "PNG", pnginfo=entries)
-    partial.replace(path)
+    with filled_aside(path) as partial:
+        image.save(partial, "PNG", pnginfo=entries)
 
 
 def read_about(path: Path) -> dict[str, Any] | None:

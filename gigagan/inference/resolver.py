@@ -7,13 +7,13 @@ when such an address is given.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlparse
 
+from gigagan.common.files import filled_aside, sha256_of
 from gigagan.models.snapshot import SnapshotError
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _file(address: str, version: ModelVersion, role: str) -> Path:
             f"{address}: {path} is gone (version {version.version}, {role}): restore the store, "
             "or choose another version with `python -m flows champion set VERSION`"
         )
-    if (found := _hash(path)) != sha256:
+    if (found := sha256_of(path)) != sha256:
         raise SnapshotError(
             f"{address}: {path} is not what was evaluated: its sha256 is {found}, registered is "
             f"{sha256}"
@@ -133,26 +133,18 @@ def _fetched(address: str, uri: str, sha256: str) -> Path:
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gigagan"
     folder = Path(os.environ.get(CACHE_VARIABLE) or user) / "snapshots"
     path = folder / f"{sha256}.safetensors"
-    if path.is_file() and _hash(path) == sha256:
+    if path.is_file() and sha256_of(path) == sha256:
         return path
     import fsspec
 
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{sha256}.{os.getpid()}.partial"
     try:
         files, remote = fsspec.core.url_to_fs(uri)
-        files.get_file(remote, str(partial))
-        partial.replace(path)
+        with filled_aside(path, has_rivals=True) as partial:
+            files.get_file(remote, str(partial))
     except Exception as error:  # each file system has errors of its own
         raise SnapshotError(
             f"{address}: {uri} cannot be read ({type(error).__name__}: {error}): check the "
             "credentials for it and that its file system's package is installed"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

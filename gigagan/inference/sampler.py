@@ -18,12 +18,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from gigagan.config import StyleConfig
 from gigagan.inference import resolver, tiles
-from gigagan.inference.directions import Shift
 from gigagan.inference.editing import Edit, interpolate
 from gigagan.inference.prompts import check_prompt
 from gigagan.models import pretrained, snapshot
 from gigagan.models.encoders import TextEncoder, TextFeatures
 from gigagan.models.generator import Generator, Late
+from gigagan.models.pixels import from_uint8, to_uint8
 from gigagan.models.text import Text
 from gigagan.models.upsampler import Upsampler
 from gigagan.seeds import derived
@@ -89,7 +89,7 @@ class Finest(NamedTuple):
     features: TextFeatures
     seed: int
     other: TextFeatures | None = None
-    """Read, too, by the share `amount`."""
+    """Features of a second prompt, blended in by the share `amount`."""
     amount: float = 0.0
 
 
@@ -139,7 +139,6 @@ class Sampler:
         batch_size: int = 16,
         upscale: bool = True,
         edit: Edit | None = None,
-        shift: Shift | None = None,
         latents_BZ: Tensor | None = None,
         places: Sequence[int] | None = None,
         cut: bool = False,
@@ -148,8 +147,8 @@ class Sampler:
         """One picture per prompt; equal prompts get different latents.
 
         `truncation` ψ below 1 trades variety for typicality (GigaGAN, section 3.6). A picture
-        depends on its prompt, its place in the list and the seed, not on `batch_size`. `edit` and
-        `shift` change every one of them; `latents_BZ` takes the place of the seed's draws of z, and
+        depends on its prompt, its place in the list and the seed, not on `batch_size`. `edit`
+        changes every one of them; `latents_BZ` takes the place of the seed's draws of z, and
         `places` that of 0, 1, 2… in the list, on which the upsampler's noise depends. `cut` lets
         prompts through that are longer than the encoder reads.
 
@@ -175,9 +174,7 @@ class Sampler:
         for start in range(0, len(prompts), batch_size):
             rows = slice(start, start + batch_size)
             batch = prompts[rows]
-            drawing = self._prepare(
-                batch, z_BZ[rows], other_BZ[rows], seed, truncation, edit, shift
-            )
+            drawing = self._prepare(batch, z_BZ[rows], other_BZ[rows], seed, truncation, edit)
             small_BCHW = self.base.synthesize(drawing.style_BS, drawing.text, drawing.late)[0]
             if upscale and self.upsampler is not None:
                 numbers = list(range(len(prompts)) if places is None else places)[rows]
@@ -200,16 +197,11 @@ class Sampler:
         seed: int,
         truncation: float,
         edit: Edit | None,
-        shift: Shift | None,
     ) -> Drawing:
         """Text and style of a batch, changed as asked."""
         features = self._encode(self.encoder, batch)
         text = self.base.read(features)
-        if shift is not None:
-            text = shift.of_text(text)
         style_BS = self._style(batch, text, z_BZ, truncation)
-        if shift is not None:
-            style_BS = shift.of_style(style_BS)
         if edit is None:
             return Drawing(text, style_BS, None, Finest(features, seed))
         second = batch if edit.prompt is None else [edit.prompt] * len(batch)
@@ -291,12 +283,7 @@ class Sampler:
         encoder = _encoder(config, self.device)
         prompts = [check_prompt(p, encoder, cut=cut) for p in prompts]
         for image in images:
-            made = image.width * image.height * factor**2
-            if made > MAX_OUTPUT_PIXELS:
-                raise ValueError(
-                    f"a picture of {image.width}×{image.height} px would become {made / 1e6:,.0f} "
-                    f"megapixels, the limit is {MAX_OUTPUT_PIXELS / 1e6:,.0f}: cut it into parts"
-                )
+            _check_output(image, factor)
         if not faithful:
             return self._pass(images, prompts, seed, batch_size)
         pictures = []
@@ -412,15 +399,24 @@ def _encoder(config: StyleConfig, device: torch.device) -> TextEncoder:
     return pretrained.text_encoder(config.text.encoder, device)
 
 
+def _check_output(image: Image.Image, factor: int) -> None:
+    """Raise ValueError if the picture enlarged by this factor would be too large."""
+    made = image.width * image.height * factor**2
+    if made > MAX_OUTPUT_PIXELS:
+        raise ValueError(
+            f"a picture of {image.width}×{image.height} px would become {made / 1e6:,.0f} "
+            f"megapixels, the limit is {MAX_OUTPUT_PIXELS / 1e6:,.0f}: cut it into parts"
+        )
+
+
 def _to_pictures(images_BCHW: Tensor) -> list[Image.Image]:
     """Images in [−1, 1] → RGB pictures."""
     if images_BCHW.isnan().any():
-        raise ValueError("NaN instead of a picture: a shift is too strong, or weights are damaged")
-    scaled = ((images_BCHW.float().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return [Image.fromarray(x) for x in scaled.permute(0, 2, 3, 1).cpu().numpy()]
+        raise ValueError("NaN instead of a picture: the weights are damaged")
+    return [Image.fromarray(x) for x in to_uint8(images_BCHW)]
 
 
 def _from_picture(image: Image.Image) -> Tensor:
     """An RGB picture → C H W in [−1, 1]."""
     raw = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-    return raw.reshape(image.height, image.width, 3).permute(2, 0, 1).float() / 127.5 - 1
+    return from_uint8(raw.reshape(image.height, image.width, 3).permute(2, 0, 1))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from gigagan.common.files import filled_aside
 from gigagan.inference.editing import Edit, slerp
 
 if TYPE_CHECKING:
@@ -75,21 +76,20 @@ def save(
     check(path, frames=len(pictures), fps=fps)
     comment = json.dumps(dict(about), sort_keys=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    if path.suffix == ".gif":
+    with filled_aside(path) as partial:
+        if path.suffix == ".mp4":
+            _mp4(partial, pictures, fps, comment)
+            return
         first, *others = pictures
-        duration = round(1000 / fps)
         first.save(
             partial,
+            "GIF",
             save_all=True,
             append_images=others,
-            duration=duration,
+            duration=round(1000 / fps),
             loop=0,
             comment=comment.encode(),
         )
-    else:
-        _mp4(partial, pictures, fps, comment)
-    partial.replace(path)
 
 
 def read_about(path: Path) -> dict[str, Any] | None:
@@ -112,7 +112,7 @@ def _mp4(path: Path, pictures: Sequence[Image.Image], fps: int, comment: str) ->
     import av
 
     width, height = (side + side % 2 for side in pictures[0].size)  # the codec wants even sides
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", format="mp4") as container:
         container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=fps)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"

@@ -16,7 +16,7 @@ SOURCE = "sac+logos+ava1-l14-linearMSE.pth"
 """File of github.com/christophschuhmann/improved-aesthetic-predictor, Apache-2.0."""
 SOURCE_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
 _LINEAR = (0, 2, 4, 6, 7)
-"""Which of its layers are not dropout."""
+"""Numbers of the linear layers in the file; those between them are dropout."""
 
 
 class AestheticPredictor:

@@ -23,7 +23,7 @@ from gigagan.models import tensors
 DEFAULT_RIDGE = 1.0
 """Best mean similarity and R@10 on unseen emoji, at 64 px as at 224 (0.3 to 3 are near)."""
 CHUNK = 8192
-"""Pairs that are in float64 at once."""
+"""Pairs that are held in float64 at one time."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Aligner:
         return F.normalize((features_ND - self.image_mean_D) @ self.projection_DE, dim=-1)
 
     def embed_texts(self, features_NE: Tensor) -> Tensor:
-        """Unit vectors [N, E]."""
+        """Features of texts → unit vectors [N, E]."""
         return F.normalize(features_NE - self.text_mean_E, dim=-1)
 
     def similarity(self, image_features_ND: Tensor, text_features_NE: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class _Moments(NamedTuple):
 
     @classmethod
     def sum(cls, parts: Iterable[_Moments]) -> _Moments:
-        """Of all pairs together."""
+        """The moments of all pairs together, from those of parts of them."""
         return functools.reduce(_Moments._plus, parts)
 
     def _plus(self, other: _Moments) -> _Moments:

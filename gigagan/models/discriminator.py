@@ -39,9 +39,9 @@ class LevelMaps(NamedTuple):
     """Maps of one pyramid level after one stage."""
 
     level: int
-    """Which level entered, 0 the largest."""
+    """The pyramid level of the image that the maps are of; 0 is the largest."""
     stage: int
-    """After which stage of the trunk."""
+    """Number of the trunk's stage that they left."""
     maps_BCHW: Tensor
 
 

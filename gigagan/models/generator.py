@@ -88,7 +88,7 @@ class Late(NamedTuple):
     style_BS: Tensor
     text: Text
     level: int
-    """The first level that takes them."""
+    """The first level that takes this style and text; 0 is 4 px."""
 
 
 class Generator(nn.Module):

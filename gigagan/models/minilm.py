@@ -78,7 +78,7 @@ class MiniLM(TextEncoder):
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], tokenizer: Path, device: torch.device) -> MiniLM:
-        """Of weights that are in memory already."""
+        """An encoder whose weights are in memory already, in place of a file's."""
         encoder = cls.__new__(cls)
         encoder._prepare({n: t.to(device) for n, t in tensors.items()}, tokenizer, device)
         return encoder

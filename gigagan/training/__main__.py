@@ -14,43 +14,30 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 
 from data.shards.loader import CorruptShardsError, ShardLoader
-from gigagan import losses
-from gigagan.config import TextConfig, TrainBaseConfig, TrainStage
+from gigagan.common.exits import FAILED, HARDWARE, PREEMPTED, STOPPED, tell
+from gigagan.config import TextConfig, TrainStage
 from gigagan.evaluation.heldout import Heldout, read_heldout
 from gigagan.models import pretrained
-from gigagan.models.aligner import Aligner, fit_aligner
-from gigagan.models.discriminator import Discriminator
-from gigagan.models.encoders import ImageEncoder, TextEncoder
-from gigagan.models.generator import Generator
-from gigagan.models.openclip import OpenClipText
-from gigagan.models.pixels import from_uint8
+from gigagan.models.encoders import TextEncoder
 from gigagan.models.text import TextBranch
-from gigagan.models.upsampler import Upsampler
-from gigagan.models.vision import VisionAidedDiscriminator
 from gigagan.training import acceleration, loop, step
 from gigagan.training.augment import Augment
-from gigagan.training.auxiliary import AlignerSpace, Auxiliary, ClipSpace, see
+from gigagan.training.auxiliary import Auxiliary, auxiliary_losses
 from gigagan.training.captions import CaptionFeatures
 from gigagan.training.checkpoint import WriteError
-from gigagan.training.distributed import World, join
+from gigagan.training.distributed.world import World, join
 from gigagan.training.guard import Divergence
 from gigagan.training.logs import Log
-from gigagan.training.probes import BaseProbe, UpsamplerProbe
+from gigagan.training.tasks import task_of
 
-ALIGNER_PICTURES = 2_048
 CENTRE_CAPTIONS = 10_000
 WARM_SAMPLES = 500_000
 """Captions of larger sets are not even counted before the first step."""
 TEXT_FEATURES = "text-features.pt"
-FAILED, PREEMPTED = 1, 75
-"""Exit statuses; 75 (EX_TEMPFAIL): asked to stop, saved, the same command goes on."""
-
-
 _EXPECTED = (ValueError, OSError, Divergence, WriteError, CorruptShardsError)
 """What has a message of its own; other errors come with their traceback."""
 
@@ -87,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         world.leave()
     except loop.Preempted as preempted:
         print(f"{preempted}; the same command goes on from there", flush=True)
+        tell(STOPPED, "preempted")
         return PREEMPTED
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("GIGAGAN_DEBUG"):
@@ -127,78 +115,36 @@ def run(
     """Put the parts together, train, and write `result.json`."""
     run_dir.mkdir(parents=True, exist_ok=True)
     log = Log(run_dir, config.total_images, is_main=world.is_main)
-    log.say(
-        f"{config.kind} on {world.size} × {world.device.type}, {torch.get_num_threads()} threads"
-    )
+    hardware = f"{world.size} × {world.device.type}, {torch.get_num_threads()} threads"
+    log.say(f"{config.kind} on {hardware}")
+    tell(HARDWARE, hardware, log.say)
     acceleration.prepare(config.system, world.device)
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    loader = ShardLoader(
-        shards,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        rank=world.rank,
-        world_size=world.size,
-        threads=acceleration.loader_threads(config.system, world.device, local_ranks=local_ranks),
-    )
-    network = config.network
-    if loader.resolution != network.resolution:
-        raise ValueError(
-            f"{shards} holds pictures of {loader.resolution} px, but the {config.kind} that the "
-            f"settings describe draws {network.resolution} px: give the folder "
-            f"{network.resolution:03d} beside it (filter.resolutions says which are written), or "
-            "another network"
-        )
+    loader = _loader(config, shards, world)
     heldout = read_heldout(heldout_path) if heldout_path else None
 
     # Networks: the same initial weights on every rank.
+    task = task_of(config)
     torch.manual_seed(config.seed)
-    generator: Generator | Upsampler
-    if isinstance(config, TrainBaseConfig):
-        generator = Generator(config.generator)
-    else:
-        generator = Upsampler(config.upsampler)
-    generator = generator.to(world.device)
-    discriminator = Discriminator(config.discriminator).to(world.device)
+    generator = task.generator().to(world.device)
+    discriminator = task.discriminator().to(world.device)
     log.say(f"{_millions(generator)} M parameters in G, {_millions(discriminator)} M in D")
 
     # Frozen models, and the captions' features.
-    encoder = _text_encoder(generator.config.text, world)
-    captions = CaptionFeatures(encoder, world.device)
+    captions = CaptionFeatures(_text_encoder(config.network.text, world), world.device)
     _warm(captions, loader, heldout, run_dir / TEXT_FEATURES, world, log)
     _centre(captions, loader, generator, discriminator)
     auxiliary: Auxiliary | None = None
-    if isinstance(config, TrainBaseConfig) and (config.loss.vision or config.loss.contrastive):
-        auxiliary = _auxiliary(config, loader, captions, run_dir, world, log)
-    perceptual = None
-    if not isinstance(config, TrainBaseConfig) and config.lpips > 0:
-        perceptual = pretrained.lpips("vgg", world.device)
-
-    probe: BaseProbe | UpsamplerProbe
-    if isinstance(generator, Generator):
-        probe = BaseProbe(
-            captions,
-            heldout,
-            resolution=generator.config.resolution,
-            num_captions=config.num_probe_captions,
-            prompts=config.prompts or (() if heldout else _some_captions(loader)),
-        )
-    else:
-        probe = UpsamplerProbe(
-            captions,
-            heldout,
-            pretrained.lpips("alex", world.device),  # cheap, and not what training may descend on
-            resolution=generator.config.resolution,
-            input_resolution=generator.config.input_resolution,
-            fallback=_some_pictures(loader),
-        )
+    if task.has_auxiliary:
+        auxiliary = auxiliary_losses(config, loader, captions, run_dir, world, log)
     players = step.Players(
         generator,
         discriminator,
-        _weights(config, discriminator),
+        task.prediction_weights(discriminator),
         auxiliary,
-        perceptual,
+        task.perceptual(world.device),
         Augment(config.augment),
     )
+    probe = task.probe(captions, loader, heldout)
     result = loop.train(
         config,
         players,
@@ -212,14 +158,44 @@ def run(
     )
     log.close()
     if world.is_main:
-        probes = {n: v for n, v in result.scalars.items() if n.startswith("probe/")}
-        figures = {name.removeprefix("probe/"): value for name, value in probes.items()}
-        if "images_per_second" in result.scalars:  # not after a resume at the very end
-            figures["images_per_second"] = result.scalars["images_per_second"]
-        figures["images_seen"] = float(result.images_seen)
-        partial = run_dir / "result.json.partial"
-        partial.write_text(json.dumps(figures, indent=2))
-        partial.replace(run_dir / "result.json")
+        _write_result(run_dir / "result.json", result)
+
+
+def _loader(config: TrainStage, shards: Path | str, world: World) -> ShardLoader:
+    """The training set.
+
+    Raises:
+        ValueError: its pictures have another size than the network's.
+    """
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    loader = ShardLoader(
+        shards,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.size,
+        threads=acceleration.loader_threads(config.system, world.device, local_ranks=local_ranks),
+    )
+    resolution = config.network.resolution
+    if loader.resolution != resolution:
+        raise ValueError(
+            f"{shards} holds pictures of {loader.resolution} px, but the {config.kind} that the "
+            f"settings describe draws {resolution} px: give the folder {resolution:03d} beside it "
+            "(filter.resolutions says which are written), or another network"
+        )
+    return loader
+
+
+def _write_result(path: Path, result: loop.Result) -> None:
+    """The last probe's figures, for the stage that follows."""
+    probes = {n: v for n, v in result.scalars.items() if n.startswith("probe/")}
+    figures = {name.removeprefix("probe/"): value for name, value in probes.items()}
+    if "images_per_second" in result.scalars:  # not after a resume at the very end
+        figures["images_per_second"] = result.scalars["images_per_second"]
+    figures["images_seen"] = float(result.images_seen)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(figures, indent=2))
+    partial.replace(path)
 
 
 def _text_encoder(config: TextConfig | None, world: World) -> TextEncoder:
@@ -240,13 +216,6 @@ def _text_encoder(config: TextConfig | None, world: World) -> TextEncoder:
                 f"{config.encoder}: it gives {width}"
             )
     return encoder
-
-
-def _weights(config: TrainStage, discriminator: Discriminator) -> list[float]:
-    """Weights of the predictions, in the order in which the discriminator gives them."""
-    return losses.prediction_weights(
-        discriminator.config.pairs, config.loss.level_weights, intermediate=config.loss.intermediate
-    )
 
 
 def _warm(
@@ -285,70 +254,6 @@ def _centre(captions: CaptionFeatures, loader: ShardLoader, *networks: torch.nn.
         means = captions.means(some)
         for branch in centred:
             branch.centre(*means)
-
-
-def _auxiliary(
-    config: TrainBaseConfig,
-    loader: ShardLoader,
-    captions: CaptionFeatures,
-    run_dir: Path,
-    world: World,
-    log: Log,
-) -> Auxiliary:
-    """The frozen image encoder, its joint space with text, and the heads that are trained on it."""
-    name = config.loss.vision_encoder
-    encoder = pretrained.image_encoder(name, world.device)
-    heads = VisionAidedDiscriminator(
-        encoder.stage_channels, text_width=config.discriminator.condition_width
-    ).to(world.device)
-    if name.startswith("open_clip:"):
-        tower = pretrained.text_encoder(name, world.device)
-        assert isinstance(tower, OpenClipText)
-        return Auxiliary(config.loss, encoder, ClipSpace(tower), heads, world)
-    path = run_dir / "aligner.safetensors"
-    if world.is_main and not path.exists():
-        _fit_aligner(config, encoder, loader, captions).save(path)
-        log.say(f"fitted the aligner of {encoder.name} to {captions.encoder.name}")
-    world.barrier()
-    space = AlignerSpace(Aligner.load(path, world.device), config.loss.contrastive_scale)
-    return Auxiliary(config.loss, encoder, space, heads, world)
-
-
-@torch.no_grad()
-def _fit_aligner(
-    config: TrainBaseConfig,
-    encoder: ImageEncoder,
-    loader: ShardLoader,
-    captions: CaptionFeatures,
-) -> Aligner:
-    """Ridge regression from image to caption features on the first training pictures."""
-    images, texts = [], []
-    wanted = min(ALIGNER_PICTURES, loader.num_samples)
-    for batch in loader.batches(0):
-        pictures = from_uint8(batch.images_BCHW.to(captions.device))
-        images.append(see(encoder, pictures, side=config.loss.vision_resolution).pooled_BD)
-        texts.append(captions(batch.captions).pooled_BD)
-        if sum(map(len, images)) >= wanted:
-            break
-    return fit_aligner(
-        torch.cat(images),
-        torch.cat(texts),
-        image_encoder=encoder.name,
-        text_encoder=captions.encoder.name,
-        image_px=config.loss.vision_resolution,
-    )
-
-
-def _some_captions(loader: ShardLoader) -> list[str]:
-    """The first few distinct captions of the training set."""
-    some = loader.captions_between(0, min(loader.num_samples, 1_000))
-    return sorted(set(some))[:8]
-
-
-def _some_pictures(loader: ShardLoader) -> tuple[np.ndarray, list[str]]:
-    """A first batch of pictures, uint8 B H W C, with captions."""
-    batch = next(loader.batches(0))
-    return batch.images_BCHW.permute(0, 2, 3, 1).numpy(), batch.captions
 
 
 def _millions(network: torch.nn.Module) -> str:

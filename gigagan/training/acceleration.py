@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
-from typing import Literal, TypedDict
+from typing import Literal
 
 import torch
 from torch import nn
@@ -26,17 +25,6 @@ from gigagan.models.precision import has_bfloat16
 
 _LEVELS = (SynthesisLevel, Stage, DownBlock)
 _COMPILED = (AdaptiveBlock, AttentionBlock, ResidualBlock, DownBlock, DownConv, Reduce, Predictor)
-_FLOAT32_BYTES = 4
-
-
-class MemoryPlan(TypedDict):
-    """Bytes per rank that a run holds besides activations."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    ema: int
-    total: int
 
 
 def autocast(
@@ -117,35 +105,16 @@ def compile_parts(network: nn.Module, *, backend: str = "inductor") -> int:
     return len(parts)
 
 
-def uncompiled() -> contextlib.AbstractContextManager[object]:
-    """Inside, forward passes of compiled networks run as they were written.
+def uncompiled(network: nn.Module, *more: nn.Module) -> contextlib.AbstractContextManager[object]:
+    """Inside, forward passes of these networks run as they were written, with their hooks.
 
     Their backward, and a second one, may come later.
     """
+    modules = (module for whole in (network, *more) for module in whole.modules())
+    if all(module._compiled_call_impl is None for module in modules):
+        return contextlib.nullcontext()  # nor is the compiler imported
     stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
     return stance
-
-
-def memory_plan(num_g: int, num_d: int, *, ranks: int, shard: bool) -> MemoryPlan:
-    """Bytes per rank of `num_g` and `num_d` parameters in float32, activations apart.
-
-    Weights and gradients 4 bytes each per parameter (both networks' gradients exist together),
-    AdamW's two moments 8 (divided by `ranks` if `shard`, to the evenness of whole parameters),
-    the averaged generator 4. Frozen encoders, activations and about one bucket of gradients come
-    on top.
-    """
-    num_both = num_g + num_d
-    weights = gradients = _FLOAT32_BYTES * num_both
-    num_own = math.ceil(num_both / ranks) if shard else num_both
-    optimizer = 2 * _FLOAT32_BYTES * num_own
-    ema = _FLOAT32_BYTES * num_g
-    return MemoryPlan(
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        ema=ema,
-        total=weights + gradients + optimizer + ema,
-    )
 
 
 def _outermost(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[nn.Module]:

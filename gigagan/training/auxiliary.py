@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -16,13 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gigagan import losses
-from gigagan.config import LossConfig
-from gigagan.models.aligner import Aligner
+from gigagan.config import LossConfig, TrainStage
+from gigagan.models import pretrained
+from gigagan.models.aligner import Aligner, fit_aligner
 from gigagan.models.encoders import ImageEncoder, ImageFeatures, TextFeatures
 from gigagan.models.layers import full_precision, without_autocast
 from gigagan.models.openclip import OpenClipText
+from gigagan.models.pixels import from_uint8
 from gigagan.models.vision import VisionAidedDiscriminator
-from gigagan.training.distributed import World
+from gigagan.training.captions import CaptionFeatures
+from gigagan.training.distributed.world import World
+from gigagan.training.inputs import Samples
+from gigagan.training.logs import Log
+
+ALIGNER_PICTURES = 2_048
 
 
 def see(encoder: ImageEncoder, images_BCHW: Tensor, *, side: int) -> ImageFeatures:
@@ -143,3 +151,52 @@ class Auxiliary:
             scale=self.space.scale,
         )
         return vision, contrastive
+
+
+def auxiliary_losses(
+    config: TrainStage,
+    samples: Samples,
+    captions: CaptionFeatures,
+    run_dir: Path,
+    world: World,
+    log: Log,
+) -> Auxiliary:
+    """The frozen image encoder, its joint space with text, and the heads that are trained on it."""
+    name = config.loss.vision_encoder
+    encoder = pretrained.image_encoder(name, world.device)
+    heads = VisionAidedDiscriminator(
+        encoder.stage_channels, text_width=config.discriminator.condition_width
+    ).to(world.device)
+    if name.startswith("open_clip:"):
+        tower = pretrained.text_encoder(name, world.device)
+        assert isinstance(tower, OpenClipText)
+        return Auxiliary(config.loss, encoder, ClipSpace(tower), heads, world)
+    path = run_dir / "aligner.safetensors"
+    if world.is_main and not path.exists():
+        _fit_aligner(config, encoder, samples, captions).save(path)
+        log.say(f"fitted the aligner of {encoder.name} to {captions.encoder.name}")
+    world.barrier()
+    space = AlignerSpace(Aligner.load(path, world.device), config.loss.contrastive_scale)
+    return Auxiliary(config.loss, encoder, space, heads, world)
+
+
+@torch.no_grad()
+def _fit_aligner(
+    config: TrainStage, encoder: ImageEncoder, samples: Samples, captions: CaptionFeatures
+) -> Aligner:
+    """Ridge regression from image to caption features on the first training pictures."""
+    images, texts = [], []
+    wanted = min(ALIGNER_PICTURES, samples.num_samples)
+    for batch in samples.batches(0):
+        pictures = from_uint8(batch.images_BCHW.to(captions.device))
+        images.append(see(encoder, pictures, side=config.loss.vision_resolution).pooled_BD)
+        texts.append(captions(batch.captions).pooled_BD)
+        if sum(map(len, images)) >= wanted:
+            break
+    return fit_aligner(
+        torch.cat(images),
+        torch.cat(texts),
+        image_encoder=encoder.name,
+        text_encoder=captions.encoder.name,
+        image_px=config.loss.vision_resolution,
+    )

@@ -64,6 +64,11 @@ class Panel:
 
 def panels(limits: HealthConfig) -> list[Panel]:
     """What a person looks at, in the order of looking."""
+    return [*_of_steps(limits), *_of_vital_signs(limits), *_OF_PROBES, *_OF_THE_RUN]
+
+
+def _of_steps(limits: HealthConfig) -> list[Panel]:
+    """Losses, logits, gradients, and steps that were skipped."""
     return [
         Panel(
             "D's losses",
@@ -74,13 +79,9 @@ def panels(limits: HealthConfig) -> list[Panel]:
         Panel(
             "G's losses",
             {
-                "adversarial": "g/adversarial",
-                "mismatch": "g/mismatch",
-                "vision": "g/vision",
-                "contrastive": "g/contrastive",
+                **{n: f"g/{n}" for n in ("adversarial", "mismatch", "vision", "contrastive")},
                 "LPIPS": "g/lpips",
-                "pixel": "g/pixel",
-                "regression": "g/regression",
+                **{n: f"g/{n}" for n in ("pixel", "regression")},
             },
             span=(0, 0.5),
         ),
@@ -89,10 +90,7 @@ def panels(limits: HealthConfig) -> list[Panel]:
             {"real": "d/logit_real", "fake": "d/logit_fake", "mismatch": "d/logit_mismatch"},
         ),
         Panel(
-            "logit spread |real − fake|",
-            {"": "spread"},
-            (limits.max_logit_spread,),
-            is_log=True,
+            "logit spread |real − fake|", {"": "spread"}, (limits.max_logit_spread,), is_log=True
         ),
         Panel("R1 penalty", {"": "d/r1"}, (limits.max_r1,), is_log=True),
         Panel(
@@ -103,23 +101,19 @@ def panels(limits: HealthConfig) -> list[Panel]:
         ),
         Panel(
             "share of steps skipped",
-            {"D": "health/skipped_share_d", "G": "health/skipped_share_g"},
+            _both("health/skipped_share"),
             (limits.max_bad_share,),
             span=(0, 1),
             is_smoothed=False,
         ),
-        Panel(
-            "steps skipped so far",
-            {"D": "health/skipped_d", "G": "health/skipped_g"},
-            span=(0, 1),
-            is_smoothed=False,
-        ),
-        Panel(
-            "learning rate factor",
-            {"": "health/rate_factor"},
-            span=(0, 1),
-            is_smoothed=False,
-        ),
+        Panel("steps skipped so far", _both("health/skipped"), span=(0, 1), is_smoothed=False),
+        Panel("learning rate factor", {"": "health/rate_factor"}, span=(0, 1), is_smoothed=False),
+    ]
+
+
+def _of_vital_signs(limits: HealthConfig) -> list[Panel]:
+    """The networks' inside."""
+    return [
         Panel(
             "kernel selection entropy / log N",
             {"": "health/selection_entropy"},
@@ -128,7 +122,7 @@ def panels(limits: HealthConfig) -> list[Panel]:
         ),
         Panel(
             "attention: weight on oneself",
-            {"D": "health/attention_self_d", "G": "health/attention_self_g"},
+            _both("health/attention_self"),
             (limits.max_self_weight,),
             span=(0, 1),
         ),
@@ -138,52 +132,56 @@ def panels(limits: HealthConfig) -> list[Panel]:
             (limits.min_z_effect,),
             span=(0, 0.05),
         ),
-        Panel(
-            "root of summed squared weights",
-            {"D": "health/weight_norm_d", "G": "health/weight_norm_g"},
-        ),
-        Panel(
-            "probe: pictures one can name (R@1 by pixels)",
-            {
-                "trained": "probe/naming_r1_trained",
-                "combination": "probe/naming_r1_combination",
-                "unseen": "probe/naming_r1_unseen",
-                "chance": "probe/naming_chance",
-            },
-            span=(0, 1),
-        ),
-        Panel("probe: colour accuracy", {"": "probe/colour_accuracy"}, span=(0, 1)),
-        Panel("probe: shape rank (0.5 = chance)", {"": "probe/shape_rank"}, span=(0, 0.5)),
-        Panel(
-            "probe: median rank of the own picture",
-            {"model": "probe/pixel_median_rank", "chance": "probe/pixel_chance_rank"},
-            span=(0, 1),
-        ),
-        Panel(
-            "probe: LPIPS to unseen pictures",
-            {"model": "probe/lpips", **{m: f"probe/lpips_{m}" for m in _PLAIN}},
-        ),
-        Panel(
-            "probe: PSNR in dB", {"model": "probe/psnr", **{m: f"probe/psnr_{m}" for m in _PLAIN}}
-        ),
-        Panel(
-            "learning rate",
-            {"D": "phase/learning_rate_d", "G": "learning_rate"},
-            span=(0, 0),
-            is_smoothed=False,
-        ),
-        Panel(
-            "phase: weights of G's loss",
-            {"adversarial": "phase/adversarial", "regression": "phase/regression"},
-            span=(0, 1),
-            is_smoothed=False,
-        ),
-        Panel("half-life of the average, images", {"": "ema/half_life"}, span=(0, 1)),
-        Panel("share of images augmented", {"": "augment/probability"}, span=(0, 1)),
-        Panel("mean sign of D at real images", {"": "d/sign_real"}, span=(0, 1)),
-        Panel("checkpoints not written", {"": "health/failed_checkpoints"}, span=(0, 1)),
-        Panel("images per second", {"": "images_per_second"}, span=(0, 1)),
+        Panel("root of summed squared weights", _both("health/weight_norm")),
     ]
+
+
+def _both(name: str) -> dict[str, str]:
+    """A figure of both networks."""
+    return {"D": f"{name}_d", "G": f"{name}_g"}
+
+
+_OF_PROBES = (
+    Panel(
+        "probe: pictures one can name (R@1 by pixels)",
+        {
+            **{s: f"probe/naming_r1_{s}" for s in ("trained", "combination", "unseen")},
+            "chance": "probe/naming_chance",
+        },
+        span=(0, 1),
+    ),
+    Panel("probe: colour accuracy", {"": "probe/colour_accuracy"}, span=(0, 1)),
+    Panel("probe: shape rank (0.5 = chance)", {"": "probe/shape_rank"}, span=(0, 0.5)),
+    Panel(
+        "probe: median rank of the own picture",
+        {"model": "probe/pixel_median_rank", "chance": "probe/pixel_chance_rank"},
+        span=(0, 1),
+    ),
+    Panel(
+        "probe: LPIPS to unseen pictures",
+        {"model": "probe/lpips", **{m: f"probe/lpips_{m}" for m in _PLAIN}},
+    ),
+    Panel("probe: PSNR in dB", {"model": "probe/psnr", **{m: f"probe/psnr_{m}" for m in _PLAIN}}),
+)
+_OF_THE_RUN = (
+    Panel(
+        "learning rate",
+        {"D": "phase/learning_rate_d", "G": "learning_rate"},
+        span=(0, 0),
+        is_smoothed=False,
+    ),
+    Panel(
+        "phase: weights of G's loss",
+        {"adversarial": "phase/adversarial", "regression": "phase/regression"},
+        span=(0, 1),
+        is_smoothed=False,
+    ),
+    Panel("half-life of the average, images", {"": "ema/half_life"}, span=(0, 1)),
+    Panel("share of images augmented", {"": "augment/probability"}, span=(0, 1)),
+    Panel("mean sign of D at real images", {"": "d/sign_real"}, span=(0, 1)),
+    Panel("checkpoints not written", {"": "health/failed_checkpoints"}, span=(0, 1)),
+    Panel("images per second", {"": "images_per_second"}, span=(0, 1)),
+)
 
 
 def draw_health(

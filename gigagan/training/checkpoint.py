@@ -8,7 +8,6 @@ reader sees a whole checkpoint or none, whenever the writer dies.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
+from gigagan.common.files import PARTIAL, filled_aside, sha256_of, write_aside
 from gigagan.config import FREE_TO_CHANGE
 
 FULL_BYTES = 2**20
@@ -64,35 +64,39 @@ def save(
         WriteError: the disk is full, or refuses; nothing that was there is lost.
     """
     path = directory / f"images-{images_seen:010d}.pt"
-    partial = path.with_suffix(".partial")
+    is_full = False
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for left_over in directory.glob("*.partial"):  # of a writer that was killed
+        for left_over in directory.glob(f"*{PARTIAL}"):  # of a writer that was killed
             left_over.unlink()
-        with partial.open("wb") as file:
-            torch.save({name: part.state_dict() for name, part in parts.items()}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        described = {
-            "images_seen": images_seen,
-            **about,
-            "is_milestone": is_milestone,
-            "bytes": partial.stat().st_size,
-            "sha256": _digest(partial),
-        }
-        _write(path.with_suffix(".json"), json.dumps(described, indent=2).encode())
-        partial.replace(path)
-        _flush(directory)
+        with filled_aside(path, fsync=True) as partial:
+            try:
+                _write(partial, path, images_seen, parts, {**about, "is_milestone": is_milestone})
+            except (OSError, RuntimeError):
+                is_full = shutil.disk_usage(directory).free < FULL_BYTES  # before it makes room
+                raise
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into RuntimeError
-        is_full = shutil.disk_usage(directory).free < FULL_BYTES if directory.is_dir() else False
-        for unfinished in (partial, path.with_name(path.stem + ".json.partial")):
-            unfinished.unlink(missing_ok=True)
         reason = f"{os.strerror(errno.ENOSPC)}; {error}" if is_full else str(error)
         raise WriteError(f"{path} could not be written ({reason})") from error
     for old in [p for p in _all(directory) if not _described(p).get("is_milestone")][:-keep]:
         old.unlink()
         old.with_suffix(".json").unlink(missing_ok=True)
     return path
+
+
+def _write(
+    partial: Path,
+    path: Path,
+    images_seen: int,
+    parts: Mapping[str, Stateful],
+    about: Mapping[str, Any],
+) -> None:
+    """The weights under the unfinished name, and the JSON that is to stand beside them."""
+    with partial.open("wb") as file:
+        torch.save({name: part.state_dict() for name, part in parts.items()}, file)
+    size, sha256 = partial.stat().st_size, sha256_of(partial)
+    described = {"images_seen": images_seen, **about, "bytes": size, "sha256": sha256}
+    write_aside(path.with_suffix(".json"), json.dumps(described, indent=2), fsync=True)
 
 
 def latest(directory: Path, *, until: int | None = None) -> Path | None:
@@ -212,7 +216,7 @@ def _verified(path: Path) -> dict[str, Any]:
         size = path.stat().st_size
         if size != about["bytes"]:
             raise UnreadableError(f"{path} has {size:,} bytes instead of {about['bytes']:,}")
-        if _digest(path) != about["sha256"]:
+        if sha256_of(path) != about["sha256"]:
             raise UnreadableError(f"{path} is damaged: its sha256 is not the one it was given")
     except (OSError, KeyError) as error:
         raise UnreadableError(f"{path} cannot be read ({error})") from error
@@ -224,30 +228,6 @@ def _described(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.with_suffix(".json").read_text()))
     except (OSError, ValueError):
         return {}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Aside, to the disk, then under its name."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _flush(directory: Path) -> None:
-    """Make renames last through a loss of power."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _at(path: Path) -> int:

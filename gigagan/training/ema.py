@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
 
 from gigagan.config import OptimizerConfig
 
+Network = TypeVar("Network", bound=nn.Module)
 
-class Ema:
+
+class Ema(Generic[Network]):
     """A frozen copy that follows the network with a half-life counted in images."""
 
-    def __init__(self, network: nn.Module, config: OptimizerConfig) -> None:
-        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+    def __init__(self, network: Network, config: OptimizerConfig) -> None:
+        self.network: Network = copy.deepcopy(network).eval().requires_grad_(False)
         self.half_life = config.ema_half_life_images
         self.ramp = config.ema_ramp
 

@@ -5,21 +5,21 @@ Shape letters: B batch (of all ranks where said so), C colour, H W image, Z late
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from gigagan.config import TrainStage, TrainUpsamplerConfig
+from gigagan.config import TrainStage
 from gigagan.models.encoders import TextFeatures
 from gigagan.models.layers import pyramid
 from gigagan.models.pixels import from_uint8
-from gigagan.models.upsampler import shrink
 from gigagan.seeds import derived
 from gigagan.training.augment import Augment, Draws
 from gigagan.training.captions import CaptionFeatures, RecentCaptions, mismatch
-from gigagan.training.distributed import World
+from gigagan.training.distributed.world import World
+from gigagan.training.tasks import task_of
 from gigagan.training.transfer import place
 
 
@@ -39,6 +39,24 @@ class Batch(Protocol):
         """Of the whole global batch, in its order."""
 
 
+class Loader(Protocol):
+    """Where batches come from: a function of the position."""
+
+    def batches(self, images_seen: int = 0) -> Iterator[Batch]:
+        """From there on, without end."""
+
+    def captions_between(self, start: int, stop: int) -> list[str]:
+        """Captions at these positions."""
+
+
+class Samples(Loader, Protocol):
+    """A loader of a set whose size is known."""
+
+    @property
+    def num_samples(self) -> int:
+        """Of one epoch."""
+
+
 class Inputs(NamedTuple):
     """One rank's part of a batch; everything random has been drawn."""
 
@@ -49,14 +67,14 @@ class Inputs(NamedTuple):
     text: TextFeatures
     """… and what the frozen encoder says of them."""
     z_BZ: Tensor
-    small: tuple[Tensor, Tensor] | None
-    """The upsampler's input and its noise, both B C H W; None for the base."""
     other_text: TextFeatures
     """Another caption for every sample …"""
     has_other_B: tuple[bool, ...]
     """… where there is one: False if all captions lately were the same. Known to the host, which
     chooses rows by it without waiting for the device."""
-    crop: tuple[int, int]
+    given: tuple[Tensor, ...] = ()
+    """What G starts from besides, each B C H W: the upsampler's input and its noise."""
+    crop: tuple[int, int] = (0, 0)
     """Top and left corner of the crop on which LPIPS is measured."""
     draws: tuple[Draws | None, ...] = (None, None, None)
     """Augmentation of real and generated images in D's step, and of generated ones in G's."""
@@ -104,15 +122,7 @@ def draw(
 
     real_BCHW = from_uint8(place(batch.images_BCHW, world.device))
     real = pyramid(real_BCHW, levels)
-    small: tuple[Tensor, Tensor] | None = None
-    crop = (0, 0)
-    if isinstance(config, TrainUpsamplerConfig):
-        side, target = config.upsampler.input_resolution, config.upsampler.resolution
-        small_BCHW = shrink(real_BCHW, side)
-        small = small_BCHW, world.share(torch.randn(B, 3, side, side, generator=random))
-        room = max(target - config.lpips_crop, 0) + 1
-        top, left = torch.randint(room, (2,), generator=random).tolist()
-        crop = (top, left)
+    given = task_of(config).given(real_BCHW, random, world)
     draws: list[Draws | None] = []
     for _ in range(3):  # of real and generated images in D's step, and of generated ones in G's
         drawn = augment.draw(B, random, augmented_share)
@@ -120,7 +130,7 @@ def draw(
 
     recent.add(batch.planned_captions)
     text = captions(batch.captions)
-    others: list[str | None] = [None] * len(batch.captions)
+    other_text, has_other_B = text, (False,) * len(batch.captions)
     if has_discriminator:
         others = mismatch(
             batch.planned_captions,
@@ -131,21 +141,19 @@ def draw(
             order_B=uniform_B.argsort().tolist(),
             rotation=rotation,
         )
-    # A picture that could not be read was replaced by another, perhaps of that very caption.
-    others = [o if o != own else None for o, own in zip(others, batch.captions, strict=True)]
-    has_other_B = tuple(other is not None for other in others)
-    other_text = text
-    if has_discriminator:
-        other_text = captions([o or own for o, own in zip(others, batch.captions, strict=True)])
+        # A picture that could not be read was replaced by another, perhaps of that very caption.
+        pairs = list(zip(others, batch.captions, strict=True))
+        has_other_B = tuple(other is not None and other != own for other, own in pairs)
+        other_text = captions([other or own for other, own in pairs])
     return Inputs(
         real=real,
         captions=batch.captions,
         text=text,
         z_BZ=z_BZ,
-        small=small,
         other_text=other_text,
         has_other_B=has_other_B,
-        crop=crop,
+        given=given.images,
+        crop=given.crop,
         draws=tuple(draws),
         images_seen=images_seen,
         in_second_half_B=tuple(row >= B // 2 for row in world.rows(B)),
@@ -171,17 +179,14 @@ def split(inputs: Inputs, num_parts: int) -> list[Inputs]:
 
 
 def _rows(inputs: Inputs, rows: slice) -> Inputs:
-    small = inputs.small
-    return Inputs(
+    return inputs._replace(
         real=[x[rows] for x in inputs.real],
         captions=inputs.captions[rows],
         text=TextFeatures(*(x[rows] for x in inputs.text)),
         z_BZ=inputs.z_BZ[rows],
-        small=None if small is None else (small[0][rows], small[1][rows]),
         other_text=TextFeatures(*(x[rows] for x in inputs.other_text)),
         has_other_B=inputs.has_other_B[rows],
-        crop=inputs.crop,
+        given=tuple(x[rows] for x in inputs.given),
         draws=tuple(d and d.shared(lambda x: x[rows]) for d in inputs.draws),
-        images_seen=inputs.images_seen,
         in_second_half_B=None if inputs.in_second_half_B is None else inputs.in_second_half_B[rows],
     )

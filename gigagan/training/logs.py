@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from gigagan.common.exits import PROGRESS, tell
 from gigagan.config import HealthConfig
 from gigagan.training.charts import draw_health
 from gigagan.training.relay import HEALTH, LINES, SAMPLES, TIME, Relay
@@ -87,6 +88,7 @@ class Log:
             f"{images_seen:,}/{self.total_images:,} images  {rate:.1f}/s  "
             f"{int(left) // 60}:{int(left) % 60:02d} left  {shown}"
         )
+        tell(PROGRESS, ["images", images_seen, self.total_images], self.say)
         return means
 
     def pause(self, seconds: float) -> None:

@@ -8,49 +8,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gigagan.config import TrainStage
 from gigagan.models import snapshot
-from gigagan.models.generator import Generator
-from gigagan.models.upsampler import Upsampler
 from gigagan.training import step
 from gigagan.training.acceleration import autocast, uncompiled
 from gigagan.training.captions import CaptionFeatures
-from gigagan.training.distributed import World
+from gigagan.training.distributed.world import World
 from gigagan.training.guard import Divergence
-from gigagan.training.inputs import Batch, Inputs, draw, recent_captions, split
+from gigagan.training.inputs import Inputs, Loader, draw, recent_captions, split
 from gigagan.training.logs import SNAPSHOTS, Log
-from gigagan.training.phases import phase_at
-from gigagan.training.probes import Look
+from gigagan.training.phases import Phase, phase_at
+from gigagan.training.probes import Probe
 from gigagan.training.run import Run
 from gigagan.training.stall import StallWatch
-
-MEAN_STYLE_CAPTIONS, MEAN_STYLE_BATCH = 512, 64
+from gigagan.training.tasks import task_of
 
 
 class Preempted(RuntimeError):  # noqa: N818 - not an error: the run goes on later
     """The process was asked to stop; a checkpoint of the last step is written."""
-
-
-class Loader(Protocol):
-    """Where batches come from: a function of the position."""
-
-    def batches(self, images_seen: int = 0) -> Iterator[Batch]:
-        """From there on, without end."""
-
-    def captions_between(self, start: int, stop: int) -> list[str]:
-        """Captions at these positions."""
-
-
-class Probe(Protocol):
-    """Looks at a generator every so often."""
-
-    def look(self, generator: nn.Module) -> Look:
-        """Draw and measure."""
 
 
 class Result(NamedTuple):
@@ -88,9 +68,14 @@ def train(
     log.start(run.images_seen)
     found: dict[str, float] = {}
     with StallWatch(run_dir, config.health.stall_seconds, rank=world.rank) as watch:
+
+        def after_step(phase: Phase) -> None:
+            found.update(_tick(run, phase, captions, loader, probe, watch))
+            _save_or_stop(run, is_asked_to_stop)
+
         while run.images_seen < config.total_images:
             try:
-                found = _steps(run, captions, loader, probe, watch, is_asked_to_stop)
+                _steps(run, _inputs(run, captions, loader), after_step)
             except Divergence as divergence:
                 watch.pause()
                 run.roll_back(divergence)
@@ -102,24 +87,10 @@ def train(
     return Result(run.images_seen, found)
 
 
-def _steps(
-    run: Run,
-    captions: CaptionFeatures,
-    loader: Loader,
-    probe: Probe,
-    watch: StallWatch,
-    is_asked_to_stop: Callable[[], bool],
-) -> dict[str, float]:
-    """Step after step from the run's position to its end; the last figures.
-
-    Raises:
-        Divergence: the guard found one.
-        Preempted: asked to stop.
-    """
+def _steps(run: Run, stream: Iterator[Inputs], after_step: Callable[[Phase], None]) -> None:
+    """Step after step from the run's position to its end, or to what `after_step` raises."""
     config, players, world = run.config, run.players, run.world
     generator, discriminator, heads = players.generator, players.discriminator, run.heads
-    found: dict[str, float] = {}
-    stream = _inputs(run, captions, loader)
     while run.images_seen < config.total_images:
         phase, has_r1 = run.enter_phase(), run.has_r1
         strength = run.auxiliary_strength(phase)
@@ -152,7 +123,7 @@ def _steps(
                 for i, part in enumerate(parts):
                     if i == last:
                         run.reducer_d.arm()
-                    with uncompiled():
+                    with uncompiled(discriminator):
                         penalty, terms = step.r1_loss(players, part)
                         (weight * share * penalty).backward()
                     step.add(metrics, terms, share)
@@ -179,22 +150,9 @@ def _steps(
         run.opt_g.step()
         del fakes, fake, images, loss, part, parts, inputs
 
-        # Bookkeeping.
+        # Position, average, log; then pictures, checkpoints, and whether to stop.
         run.advance(metrics)
-        watch.beat()
-        if run.is_done or run.crosses(config.log_images):
-            found |= run.write_line(phase)
-        if run.is_done or run.crosses(config.sample_images):
-            watch.pause()
-            if world.is_main:
-                found |= _look(run, probe, captions, loader)
-            watch.beat()
-        is_stopping = run.asks_ranks and world.any(is_asked_to_stop())
-        if run.is_done or is_stopping or run.is_checkpoint_due:
-            run.save(is_final=run.is_done or is_stopping)
-        if is_stopping and not run.is_done:
-            raise Preempted(f"asked to stop: wrote a checkpoint at {run.images_seen:,} images")
-    return found
+        after_step(phase)
 
 
 def _inputs(run: Run, captions: CaptionFeatures, loader: Loader) -> Iterator[Inputs]:
@@ -213,6 +171,44 @@ def _inputs(run: Run, captions: CaptionFeatures, loader: Loader) -> Iterator[Inp
             has_discriminator=phase_at(config, run.images_seen).has_discriminator,
             augmented_share=run.ada.probability,
         )
+
+
+def _tick(
+    run: Run,
+    phase: Phase,
+    captions: CaptionFeatures,
+    loader: Loader,
+    probe: Probe,
+    watch: StallWatch,
+) -> dict[str, float]:
+    """After a step: a line of the log and a look at pictures, where they are due; their figures.
+
+    Raises:
+        Divergence: the guard found one.
+    """
+    found: dict[str, float] = {}
+    watch.beat()
+    if run.is_done or run.crosses(run.config.log_images):
+        found |= run.write_line(phase)
+    if run.is_done or run.crosses(run.config.sample_images):
+        watch.pause()
+        if run.world.is_main:
+            found |= _look(run, probe, captions, loader)
+        watch.beat()
+    return found
+
+
+def _save_or_stop(run: Run, is_asked_to_stop: Callable[[], bool]) -> None:
+    """After a step: a checkpoint, where it is due.
+
+    Raises:
+        Preempted: asked to stop.
+    """
+    is_stopping = run.asks_ranks and run.world.any(is_asked_to_stop())
+    if run.is_done or is_stopping or run.is_checkpoint_due:
+        run.save(is_final=run.is_done or is_stopping)
+    if is_stopping and not run.is_done:
+        raise Preempted(f"asked to stop: wrote a checkpoint at {run.images_seen:,} images")
 
 
 def _require_grad(value: bool, *modules: nn.Module) -> None:
@@ -249,23 +245,6 @@ def _look(run: Run, probe: Probe, captions: CaptionFeatures, loader: Loader) -> 
 def _save_snapshot(run: Run, captions: CaptionFeatures, loader: Loader, path: Path) -> None:
     """The averaged generator, for users."""
     averaged = run.ema.network
-    assert isinstance(averaged, Generator | Upsampler)
-    if isinstance(averaged, Generator):
-        averaged.style_mean.copy_(_mean_style(averaged, captions, loader))
-    about: dict[str, str | int | float] = {
-        "images_seen": run.images_seen,
-        "seed": run.config.seed,
-    }
+    task_of(run.config).complete(averaged, captions, loader)
+    about: dict[str, str | int | float] = {"images_seen": run.images_seen, "seed": run.config.seed}
     snapshot.save(path, averaged, about)
-
-
-@torch.no_grad()
-def _mean_style(generator: Generator, captions: CaptionFeatures, loader: Loader) -> Tensor:
-    """w̄ over the first captions of the training set, one latent each: S."""
-    random = torch.Generator().manual_seed(0)
-    styles = []
-    for start in range(0, MEAN_STYLE_CAPTIONS, MEAN_STYLE_BATCH):
-        text = generator.read(captions(loader.captions_between(start, start + MEAN_STYLE_BATCH)))
-        z = torch.randn(MEAN_STYLE_BATCH, generator.config.latent_dim, generator=random)
-        styles.append(generator.style(z.to(generator.style_mean.device), text))
-    return torch.cat(styles).mean(0)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -40,6 +40,13 @@ class Look:
     scalars: dict[str, float]
 
 
+class Probe(Protocol):
+    """Looks at a generator every so often."""
+
+    def look(self, generator: Any) -> Look:
+        """Draw and measure with a generator in evaluation mode."""
+
+
 class BaseProbe:
     """Probes of the base generator.
 
@@ -67,9 +74,8 @@ class BaseProbe:
         self.real = _read(self.heldout_pictures, resolution) if self.heldout_pictures else None
 
     @torch.no_grad()
-    def look(self, generator: nn.Module) -> Look:
+    def look(self, generator: Generator) -> Look:
         """Draw and measure with a generator in evaluation mode."""
-        assert isinstance(generator, Generator)
         scalars: dict[str, float] = {}
         if self.real is not None and len(self.heldout_captions) > 1:
             drawn = self._draw(generator, self.heldout_captions, seed=1)
@@ -188,9 +194,8 @@ class UpsamplerProbe:
             pictures = _read([work.picture for work in unseen], resolution)
             self.sets["_unseen"] = Originals(pictures, [work.caption for work in unseen])
 
-    def look(self, generator: nn.Module) -> Look:
+    def look(self, generator: Upsampler) -> Look:
         """Enlarge shrunken pictures and compare them with the originals."""
-        assert isinstance(generator, Upsampler)
         scalars: dict[str, float] = {}
         rows: list[np.ndarray] = []
         for suffix, originals in self.sets.items():

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gigagan.common.files import write_aside
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
@@ -213,9 +215,7 @@ def _read_mark(folder: Path, run_id: str) -> int:
 
 
 def _write_mark(folder: Path, run_id: str, size: int) -> None:
-    partial = folder / f"{MARK}.partial"
-    partial.write_text(json.dumps({"run_id": run_id, "bytes": size}))
-    partial.replace(folder / MARK)
+    write_aside(folder / MARK, json.dumps({"run_id": run_id, "bytes": size}))
 
 
 def _outage(error: Exception, folder: Path) -> str:

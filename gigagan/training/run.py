@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from gigagan.config import TrainStage
 from gigagan.training import acceleration, checkpoint, step
 from gigagan.training.augment import Ada
-from gigagan.training.distributed import GradientReducer, World, consolidate, make_optimizer
+from gigagan.training.distributed.optimizer import consolidate, make_optimizer
+from gigagan.training.distributed.reducer import GradientReducer
+from gigagan.training.distributed.world import World
 from gigagan.training.divergence import write_report
 from gigagan.training.ema import Ema
 from gigagan.training.guard import Alarm, Divergence, Guard
@@ -30,12 +32,7 @@ class Run:
     """Networks, optimizers, averages, guard and position of one training run."""
 
     def __init__(
-        self,
-        config: TrainStage,
-        players: step.Players,
-        run_dir: Path,
-        log: Log,
-        world: World,
+        self, config: TrainStage, players: step.Players, run_dir: Path, log: Log, world: World
     ) -> None:
         self.config, self.players, self.run_dir = config, players, run_dir
         self.log, self.world = log, world
@@ -214,7 +211,7 @@ class Run:
             inputs.z_BZ,
             inputs.text,
             inputs.real[:levels],
-            inputs.small,
+            inputs.given,
         )
 
     # Checkpoints.

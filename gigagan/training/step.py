@@ -5,36 +5,28 @@ Shape letters: B batch, C colour, H W image, Z latent, T text width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from gigagan import losses
-from gigagan.config import AugmentConfig, TrainStage, TrainUpsamplerConfig
+from gigagan.config import AugmentConfig, TrainStage
 from gigagan.models.discriminator import Discriminator
 from gigagan.models.encoders import TextFeatures
 from gigagan.models.generator import Generator
-from gigagan.models.layers import full_precision, without_autocast
+from gigagan.models.layers import full_precision
 from gigagan.models.upsampler import Upsampler
 from gigagan.training.augment import Augment, mean_sign
 from gigagan.training.auxiliary import Auxiliary
 from gigagan.training.inputs import Inputs
 from gigagan.training.phases import Phase
+from gigagan.training.tasks import Loss, Metrics, task_of
 from gigagan.training.transfer import place
 
 ADVERSARIAL = Phase()
-Metrics = dict[str, Tensor]  # detached, still on the device; the loop decides when to read them
-
-
-class Loss(NamedTuple):
-    """What to go backward from, and its terms for the log."""
-
-    loss: Tensor
-    metrics: Metrics
 
 
 @dataclass(frozen=True)
@@ -47,7 +39,7 @@ class Players:
     """Of the predictions (i, j), in the discriminator's order; sum 1."""
     auxiliary: Auxiliary | None
     perceptual: nn.Module | None
-    """LPIPS with a frozen VGG16, for the upsampler."""
+    """What the task's own loss compares pictures by, if it does."""
     augment: Augment = field(default_factory=lambda: Augment(AugmentConfig()))
     """What is done to all images that D sees; nothing by default."""
 
@@ -60,10 +52,7 @@ def add(metrics: Metrics, terms: Metrics, share: float) -> None:
 
 def synthesize(generator: Generator | Upsampler, inputs: Inputs) -> list[Tensor]:
     """The generated pyramid, largest first."""
-    if isinstance(generator, Upsampler):
-        assert inputs.small is not None
-        return generator(*inputs.small, inputs.z_BZ, inputs.text)
-    return generator(inputs.z_BZ, inputs.text)
+    return generator(*inputs.given, inputs.z_BZ, inputs.text)
 
 
 def discriminator_loss(
@@ -182,10 +171,10 @@ def generator_loss(
         loss = losses.regression(fakes, inputs.real[: len(fakes)], gradients=gradients)
         terms.append(phase.regression * loss)
         metrics["g/regression"] = loss.detach()
-    if isinstance(config, TrainUpsamplerConfig):
-        loss, more = _fidelity(players, config, inputs, fakes[0])
-        terms.append(loss)
-        metrics |= more
+    own = task_of(config).own_loss(players.perceptual, inputs, fakes[0])
+    if own is not None:
+        terms.append(own.loss)
+        metrics |= own.metrics
     return Loss(torch.stack(terms).sum(), metrics)
 
 
@@ -227,27 +216,6 @@ def _adversarial(
         loss = loss + auxiliary_strength * extra
         metrics |= {"g/vision": vision.detach(), "g/contrastive": contrastive.detach()}
     return loss, metrics
-
-
-def _fidelity(
-    players: Players, config: TrainUpsamplerConfig, inputs: Inputs, fake_BCHW: Tensor
-) -> tuple[Tensor, Metrics]:
-    """What ties the upsampler's output to its target: LPIPS on a crop, and absolute difference."""
-    pixel = (fake_BCHW - inputs.real[0]).abs().mean()
-    loss, terms = config.pixel * pixel, {"g/pixel": pixel.detach()}
-    if players.perceptual is not None and config.lpips > 0:
-        top, left = inputs.crop
-        side = min(config.lpips_crop, fake_BCHW.shape[-1])
-        # This rank's share of the batch's samples.
-        count = math.ceil(config.lpips_samples * len(fake_BCHW) / config.batch_size)
-        crop = (slice(count), slice(None), slice(top, top + side))
-        window = (*crop, slice(left, left + side))
-        pair = full_precision(fake_BCHW[window]), full_precision(inputs.real[0][window])
-        with without_autocast(fake_BCHW.device):  # squares of small differences
-            perceptual = players.perceptual(*pair).mean()
-        loss = loss + config.lpips * perceptual
-        terms["g/lpips"] = perceptual.detach()
-    return loss, terms
 
 
 def _read(d: Discriminator, text: TextFeatures) -> Tensor:

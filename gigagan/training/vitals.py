@@ -22,6 +22,7 @@ from gigagan.models.layers import AdaptiveConv, full_precision
 from gigagan.models.pixels import to_uint8
 from gigagan.models.text import Features
 from gigagan.models.upsampler import Upsampler
+from gigagan.training.acceleration import uncompiled
 
 NUM_IMAGES = 8
 
@@ -33,22 +34,22 @@ def vital_signs(
     z_BZ: Tensor,
     features: Features,
     real: Sequence[Tensor],
-    small: tuple[Tensor, Tensor] | None = None,
+    given: Sequence[Tensor] = (),
 ) -> dict[str, float]:
     """Figures of the networks' inside on the first samples of a batch.
 
-    `real` is the pyramid of real images, `small` the upsampler's input and its noise. The
-    networks stay as they are, and no random number is drawn.
+    `real` is the pyramid of real images, `given` what G starts from, each B C H W. The networks
+    stay as they are, and no random number is drawn.
     """
     count = min(len(z_BZ), NUM_IMAGES)
     z_BZ, rows = z_BZ[:count], _first_rows(features, count)
-    low = None if small is None else (small[0][:count], small[1][:count])
+    given = [x_BCHW[:count] for x_BCHW in given]
     found: dict[str, float] = {}
     with _evaluating(generator, discriminator):
         entropies: list[Tensor] = []
         self_weights: list[Tensor] = []
         with _watching(generator, entropies, self_weights):
-            _draw(generator, z_BZ, rows, low)
+            generator(*given, z_BZ, rows)
         _note(found, "health/selection_entropy", entropies)
         _note(found, "health/attention_self_g", self_weights)
         self_weights = []
@@ -57,8 +58,8 @@ def vital_signs(
         _note(found, "health/attention_self_d", self_weights)
         if count > 1:
             # One prompt (and one small picture) with every latent.
-            fixed = None if low is None else (_spread(low[0], count), _spread(low[1], count))
-            images_BCHW = _draw(generator, z_BZ, _first_rows(features, 1, count), fixed)[0]
+            fixed = [x_BCHW[:1].expand_as(x_BCHW) for x_BCHW in given]
+            images_BCHW = generator(*fixed, z_BZ, _first_rows(features, 1, count))[0]
             found["health/z_effect"] = z_sensitivity(to_uint8(images_BCHW)[None])
     for name, network in (("g", generator), ("d", discriminator)):
         norms = torch._foreach_norm([p.detach().float() for p in network.parameters()])
@@ -102,33 +103,11 @@ def _evaluating(*networks: nn.Module) -> Iterator[None]:
     try:
         for network in networks:
             network.eval()
-        with _uncompiled(*networks):
+        with uncompiled(*networks):
             yield
     finally:
         for module, was_training in modes:
             module.training = was_training
-
-
-def _uncompiled(*networks: nn.Module) -> contextlib.AbstractContextManager[object]:
-    """Compiled modules run as written: compiled code passes hooks by."""
-    is_compiled = any(m._compiled_call_impl is not None for n in networks for m in n.modules())
-    # Asked only where needed, since it imports the compiler.
-    if is_compiled:
-        return torch.compiler.set_stance("force_eager")
-    return contextlib.nullcontext()
-
-
-def _draw(
-    generator: Generator | Upsampler,
-    z_BZ: Tensor,
-    features: Features,
-    small: tuple[Tensor, Tensor] | None,
-) -> list[Tensor]:
-    if isinstance(generator, Upsampler):
-        assert small is not None
-        assert features is None or isinstance(features, TextFeatures)
-        return generator(*small, z_BZ, features)
-    return generator(z_BZ, features)
 
 
 def _first_rows(features: Features, count: int, repeat: int = 1) -> Features:
@@ -138,11 +117,6 @@ def _first_rows(features: Features, count: int, repeat: int = 1) -> Features:
     if isinstance(features, Tensor):
         return features[:count].repeat_interleave(repeat, dim=0)
     return TextFeatures(*(part[:count].repeat_interleave(repeat, dim=0) for part in features))
-
-
-def _spread(x_BCHW: Tensor, count: int) -> Tensor:
-    """The first sample for all."""
-    return x_BCHW[:1].expand(count, -1, -1, -1)
 
 
 def _note(found: dict[str, float], name: str, figures: Sequence[Tensor]) -> None:

@@ -13,6 +13,11 @@ RUN grep -E '^torch(vision)?==' /tmp/pipeline.txt > /tmp/torch.txt \
     && python -m venv /opt/venv \
     && /opt/venv/bin/pip install --no-cache-dir --no-deps --index-url "${TORCH_INDEX}" -r /tmp/torch.txt \
     && /opt/venv/bin/pip install --no-cache-dir --no-deps -r /tmp/others.txt
+COPY pyproject.toml README.md LICENSE /src/
+COPY gigagan /src/gigagan
+COPY data /src/data
+COPY flows /src/flows
+RUN /opt/venv/bin/pip install --no-cache-dir --no-deps /src
 
 FROM ${RUN_IMAGE}
 # Letters of scripts that are written to the left are ordered and joined by it.
@@ -23,16 +28,8 @@ RUN groupadd --gid 10001 app && useradd --uid 10001 --gid 10001 --create-home ap
     && mkdir -p /app/runs && chown app:app /app/runs
 COPY --from=build /opt/venv /opt/venv
 COPY infra/docker/with-secrets /usr/local/bin/
-# data/ and flows/ are not installed: they run from the checkout, which is what PYTHONPATH names.
-COPY pyproject.toml /app/
-COPY gigagan /app/gigagan
-COPY data /app/data
-COPY flows /app/flows
-COPY infra/prefect.yaml /app/infra/
 # The root is mounted read-only: caches of libraries go where there is room.
 ENV PATH=/opt/venv/bin:$PATH \
-    PYTHONPATH=/app \
-    PIPELINE_ROOT=/app \
     PYTHONUNBUFFERED=1 \
     HOME=/tmp \
     PREFECT_HOME=/tmp/prefect

@@ -8,22 +8,20 @@ FROM ${IMAGE} AS build
 COPY infra/docker/train.txt /tmp/
 RUN python -m venv /opt/venv \
     && /opt/venv/bin/pip install --no-cache-dir --no-deps -r /tmp/train.txt
+COPY pyproject.toml README.md LICENSE /src/
+COPY gigagan /src/gigagan
+COPY data /src/data
+COPY flows /src/flows
+RUN /opt/venv/bin/pip install --no-cache-dir --no-deps /src
 
 FROM ${IMAGE}
 RUN groupadd --gid 10001 app && useradd --uid 10001 --gid 10001 --create-home app \
     && mkdir -p /app/runs && chown app:app /app/runs
 COPY --from=build /opt/venv /opt/venv
 COPY infra/docker/with-secrets /usr/local/bin/
-COPY pyproject.toml /app/
-COPY gigagan /app/gigagan
-COPY data /app/data
-COPY flows /app/flows
-COPY infra/prefect.yaml /app/infra/
 # The root is mounted read-only: caches of libraries go where there is room.
 # The driver comes from the node: these two tell NVIDIA's container runtime what to mount.
 ENV PATH=/opt/venv/bin:$PATH \
-    PYTHONPATH=/app \
-    PIPELINE_ROOT=/app \
     PYTHONUNBUFFERED=1 \
     HOME=/tmp \
     PREFECT_HOME=/tmp/prefect \

@@ -17,8 +17,8 @@ from pydantic import ValidationError
 
 from data import coco, concepts, demo
 from data.config import EmbeddedConfig
-from data.decode import decode
 from data.filter import duplicates
+from gigagan.common.pictures import decode
 
 SMALL = EmbeddedConfig(
     max_concepts=8, unseen_concepts=2, pictures_per_style=5, size_px=48, heldout_pictures=21

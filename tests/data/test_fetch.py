@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.config import DownloadConfig
-from data.decoders import Decoders
 from data.web import addresses
 from data.web.addresses import MAX_URL, RefusedError, is_public, vetted
 from data.web.fetch import Fetcher, FetchSettings, _checked, _failed
+from gigagan.common.decoders import Decoders
 
 spec = importlib.util.spec_from_file_location("hostile", Path(__file__).with_name("hostile.py"))
 hostile = importlib.util.module_from_spec(spec)

@@ -11,9 +11,9 @@ import psutil
 import pytest
 from PIL import Image, ImageCms
 
-from data.decode import FORMATS, MAX_PROFILE_BYTES, UndecodableError, decode
 from data.web.addresses import RefusedError
 from data.web.fetch import _checked
+from gigagan.common.pictures import FORMATS, MAX_PROFILE_BYTES, UndecodableError, decode
 
 RED = (200, 40, 90)
 PICTURE = Image.new("RGB", (32, 24), RED)

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data import decoders
 from data.config import ScoreConfig
 from data.executor import TaskError
 from data.layout import image_shards
@@ -24,6 +23,7 @@ from data.schema import SCORES
 from data.score import run as score
 from data.score.judge import colourfulness
 from data.score.language import language
+from gigagan.common import decoders
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

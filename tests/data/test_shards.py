@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 
 from data.config import FilterConfig
-from data.decode import decode, square
 from data.originals import DamagedError
 from data.schema import SCORES
 from data.shards import write as shards
 from data.shards.write import ShardError, ShardJob
+from gigagan.common.pictures import decode, square
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE))  # several folders are called `tests`

@@ -206,7 +206,7 @@ def ran(monkeypatch):
         evaluate: _evaluate,
     }
     for module, body in bodies.items():
-        monkeypatch.setattr(module, "STAGE", _with(module.STAGE, body, names))
+        monkeypatch.setitem(vars(module.STAGE), "run", _with(module.STAGE, body, names))
     return names
 
 
@@ -216,7 +216,7 @@ def _with(stage, body, names):
         context.progress("work", 1, 2)
         body(context)
 
-    return dataclasses.replace(stage, run=run)
+    return run
 
 
 def _download(context: Context) -> None:

@@ -4,6 +4,7 @@ import pytest
 
 from flows.record import card
 from flows.storage.store import Store
+from gigagan.common import exits
 from tests.flows.outputs import BASE, RULES, UPSAMPLER, evaluated, key
 
 RESULTS = {
@@ -71,3 +72,13 @@ def test_what_is_missing_reads_not_recorded(config):
 
 def test_it_shows_how_to_open_it(text):
     assert 'gigagan.load("models:/gigagan@champion")' in text
+
+
+def test_the_hardware_is_what_the_training_said_at_each_attempt(tmp_path):
+    log = tmp_path / "output.log"
+    assert card._hardware(log) == "not recorded"
+    log.write_text("base on 1 × cpu, 2 threads\n")
+    assert card._hardware(log) == "not recorded"
+    said = ["8 × cuda, 4 threads", "8 × cuda, 4 threads", "4 × cuda, 4 threads"]
+    log.write_text("".join(f"{exits.fact(exits.HARDWARE, text)}\nloss\n" for text in said))
+    assert card._hardware(log) == "8 × cuda, 4 threads; 4 × cuda, 4 threads"

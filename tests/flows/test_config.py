@@ -2,7 +2,8 @@
 
 import pytest
 
-from flows.config import ConfigError, PipelineConfig, Resources, parse_assignments, presets
+from flows.config import PipelineConfig, Resources, presets
+from gigagan.common.settings import SettingsError, parse_assignments
 from gigagan.config.presets import ladder
 
 
@@ -61,7 +62,7 @@ def test_a_training_section_may_start_from_a_networks_preset():
     ],
 )
 def test_a_networks_preset_that_is_unknown_or_of_the_other_section_is_refused(name, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(SettingsError, match=message):
         PipelineConfig().override({"train_base.preset": name})
 
 
@@ -83,29 +84,29 @@ def test_an_override_may_add_to_the_environment():
     ],
 )
 def test_an_unknown_key_is_an_error_that_names_the_nearest(key, nearest):
-    with pytest.raises(ConfigError, match=f"{key}.*did you mean '{nearest}'"):
+    with pytest.raises(SettingsError, match=f"{key}.*did you mean '{nearest}'"):
         PipelineConfig().override({key: 1})
 
 
 def test_a_key_below_a_value_is_unknown():
-    with pytest.raises(ConfigError, match=r"name\.first"):
+    with pytest.raises(SettingsError, match=r"name\.first"):
         PipelineConfig().override({"name.first": 1})
 
 
 def test_a_wrong_value_is_named_with_its_key():
-    with pytest.raises(ConfigError, match=r"filter\.min_side = 'wide'"):
+    with pytest.raises(SettingsError, match=r"filter\.min_side = 'wide'"):
         PipelineConfig().override({"filter.min_side": "wide"})
 
 
 def test_every_problem_of_a_tree_is_listed():
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(SettingsError) as error:
         PipelineConfig.parse({"nam": "x", "evaluate": {"num_images": 1}})
     assert "'nam', did you mean 'name'" in str(error.value)
     assert "evaluate.num_images = 1" in str(error.value)
 
 
 def test_an_unknown_preset_names_the_nearest():
-    with pytest.raises(ConfigError, match="did you mean 'smoke'"):
+    with pytest.raises(SettingsError, match="did you mean 'smoke'"):
         PipelineConfig.preset("smok")
 
 
@@ -118,12 +119,13 @@ def test_assignments_are_read_as_yaml():
 
 
 def test_an_assignment_without_a_value_says_how_to_write_it():
-    with pytest.raises(ConfigError, match="KEY=VALUE"):
+    with pytest.raises(SettingsError, match="write key=value"):
         parse_assignments(["filter.min_side"])
 
 
-def test_a_relative_store_does_not_depend_on_the_working_directory(tmp_path, monkeypatch):
-    before = PipelineConfig().store_path
+def test_a_relative_store_is_so_to_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("GIGAGAN_RUNS", raising=False)
     monkeypatch.chdir(tmp_path)
-    assert PipelineConfig().store_path == before
+    assert PipelineConfig().store_path == tmp_path / "runs/store"
+    assert PipelineConfig(store="mine").store_path == tmp_path / "mine"
     assert PipelineConfig(store=str(tmp_path)).store_path == tmp_path

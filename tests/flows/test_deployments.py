@@ -1,17 +1,14 @@
-"""infra/prefect.yaml: every deployment loads, and is what bootstrap and README speak of."""
+"""flows/serve/prefect.yaml: every deployment loads, and is what bootstrap and README speak of."""
 
 import pytest
-import yaml
 from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
-from prefect.utilities.importtools import from_qualified_name
-from prefect.utilities.templating import apply_values
 
 from flows.config import PipelineConfig, StageName, presets
-from flows.serve.bootstrap import DEPLOYMENTS, about
+from flows.serve.bootstrap import about, deployments
 from flows.serve.settings import POOL
 
-DOCUMENT = yaml.safe_load(DEPLOYMENTS.read_text())
+DEPLOYMENTS = deployments()
 FLOWS = ["full-pipeline", *StageName]
 
 
@@ -21,7 +18,7 @@ def _name(deployment: dict) -> str:
     return f"{flow.name}/{deployment['name']}"
 
 
-NAMES = [_name(deployment) for deployment in DOCUMENT["deployments"]]
+NAMES = [_name(deployment) for deployment in DEPLOYMENTS]
 
 
 def test_every_flow_has_a_deployment_with_every_preset():
@@ -29,7 +26,7 @@ def test_every_flow_has_a_deployment_with_every_preset():
     assert sorted(NAMES) == sorted(f"{flow}/{name}" for flow in FLOWS for name in presets_of[flow])
 
 
-@pytest.mark.parametrize("deployment", DOCUMENT["deployments"], ids=NAMES)
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=NAMES)
 def test_every_entrypoint_is_a_module_and_loads(deployment):
     assert ":" not in deployment["entrypoint"]
     flow = load_flow_from_entrypoint(deployment["entrypoint"])
@@ -42,17 +39,19 @@ def test_every_entrypoint_is_a_module_and_loads(deployment):
     assert "Args" not in about(flow)
 
 
-@pytest.mark.parametrize("deployment", DOCUMENT["deployments"], ids=NAMES)
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=NAMES)
 def test_the_parameters_of_every_deployment_are_valid(deployment):
-    outputs = {}
-    for step in DOCUMENT["build"]:
-        ((function, inputs),) = step.items()
-        outputs[inputs["id"]] = from_qualified_name(function)(preset=inputs["preset"])
     flow = load_flow_from_entrypoint(deployment["entrypoint"])
-    parameters = flow.validate_parameters(apply_values(deployment["parameters"], outputs))
+    parameters = flow.validate_parameters(deployment["parameters"])
     preset = deployment["name"] if deployment["name"] in presets() else "demo"
     assert parameters["config"] == PipelineConfig.preset(preset)
 
 
+def test_a_worker_runs_flows_in_the_folder_of_bootstrap(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for deployment in deployments():
+        assert deployment["work_pool"]["job_variables"] == {"working_dir": str(tmp_path)}
+
+
 def test_the_pool_is_the_workers():
-    assert {deployment["work_pool"]["name"] for deployment in DOCUMENT["deployments"]} == {POOL}
+    assert {deployment["work_pool"]["name"] for deployment in DEPLOYMENTS} == {POOL}

@@ -10,10 +10,9 @@ import psutil
 import pytest
 
 from flows.config import Resources
-from flows.launch import launch
 from flows.safety import guardian
-from flows.serve import settings
 from tests.flows.conftest import wait_for
+from tests.flows.jobs import launch
 
 SLEEPER = "import time; time.sleep(100)"
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(100)"
@@ -33,7 +32,7 @@ def parent(tmp_path):
                 inner += "subprocess.Popen(run, start_new_session=True); exec(sys.argv[1])"
                 subprocess.Popen([sys.executable, "-c", inner, {code!r}]).wait()
         """)
-        process = subprocess.Popen([sys.executable, "-c", script], cwd=settings.ROOT)
+        process = subprocess.Popen([sys.executable, "-c", script])
         started.append(process)
         wait_for(lambda: len(guardian.marked(str(tmp_path))) == 2, 30)
         return process, guardian.marked(str(tmp_path))

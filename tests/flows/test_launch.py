@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from flows.config import Resources
-from flows.launch import LaunchError, launch
+from flows.launch import LaunchError
 from flows.launch.command import Job, Output, argv, environment
 from flows.safety.processes import is_alive
+from tests.flows.jobs import launch
 
 INLINE = Resources(backend="inline")
 
@@ -90,9 +91,9 @@ def test_a_signal_to_the_group_reaches_the_child(module, tmp_path):
             sys.executable,
             "-c",
             "import sys; from pathlib import Path; from flows.config import Resources;"
-            "from flows.launch import launch;"
-            f"launch({child!r}, Resources(backend='inline'),"
-            f" log_file=Path({str(tmp_path / 'log')!r}))",
+            "from flows.launch import local; from flows.launch.command import Job, Output;"
+            f"job = Job({child!r}, Resources(backend='inline'), Path({str(tmp_path / 'log')!r}));"
+            "local.run(job, Output(print))",
         ],
         env=environment(Job([], INLINE, tmp_path / "log")),
         stdout=subprocess.PIPE,
@@ -149,6 +150,24 @@ def test_a_name_is_a_dns_label(folder):
     assert re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", job(Path(folder)).name)
 
 
+def test_facts_among_the_lines_are_for_programs():
+    seen, lines = [], []
+    output = Output(lines.append, lambda *said: seen.append(said))
+    for line in [
+        '{"hardware": "2 × cpu"}',
+        "128/1,000 images  27.9/s",
+        '{"progress": ["images", 128, 1000]}\n',
+        '{"progress": ["pictures", 3, null]}',
+        '{"progress": "a line of somebody else"}',
+        '{"stopped": "preempted"}',
+    ]:
+        output.take(line)
+    assert seen == [("images", 128, 1000), ("pictures", 3, None)]
+    assert lines == ["128/1,000 images  27.9/s", '{"progress": "a line of somebody else"}']
+    assert list(output.tail) == lines
+    assert output.has_saved
+
+
 def test_the_last_words_are_those_before_the_report_of_torchrun():
     output = Output(str)
     for line in ["before", "ValueError: no such shards"]:
@@ -165,7 +184,7 @@ def test_under_torchrun_too_a_training_that_saved_is_not_called_a_failure(module
     child = module(
         "import os, signal, sys, time\n"
         "def stop(*_):\n"
-        "    os.write(1, b'asked to stop: the same command goes on from there\\n')\n"
+        '    os.write(1, b\'{"stopped": "preempted"}\\n\')\n'
         "    os._exit(75)\n"
         "signal.signal(signal.SIGTERM, stop)\n"
         "os.write(1, f'ready {os.getppid()}\\n'.encode())\n"

@@ -14,7 +14,6 @@ import uuid
 import psutil
 import pytest
 
-from flows.config import ROOT
 from flows.safety import processes
 from flows.stage import BusyError
 from flows.storage.lease import Holder, Lease, LocalBoard, holder
@@ -269,7 +268,7 @@ def test_of_processes_that_are_killed_at_random_never_two_hold_it_and_all_get_on
 
     def start(rounds: int) -> subprocess.Popen:
         arguments = [where, str(witness), str(rounds), str(stranger), str(next(seeds))]
-        return subprocess.Popen([sys.executable, "-c", CONTENDER, *arguments], cwd=ROOT)
+        return subprocess.Popen([sys.executable, "-c", CONTENDER, *arguments])
 
     def entered() -> int:
         return witness.read_text().count("in\n") if witness.exists() else 0

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from flows.__main__ import explain, main
 from flows.commands.pipeline import _show_results, pictures
-from flows.config import ROOT, PipelineConfig
+from flows.config import PipelineConfig
 from flows.record import compare
 
 
@@ -19,7 +19,7 @@ from flows.record import compare
     [
         (["run", "--preset", "dmo"], "did you mean 'demo'"),
         (["run", "--set", "filter.min_sid=3"], "did you mean 'filter.min_side'"),
-        (["run", "--set", "filter.min_side"], "KEY=VALUE"),
+        (["run", "--set", "filter.min_side"], "write key=value"),
         (["run", "--set", "filter.min_side=x"], "filter.min_side = 'x'"),
         (["run", "--stages", "train"], "unknown stage 'train': the stages are download"),
         (["run", "--force", "trian-base"], "unknown stage 'trian-base'"),
@@ -110,9 +110,7 @@ def test_help_needs_neither_prefect_nor_torch():
         "import sys; from flows.__main__ import parser; parser().format_help();"
         "print([name for name in ('prefect', 'mlflow', 'torch') if name in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from flows.record import outages
-from flows.record.registry import Registry, consider
+from flows.record.registry import Registry, register_evaluation
 from flows.record.tracking import Tracker, TrackingError
 from flows.serve import services
 from flows.stages import evaluate, train_base
@@ -129,7 +129,7 @@ def test_a_server_that_is_gone_at_the_end_costs_the_record_and_not_the_output(
     found = store.lookup(train_base.STAGE, key(5))
     manifest = store.manifest(train_base.STAGE, key(5))
     resolved = evaluated(config, 6, 0.3).resolved
-    assert tracker.recall(train_base.STAGE, manifest, found, resolved) == run
+    assert tracker.complete_record(train_base.STAGE, manifest, found, resolved) == run
     record = tracker.client.get_run(run)
     assert record.info.status == "FINISHED"
     assert record.data.metrics["final/images_seen"] == 2.0
@@ -149,7 +149,7 @@ def test_a_pair_is_registered_through_a_server_and_stays_its_champion(tracker, c
     made = evaluated(config, 8, 0.3)
     run = start(tracker, 8, evaluate.STAGE)
     store = Store.of(config)
-    said = consider(tracker, store, evaluate.STAGE, made.resolved, made.output, run)
+    said = register_evaluation(tracker, store, made.resolved, made.output, run)
     assert "none → 1" in said
     registry = Registry(tracker.client, tracker.name)
     path = tracker.client.download_artifacts(run, "registered/model_card.md")

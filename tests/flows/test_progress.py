@@ -2,13 +2,12 @@ import io
 
 from rich.console import Console
 
-from flows import progress
-from flows.progress import Lines, Log, from_output
+from flows.progress import Lines, Log
 
 
 def test_a_log_and_who_watches_are_both_told_how_far_a_stage_is(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
     lines, out = [], io.StringIO()
     log = Log(lines.append, Lines(Console(file=out, width=80)))
     log.started("filter", "in st [v1]")
@@ -28,13 +27,3 @@ def test_a_log_and_who_watches_are_both_told_how_far_a_stage_is(monkeypatch):
         "filter done in 1:15: kept 7",
     ]
     assert log.also.endings == [("filter", "done", 75.0)]
-
-
-def test_a_line_of_output_moves_the_progress_of_what_it_names():
-    seen = []
-    listen = from_output(lambda *said: seen.append(said))
-    listen("12,800/40,000 images  27.9/s  0:02 left")
-    listen("1/4 truncations")
-    listen("3 / 5")
-    listen("nothing to count")
-    assert seen == [("images", 12800, 40000), ("truncations", 1, 4), ("done", 3, 5)]

@@ -12,7 +12,7 @@ from flows.config import PipelineConfig
 from flows.record import registry
 from flows.record.comparable import Score, score_of
 from flows.record.lineage import SNAPSHOT
-from flows.record.registry import Registry, RegistryError, consider
+from flows.record.registry import Registry, RegistryError, register_evaluation
 from flows.record.tracking import Tracker
 from flows.stages import evaluate
 from flows.storage.store import Store
@@ -36,7 +36,7 @@ def judge(config, tracker):
             evaluate.STAGE, made.output.key, {}, parent=None, fresh=True, tags={}
         )
         store = Store.of(config)
-        said = consider(tracker, store, evaluate.STAGE, made.resolved, made.output, run_id)
+        said = register_evaluation(tracker, store, made.resolved, made.output, run_id)
         assert tracker.client.get_run(run_id).data.tags["registry"] == said
         return said
 
@@ -117,7 +117,7 @@ def test_considered_twice_it_is_registered_once(tracker, config, models):
     run_id = tracker.start_stage(stage, made.output.key, {}, parent=None, fresh=True, tags={})
     store = Store.of(config)
     for _ in range(2):
-        consider(tracker, store, stage, made.resolved, made.output, run_id)
+        register_evaluation(tracker, store, made.resolved, made.output, run_id)
     assert [version.version for version in models.versions()] == [1]
 
 
@@ -155,9 +155,9 @@ def test_of_evaluations_that_finish_together_the_best_wins(config, runs, monkeyp
 
     def one(n):
         together.wait()
-        made_by = Store.of(config), evaluate.STAGE, made[n].resolved, made[n].output, runs_of[n]
+        made_by = Store.of(config), made[n].resolved, made[n].output, runs_of[n]
         try:
-            consider(tracker, *made_by)
+            register_evaluation(tracker, *made_by)
         except Exception as error:
             errors.append(error)
 
@@ -234,7 +234,7 @@ def command(tmp_path, monkeypatch, capsys):
         made = evaluated(config, number, kid)
         stage, key = evaluate.STAGE, made.output.key
         run_id = tracker.start_stage(stage, key, {}, parent=None, fresh=True, tags={})
-        consider(tracker, Store.of(config), stage, made.resolved, made.output, run_id)
+        register_evaluation(tracker, Store.of(config), made.resolved, made.output, run_id)
 
     def run(*arguments):
         capsys.readouterr()
@@ -288,7 +288,7 @@ def test_a_pipeline_that_could_not_register_fails_and_is_made_good_by_the_same_c
         raise RegistryError("the registry is read-only")
 
     with monkeypatch.context() as patch:
-        patch.setattr(registry, "_consider", refuse)
+        patch.setattr(registry, "_register", refuse)
         with pytest.raises(RegistryError, match="read-only"):
             full_pipeline(config=config)
     tracker = Tracker(config.name, config.store_path)

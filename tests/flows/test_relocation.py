@@ -9,11 +9,10 @@ from sqlalchemy import make_url
 from flows.config import PipelineConfig
 from flows.databases import absolute, sqlite_file, sqlite_uri
 from flows.record import compare
-from flows.record.registry import Registry, consider
+from flows.record.registry import Registry, register_evaluation
 from flows.record.tracking import Tracker, tracking_uri
 from flows.serve import services, ui
 from flows.stage import Stage
-from flows.stages import evaluate
 from flows.storage.store import Store
 from tests.flows.outputs import evaluated
 
@@ -113,7 +112,7 @@ def test_the_champion_is_found_where_the_store_is_now(home):
     tracker = Tracker("moved", home / "store")
     run = tracker.start_stage(STAGE, KEY, {}, parent=None, fresh=True, tags={})
     store = Store.of(config)
-    consider(tracker, store, evaluate.STAGE, made.resolved, made.output, run)
+    register_evaluation(tracker, store, made.resolved, made.output, run)
     new = home.rename(home.parent / "new home")
     version = Registry(Tracker("moved", new / "store").client, "moved").champion()
     name = made.base.path.name

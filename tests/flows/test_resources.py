@@ -2,8 +2,9 @@
 
 import pytest
 
-from flows.config import ConfigError, PipelineConfig, Resources
+from flows.config import PipelineConfig, Resources
 from flows.resources import is_secret
+from gigagan.common.settings import SettingsError
 
 CLUSTER = {"image": "train:1", "claim": "store", "mount_path": "/store"}
 
@@ -28,20 +29,20 @@ CLUSTER = {"image": "train:1", "claim": "store", "mount_path": "/store"}
     ],
 )
 def test_what_would_have_no_effect_or_leak_is_refused(key, value, message):
-    with pytest.raises(ConfigError, match=message) as error:
+    with pytest.raises(SettingsError, match=message) as error:
         PipelineConfig().override({f"resources.{key}": value})
     assert "hidden" not in str(error.value)
 
 
 def test_one_plain_process_is_not_several():
     asked = {"resources.train_base.backend": "inline", "resources.train_base.processes": 2}
-    with pytest.raises(ConfigError, match="choose auto, torchrun, slurm or kubernetes"):
+    with pytest.raises(SettingsError, match="choose auto, torchrun, slurm or kubernetes"):
         PipelineConfig().override(asked)
 
 
 def test_an_evaluation_works_in_one_process():
     asked = {"resources.evaluate.backend": "torchrun", "resources.evaluate.processes": 2}
-    with pytest.raises(ConfigError, match="evaluate has 2 processes"):
+    with pytest.raises(SettingsError, match="evaluate has 2 processes"):
         PipelineConfig().override(asked)
 
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
 
-from flows.serve import services, settings, ui
+from flows.serve import services, ui
 from tests.flows.conftest import wait_for
 
 PASSWORD = "admin:only-for-us"
@@ -61,7 +61,7 @@ from flows.serve import services
 with services.running("pages", ["http.server", "{port}", "--bind", "127.0.0.1"], {page!r}):
     time.sleep(100)
 """
-    with subprocess.Popen([sys.executable, "-c", code], cwd=settings.ROOT) as command:
+    with subprocess.Popen([sys.executable, "-c", code]) as command:
         wait_for(lambda: services.answers(page), 60)
         command.kill()
     wait_for(lambda: not services.answers(page), 30)
@@ -162,14 +162,13 @@ def command(tmp_path, monkeypatch):
     fake.mkdir(parents=True)
     (fake / "__init__.py").touch()
     (fake / "__main__.py").write_text(SERVER)
-    environment = {**os.environ, "PYTHONPATH": f"{settings.ROOT}:{fake.parent}"}
+    environment = {**os.environ, "PYTHONPATH": str(fake.parent)}
     started = []
 
     def start(port):
         process = subprocess.Popen(
             [sys.executable, "-c", COMMAND, str(port)],
             env=environment,
-            cwd=settings.ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -234,7 +233,6 @@ with services.prefect_api(services.free_port()) as api:
     environment = {name: value for name, value in os.environ.items() if "DATABASE" not in name}
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=settings.ROOT,
         env={**environment, "PREFECT_HOME": str(home)},
         capture_output=True,
         text=True,

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 from sqlalchemy import make_url
 
-from flows.config import ROOT, PipelineConfig
+from flows.config import PipelineConfig
 
 VARIABLES = ("MLFLOW_TRACKING_URI", "PREFECT_HOME", "no_proxy", "NO_PROXY")
 
@@ -27,7 +27,7 @@ def applied(folder, code="", **environment):
     done = subprocess.run(
         [sys.executable, "-c", command + "\nprint(json.dumps({**os.environ}))"],
         cwd=folder,
-        env={**inherited, "PYTHONPATH": str(ROOT), **environment},
+        env={**inherited, **environment},
         capture_output=True,
         text=True,
         check=True,

@@ -42,12 +42,12 @@ class Bench:
             return output
         with self.store.lease(stage, found.key, stale_s=1.0):
             if force:
-                self.store.discard(stage, found.key)
+                self.store.place(stage.name, found.key).discard()
             elif self.store.manifest(stage, found.key):
-                self.store.discard(stage, found.key, keep=stage.scratch)
+                self.store.place(stage.name, found.key).discard(keep=stage.scratch)
             section = getattr(self.config, stage.section)
-            self.store.begin(stage, found.key)
-            context = Context(self.store.directory(stage, found.key), section, found.paths)
+            self.store.place(stage.name, found.key).resume()
+            context = Context(self.store.place(stage.name, found.key).folder, section, found.paths)
             stage.run(context)
             return self.store.commit(stage, found.key, context, inputs=found.contents)
 
@@ -63,6 +63,10 @@ def write(path: Path, text: str) -> None:
 @pytest.fixture
 def bench(tmp_path):
     return Bench(tmp_path)
+
+
+def damage(store, stage, key, **options):
+    return store.place(stage.name, key).damage(store.manifest(stage, key), **options)
 
 
 def test_a_second_run_skips_every_stage(bench):
@@ -181,7 +185,7 @@ def test_a_lost_or_cut_file_makes_the_stage_run_again(bench, harm):
     output = bench.up_to_date(bench.download)
     victim = output.path / "images/0.tar"
     victim.unlink() if harm == "delete" else victim.write_text("")
-    assert "0.tar" in bench.store.damage(bench.download, output.key)
+    assert "0.tar" in damage(bench.store, bench.download, output.key)
     with pytest.raises(MissingInputError, match=r"0\.tar"):
         bench.up_to_date(bench.filter)
     bench.all()
@@ -192,14 +196,14 @@ def test_a_lost_or_cut_file_makes_the_stage_run_again(bench, harm):
 def test_a_flipped_file_is_found_by_verification(bench):
     output = bench.up_to_date(bench.download)
     write(output.path / "images/0.tar", "9")
-    assert bench.store.damage(bench.download, output.key) is None
-    assert "sha256" in bench.store.damage(bench.download, output.key, verify=True)
+    assert damage(bench.store, bench.download, output.key) is None
+    assert "sha256" in damage(bench.store, bench.download, output.key, verify=True)
     assert bench.store.lookup(bench.download, output.key, verify=True) is None
 
 
 def test_checkpoints_may_be_deleted_and_outlive_a_damaged_output(bench):
     output = bench.up_to_date(bench.download)
-    bench.store.discard(bench.download, output.key, keep=bench.download.scratch)
+    bench.store.place(bench.download.name, output.key).discard(keep=bench.download.scratch)
     assert [path.name for path in (output.path / "checkpoints").iterdir()] == ["last.pt"]
     bench.up_to_date(bench.download)
     (output.path / "checkpoints/last.pt").unlink()
@@ -269,7 +273,7 @@ def test_a_failed_stage_goes_on_in_its_folder_when_an_unkeyed_setting_changes(be
     bench.config = bench.config.override({"download.stall_s": 7000})
     again = Stage("download", 1, bench.download.run, unkeyed=lambda config: ("stall_s",))
     bench.store.resolve(again, bench.config)
-    folder = bench.store.directory(again, bench.store.resolve(again, bench.config).key)
+    folder = bench.store.place(again.name, bench.store.resolve(again, bench.config).key).folder
     assert (folder / "checkpoints/1.pt").read_text() == "half"
 
 
@@ -334,12 +338,12 @@ def test_a_link_in_an_output_that_leads_out_is_not_committed_and_later_counts_as
     write(output.path.parent / "outside", "x" * size)
     (output.path / "log.txt").unlink()
     (output.path / "log.txt").symlink_to(output.path.parent / "outside")
-    assert "leads out" in bench.store.damage(bench.download, output.key)
+    assert "leads out" in damage(bench.store, bench.download, output.key)
 
 
 def test_a_manifest_of_another_output_is_refused(bench):
     output = bench.up_to_date(bench.download)
-    other = bench.store.directory(bench.download, "f" * 64)
+    other = bench.store.place(bench.download.name, "f" * 64).folder
     write(other / "manifest.json", (output.path / "manifest.json").read_text())
     with pytest.raises(contract.DamagedError, match=output.key[:16]):
         bench.store.lookup(bench.download, "f" * 64)
@@ -438,9 +442,10 @@ class Training:
         config = bench.config.override({"train_base.total_images": images, **overrides})
         found = bench.store.resolve(self.stage, config)
         with bench.store.lease(self.stage, found.key, stale_s=1.0):
-            bench.store.begin(self.stage, found.key)
+            place = bench.store.place(self.stage.name, found.key)
+            place.resume()
             said = None if fresh else bench.store.go_on(self.stage, config, found)
-            context = Context(bench.store.directory(self.stage, found.key), config.train_base)
+            context = Context(place.folder, config.train_base)
             self.stage.run(context)
             bench.store.commit(self.stage, found.key, context, inputs=found.contents)
         return said

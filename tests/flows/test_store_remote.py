@@ -129,7 +129,7 @@ def test_what_a_failed_attempt_left_is_gone_on_from_on_another_machine(
 
     on_machine("a")
     with monkeypatch.context() as patch:
-        patch.setattr(download, "STAGE", dataclasses.replace(download.STAGE, run=break_off))
+        patch.setitem(vars(download.STAGE), "run", break_off)
         with pytest.raises(OSError, match="no network"):
             full_pipeline(stages=only, config=config)
     second = on_machine("b")
@@ -141,7 +141,7 @@ def test_what_a_failed_attempt_left_is_gone_on_from_on_another_machine(
         seen.extend(sorted(files(second)))
         write(context.path / "fates/0.parquet", "x")
 
-    monkeypatch.setattr(download, "STAGE", dataclasses.replace(download.STAGE, run=go_on))
+    monkeypatch.setitem(vars(download.STAGE), "run", go_on)
     full_pipeline(stages=only, config=config)
     assert [name for name in seen if "." in name or "half" in name] == ["images/0.tar", "work/half"]
     assert [step.action for step in plan(config, only)] == ["skip"]
@@ -165,9 +165,9 @@ def test_a_longer_run_goes_on_on_another_machine(bucket, tmp_path, is_finished):
     short = config.override({"train_base.total_images": 8})
     found = store.resolve(stage, short)
     with store.lease(stage, found.key):
-        store.begin(stage, found.key)
+        store.place(stage.name, found.key).resume()
         assert store.go_on(stage, short, found) is None
-        context = Context(store.directory(stage, found.key), short.train_base)
+        context = Context(store.place(stage.name, found.key).folder, short.train_base)
         write(context.path / work, "state")
         if is_finished:
             store.commit(stage, found.key, context, inputs=found.contents)
@@ -177,9 +177,9 @@ def test_a_longer_run_goes_on_on_another_machine(bucket, tmp_path, is_finished):
     elsewhere, config = Store(tmp_path / "b", Remote(url)), config.override(longer)
     found = elsewhere.resolve(stage, config)
     with elsewhere.lease(stage, found.key):
-        elsewhere.begin(stage, found.key)
+        elsewhere.place(stage.name, found.key).resume()
         assert "came to 7" in elsewhere.go_on(stage, config, found)
-    assert (elsewhere.directory(stage, found.key) / work).read_text() == "state"
+    assert (elsewhere.place(stage.name, found.key).folder / work).read_text() == "state"
 
 
 def test_unfinished_work_that_changed_is_sent_and_what_is_gone_is_gone_there_too(bucket, tmp_path):
@@ -256,7 +256,7 @@ def finished(url: str, folder: Path, text: str = "shard") -> tuple[Place, Manife
         {
             **{"stage": "download", "version": 1, "key": KEY, "content": "c", "seconds": 0},
             **{"created": datetime.now(UTC), "config": {}, "inputs": {}, "metrics": {}},
-            **{"mlflow_run_id": None},
+            **{"mlflow_run_id": None, "origins": {}},
             "files": [{"path": "images/0.tar", "size": len(text), "sha256": digest}],
         }
     )

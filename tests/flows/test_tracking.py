@@ -37,8 +37,8 @@ def tracker(config):
 def output(config):
     store = Store(config.store_path)
     with store.lease(STAGE, KEY):
-        store.begin(STAGE, KEY)
-        context = Context(store.directory(STAGE, KEY), config.download)
+        store.place(STAGE.name, KEY).resume()
+        context = Context(store.place(STAGE.name, KEY).folder, config.download)
         made(context)
         context.metrics["rows"] = 7.0
         return store.commit(STAGE, KEY, context, inputs={})
@@ -195,7 +195,7 @@ def made_nothing(context):
 
 def test_figures_are_copied_to_the_pipelines_run(tracker, output):
     parent = tracker.start_pipeline("flow-3", {}, {})
-    tracker.adopt(parent, STAGE, output, "abc", "skipped")
+    tracker.copy_to_pipeline(parent, STAGE, output, "abc", "skipped")
     record = tracker.client.get_run(parent)
     assert record.data.metrics == {"download/rows": 7.0}
     assert record.data.tags["stage.download"] == "skipped: abc"
@@ -204,12 +204,12 @@ def test_figures_are_copied_to_the_pipelines_run(tracker, output):
 def test_an_output_that_the_database_does_not_know_is_recorded_again(tracker, config, output):
     manifest = Store(config.store_path).manifest(STAGE, KEY)
     nothing = Resolved(KEY, {}, {})
-    run = tracker.recall(STAGE, manifest, output, nothing)
+    run = tracker.complete_record(STAGE, manifest, output, nothing)
     record = tracker.client.get_run(run)
     assert record.info.status == "FINISHED"
     assert record.data.metrics == {"final/rows": 7.0}
     output = output.model_copy(update={"mlflow_run_id": run})
-    assert tracker.recall(STAGE, manifest, output, nothing) == run
+    assert tracker.complete_record(STAGE, manifest, output, nothing) == run
 
 
 def test_running_runs_of_dead_processes_are_ended(tracker):
@@ -320,5 +320,5 @@ def test_what_the_server_refuses_is_not_tried_again(tracker):
         return tracker.client.get_run("f" * 32)
 
     with pytest.raises(MlflowException, match="not found"):
-        tracker.insist(refused)
+        tracker.retry(refused)
     assert len(calls) == 1

@@ -4,7 +4,7 @@ import torch
 
 from gigagan.evaluation.judges.alignment import (
     background_colour_accuracy,
-    clip_score,
+    clip_score_per_picture,
     lpips_diversity,
     mean_similarity,
     pixel_probe_rank,
@@ -121,7 +121,7 @@ def test_diversity_compares_pictures_of_one_prompt_only():
 
 def test_a_clip_score_needs_a_clip():
     with pytest.raises(ValueError, match="not a CLIP"):
-        clip_score([], [], "embedded:minilm-l6")
+        clip_score_per_picture([], [], "embedded:minilm-l6")
 
 
 def test_shape_rank_is_blind_to_backgrounds_and_sees_shapes():

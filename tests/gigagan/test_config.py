@@ -30,7 +30,7 @@ from gigagan.models.upsampler import Upsampler
 from gigagan.models.vision import VisionAidedDiscriminator
 from gigagan.training import loop, step
 from gigagan.training.auxiliary import Auxiliary
-from gigagan.training.distributed import World
+from gigagan.training.distributed.world import World
 from gigagan.training.inputs import Inputs
 from gigagan.training.run import adamw
 
@@ -484,10 +484,8 @@ def random_inputs(config):
         ["caption"] * SIZE,
         features(text, SIZE),
         torch.randn(SIZE, config.generator.latent_dim),
-        None,
         features(text, SIZE),
         torch.ones(SIZE, dtype=torch.bool),
-        (0, 0),
     )
 
 

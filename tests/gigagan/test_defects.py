@@ -24,7 +24,7 @@ from gigagan.config import (
     TrainUpsamplerConfig,
     UpsamplerConfig,
 )
-from gigagan.config.presets import PRESETS, preset, width_scaled
+from gigagan.config.presets import PRESETS, preset
 from gigagan.models.attention import AttentionBlock, SelfAttention, split_heads
 from gigagan.models.discriminator import Discriminator
 from gigagan.models.encoders import ImageEncoder, ImageFeatures, TextEncoder, TextFeatures
@@ -41,11 +41,13 @@ from gigagan.models.vision import VisionAidedDiscriminator
 from gigagan.training import checkpoint, loop, step
 from gigagan.training.auxiliary import Auxiliary
 from gigagan.training.captions import CaptionFeatures, RecentCaptions
-from gigagan.training.distributed import World
+from gigagan.training.distributed.world import World
 from gigagan.training.inputs import Inputs, draw
 from gigagan.training.logs import Log
 from gigagan.training.probes import Look
 from gigagan.training.run import Run
+
+from .narrow import width_scaled
 
 T = 16
 TEXT = TextConfig(
@@ -613,8 +615,8 @@ def test_r1_covers_every_level():
     players = step.Players(nn.Module(), d, [1 / 6] * 6, None, None)
     text = captions_of(THREE, 3)
     inputs = Inputs(
-        three_images(), ["a"] * 3, text, torch.randn(3, 5), None, text,
-        torch.ones(3, dtype=torch.bool), (0, 0),
+        three_images(), ["a"] * 3, text, torch.randn(3, 5), text,
+        torch.ones(3, dtype=torch.bool),
     )  # fmt: skip
     step.r1_loss(players, inputs).loss.backward()
     assert config.discriminator.levels == len(d.from_rgb) == 3

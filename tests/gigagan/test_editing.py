@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gigagan.inference import directions, walk
+from gigagan.inference import walk
 from gigagan.inference.editing import Edit, interpolate, slerp
 from gigagan.inference.prompts import PromptError
 from gigagan.inference.sampler import Sampler
@@ -129,9 +129,8 @@ def test_a_level_that_the_network_lacks_is_refused(sampler):
 
 
 def test_pixels_that_are_no_numbers_are_no_picture(sampler):
-    found = directions.Direction(torch.full((12,), 1e30), torch.zeros(32), {})
     with pytest.raises(ValueError, match="NaN instead of a picture"):
-        drawn(sampler, shift=directions.Shift(found, 1e20))
+        drawn(sampler, latents_BZ=torch.full((1, sampler.base.config.latent_dim), torch.nan))
 
 
 def test_truncation_to_nothing_leaves_the_global_mean_whatever_the_prompt(sampler):
@@ -142,40 +141,6 @@ def test_truncation_to_nothing_leaves_the_global_mean_whatever_the_prompt(sample
     ]
     torch.testing.assert_close(found[0], found[1])
     torch.testing.assert_close(found[0][0], sampler.base.style_mean)
-
-
-# ---- directions
-
-
-def test_a_direction_is_the_mean_difference_and_no_strength_is_no_change(sampler, tmp_path):
-    found = directions.find(sampler, [ONE], [TWO], num_latents=7)
-    z = sampler.latents(7, seed=0)
-    texts = [sampler.base.read(sampler.encoder.encode([p])) for p in (ONE, TWO)]
-    means = [sampler.base.style(z, t.repeat_interleave(7)).mean(0) for t in texts]
-    torch.testing.assert_close(found.style_S, means[1] - means[0])
-    torch.testing.assert_close(found.global_T, (texts[1].global_BT - texts[0].global_BT)[0])
-
-    path = tmp_path / "d.safetensors"
-    directions.save(path, found)
-    again = directions.load(path, sampler)
-    assert torch.equal(again.style_S, found.style_S)
-    assert again.about == {"without": [ONE], "having": [TWO], "latents": 7}
-    for space in ("w", "t"):
-        shifts = [directions.Shift(again, strength, space) for strength in (0, 1)]
-        assert same(drawn(sampler, shift=shifts[0]), drawn(sampler))
-        assert not same(drawn(sampler, shift=shifts[1]), drawn(sampler))
-
-
-def test_a_direction_needs_pairs_and_its_own_network(sampler, tmp_path):
-    with pytest.raises(ValueError, match="give pairs"):
-        directions.find(sampler, [ONE], [ONE, TWO])
-    (tmp_path / "x.safetensors").write_bytes(b"no")
-    with pytest.raises(directions.DirectionError, match="no readable safetensors"):
-        directions.load(tmp_path / "x.safetensors", sampler)
-    narrow = directions.Direction(torch.zeros(3), torch.zeros(3), {})
-    directions.save(tmp_path / "n.safetensors", narrow)
-    with pytest.raises(directions.DirectionError, match="styles of 3, this network's have 12"):
-        directions.load(tmp_path / "n.safetensors", sampler)
 
 
 # ---- walks

@@ -262,8 +262,8 @@ def test_a_foreign_or_damaged_file_to_compare_is_named(tmp_path, capsys, text, w
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ('{"num_image": 3}', "evaluate.num_image is not a setting; the nearest is num_images"),
-        ('{"evaluate": {"batch_size": 0}}', "evaluate.batch_size: Input should be greater than"),
+        ('{"num_image": 3}', "'evaluate.num_image', did you mean 'evaluate.num_images'?"),
+        ('{"evaluate": {"batch_size": 0}}', "evaluate.batch_size = 0: Input should be greater"),
         ('{"seed": ', "line 1 column 10"),
     ],
 )

@@ -2,9 +2,11 @@
 
 import pytest
 
-from bench.initial import measure, pink_images
 from gigagan.config import DiscriminatorConfig, GeneratorConfig
-from gigagan.config.presets import LADDER, ladder, preset, width_scaled
+from gigagan.config.presets import LADDER, ladder, preset
+from studies.initial import measure, pink_images
+
+from .narrow import width_scaled
 
 
 def small():

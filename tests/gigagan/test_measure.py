@@ -12,10 +12,12 @@ from PIL import Image
 from gigagan.config import EvaluateConfig
 from gigagan.evaluation import enlarge, protocol
 from gigagan.evaluation.heldout import read_drawn, read_heldout, subset, training_pictures
-from gigagan.evaluation.judges.alignment import clip_score
+from gigagan.evaluation.judges.alignment import clip_score_per_picture
 from gigagan.evaluation.judges.features import (
+    extract,
+    extractor,
     image_vectors,
-    inception_features,
+    open_rgb,
     square,
     text_vectors,
 )
@@ -406,13 +408,16 @@ def test_transparency_is_put_on_white():
     assert np.asarray(square(Image.new("RGBA", (2, 2), (9, 9, 9, 0)), 2)).min() == 255
 
 
-def test_inception_features_are_the_same_from_files_arrays_and_cache(heldout, tmp_path):
+def test_features_are_the_same_from_files_and_arrays(heldout, tmp_path):
     paths = read_heldout(heldout).pictures[:3]
     arrays = [np.asarray(Image.open(path)) for path in paths]
-    from_files = inception_features(paths, batch_size=2, cache=tmp_path)
-    np.testing.assert_allclose(inception_features(arrays), from_files, atol=1e-4)
-    assert np.array_equal(inception_features(arrays, cache=tmp_path), from_files)
-    assert len(list(tmp_path.iterdir())) == 1
+    judge = extractor("inception-2015-12-05/clean")
+    found = [
+        extract(kind, [judge], transform=open_rgb, folder=tmp_path / str(number), batch_size=2)
+        for number, kind in enumerate((paths, arrays))
+    ]
+    assert np.array_equal(found[0][judge.name], found[1][judge.name])
+    assert len(list(tmp_path.rglob("*.*"))) == 2
 
 
 def test_distinct_captions_are_encoded_once():
@@ -481,7 +486,8 @@ def test_a_clip_judges_by_its_own_name_with_scores_and_recall(heldout, tmp_path,
     assert {f"clip_score_{name}", f"cmmd_{name}", f"clip_{name}_recall_at_1"} <= metrics.keys()
     images = sorted((tmp_path / "out" / "images").iterdir())
     captions = (tmp_path / "out" / "captions.txt").read_text().splitlines()
-    assert metrics[f"clip_score_{name}"] == pytest.approx(clip_score(images, captions, clip))
+    expected = clip_score_per_picture(images, captions, clip).mean()
+    assert metrics[f"clip_score_{name}"] == pytest.approx(expected)
     assert results["protocol"]["clip"] == {"model": clip, "prefix": "A photo depicts "}
     assert clip in results["protocol"]["weights_sha256"]
     assert results["categories"]  # agreement by kind of caption, by CLIP without an aligner
@@ -491,7 +497,7 @@ def test_a_clip_judges_by_its_own_name_with_scores_and_recall(heldout, tmp_path,
     (tmp_path / "out" / "captions.txt").write_text("\n".join([*captions[:-2], "one", "two"]))
     part = score(tmp_path / "out", heldout, tmp_path / "part", config)
     real = read_heldout(heldout).pictures[:-2]
-    expected = clip_score(real, captions[:-2], clip)
+    expected = clip_score_per_picture(real, captions[:-2], clip).mean()
     assert part["reference"]["real"][f"clip_score_{name}"] == pytest.approx(expected, abs=1e-5)
     assert part["reference"]["real"].keys() == results["reference"]["real"].keys()
     assert part["protocol"]["num_with_real"] == 10

@@ -14,7 +14,7 @@ from gigagan.evaluation.heldout import Gallery, read_gallery, read_heldout, subs
 from gigagan.evaluation.judges import naming
 from gigagan.evaluation.measure import evaluate, score
 from gigagan.evaluation.protocol import differing
-from gigagan.evaluation.setting import seed_of
+from gigagan.evaluation.setting import TEXT_ENCODER, seed_of
 from gigagan.models import pretrained
 from gigagan.models.generator import Generator
 from gigagan.training.captions import CaptionFeatures
@@ -248,7 +248,7 @@ def test_the_result_says_what_naming_hangs_on(evaluated):
     rules = results["protocol"]
     assert rules["naming_captions"] == {"trained": 16, "combination": 8, "unseen": 12}
     assert rules["naming"]["fitted"] == 24  # two of each concept in each style
-    assert naming.TEXT_ENCODER in rules["weights_sha256"]
+    assert TEXT_ENCODER in rules["weights_sha256"]
     other = {**rules, "naming": {**rules["naming"], "gallery_sha256": "0" * 64}}
     assert differing(rules, other)[0] == "naming"
 

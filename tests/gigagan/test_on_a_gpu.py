@@ -55,10 +55,10 @@ def players_and_inputs(config):
             torch.randn(B, read.pooled_width),
         )
 
-    small = None
+    given = ()
     if not is_base:
         shape = (B, 3, g.config.input_resolution, g.config.input_resolution)
-        small = (torch.randn(shape), torch.randn(shape))
+        given = (torch.randn(shape), torch.randn(shape))
     drawn = Draws(torch.rand(B) < 0.5, *torch.rand(3, B), *torch.rand(2, B, 2))
     is_augmented = bool(config.augment.diffaugment)
     inputs = Inputs(
@@ -66,10 +66,9 @@ def players_and_inputs(config):
         captions=[""] * B,
         text=text(),
         z_BZ=torch.randn(B, g.config.latent_dim),
-        small=small,
+        given=given,
         other_text=text(),
         has_other_B=(True, False, True, True),
-        crop=(0, 0),
         draws=(drawn if is_augmented else None,) * 3,
     )
     pairs = d.config.pairs

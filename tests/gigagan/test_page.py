@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from gigagan.inference.editing import Edit
-from gigagan.inference.page import BLEND, MIX, NOTHING, STYLE, Bucket, Table, TooFastError, prepare
+from gigagan.inference.page import BLEND, MIX, NOTHING, STYLE, Controls, Table, prepare
 from gigagan.inference.pictures import read_about
 
 SETTINGS = {
@@ -50,7 +50,7 @@ def table(tmp_path):
 
 
 def test_the_controls_reach_the_sampler_and_the_pictures_metadata(table):
-    path = table.draw(**SETTINGS)
+    path = table.draw(Controls(**SETTINGS))
     prompts, settings = table.sampler.asked[0]
     assert prompts == ["a bell"]
     assert settings == {"seed": 3, "truncation": 0.5, "edit": None, "upscale": True}
@@ -66,16 +66,16 @@ def test_the_controls_reach_the_sampler_and_the_pictures_metadata(table):
     ],
 )
 def test_every_change_is_the_edit_of_its_name(table, change, edit):
-    table.draw(**SETTINGS | {"change": change, "second": "a dog"})
+    table.draw(Controls(**SETTINGS | {"change": change, "second": "a dog"}))
     assert table.sampler.asked[0][1]["edit"] == edit
 
 
 @pytest.mark.parametrize("change", [NOTHING, MIX, BLEND, STYLE])
 def test_what_is_taken_up_again_draws_the_same(table, change):
-    table.draw(**SETTINGS | {"change": change, "second": "a dog", "upscale": False})
-    again = table.settings_of(table.folder / "picture-00001.png")
-    assert again[3] == change
-    table.draw(*again)
+    table.draw(Controls(**SETTINGS | {"change": change, "second": "a dog", "upscale": False}))
+    again = table.controls_of(table.folder / "picture-00001.png")
+    assert again.change == change
+    table.draw(again)
     first, second = table.sampler.asked
     assert first == second
     files = (read_about(path) for path in sorted(table.folder.iterdir()))
@@ -94,7 +94,7 @@ def test_what_is_taken_up_again_draws_the_same(table, change):
 )
 def test_what_is_wrong_is_said_and_nothing_is_drawn(table, changes, message):
     with pytest.raises(ValueError, match=message):
-        table.draw(**SETTINGS | changes)
+        table.draw(Controls(**SETTINGS | changes))
     assert not table.sampler.asked
 
 
@@ -106,23 +106,9 @@ def test_a_picture_beyond_the_pages_size_is_refused(table):
     assert Image.open(table.enlarge(Image.new("I;16", (5, 3)), "x", 0)).size == (20, 12)
 
 
-def test_the_bucket_gives_its_burst_then_the_rate():
-    now = [0.0]
-    bucket = Bucket(rate=60, burst=2, clock=lambda: now[0])
-    bucket.take()
-    bucket.take()
-    with pytest.raises(TooFastError, match="wait 1 seconds"):
-        bucket.take()
-    now[0] = 1.0
-    bucket.take()
-    with pytest.raises(TooFastError):
-        bucket.take()
-
-
 def test_old_pictures_go(table):
-    table.bucket = Bucket(1e9, 1_000_000)
     for _ in range(60):
-        table.draw(**SETTINGS)
+        table.draw(Controls(**SETTINGS))
     assert len(list(table.folder.iterdir())) == 48
 
 

@@ -57,7 +57,7 @@ def test_a_picture_of_too_many_pixels_is_refused_by_its_header(tmp_path, monkeyp
         open_picture(tmp_path / "huge.png")
     monkeypatch.setattr(pictures, "MAX_PIXELS", 10)
     Image.new("RGB", (11, 1)).save(tmp_path / "x.png")
-    with pytest.raises(PictureError, match="11×1"):
+    with pytest.raises(PictureError, match="11 × 1"):
         open_picture(tmp_path / "x.png")
 
 

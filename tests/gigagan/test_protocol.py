@@ -13,7 +13,7 @@ from gigagan.evaluation.protocol import (
     named,
 )
 
-FIXED = [rules for rules in PROTOCOLS.values() if rules.is_fixed]
+FIXED = [rules for rules in PROTOCOLS.values() if rules.num_generated is not None]
 
 
 def test_the_settings_offer_exactly_the_protocols_that_there_are():

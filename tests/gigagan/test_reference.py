@@ -472,16 +472,15 @@ def players(config):
 
 def inputs_of(config, has_other=(True, True, False)):
     side = config.discriminator.resolution
-    small = None if isinstance(config, TrainBaseConfig) else (randn(B, 3, 8, 8), randn(B, 3, 8, 8))
+    given = () if isinstance(config, TrainBaseConfig) else (randn(B, 3, 8, 8), randn(B, 3, 8, 8))
     return Inputs(
         real=[x.detach() for x in images(side)],
         captions=["a", "b", "c"],
         text=captions(4, 7, 2),
         z_BZ=randn(B, 5),
-        small=small,
+        given=given,
         other_text=captions(3, 1, 5),
         has_other_B=tuple(has_other),
-        crop=(0, 0),
     )
 
 
@@ -600,7 +599,7 @@ def test_upsampler_step_adds_both_distances_to_the_target():
     fakes = step.synthesize(made.generator, inputs)
     step.generator_loss(made, ENLARGE, inputs, fakes, auxiliary_strength=0.0).loss.backward()
 
-    fake = naive.upsampler(made.generator, *inputs.small, inputs.z_BZ, inputs.text)
+    fake = naive.upsampler(made.generator, *inputs.given, inputs.z_BZ, inputs.text)
     total = naive.logistic(-1, naive.discriminator(d, fake, inputs.text), made.weights)
     for b, (ours, theirs) in enumerate(zip(fake[0], inputs.real[0], strict=True)):
         total = total + 0.7 * (ours - theirs).abs().mean() / B

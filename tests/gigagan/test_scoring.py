@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from data.config import ScoreConfig
-from gigagan.evaluation.judges.alignment import clip_score
+from gigagan.evaluation.judges.alignment import clip_score_per_picture
 from gigagan.models.pretrained import WEIGHTS_VARIABLE
 from gigagan.scoring import _device, encoders
 
@@ -43,7 +43,7 @@ def test_the_similarity_of_a_clip_is_what_a_clip_score_averages(clip, images):
     vectors = made.image_features(images), made.text_features(CAPTIONS)
     similarity_N = made.similarity(*vectors)
     assert [len(v) for v in (*vectors, similarity_N)] == [3, 3, 3]
-    expected = clip_score(images, CAPTIONS, CLIP, prefix="")
+    expected = clip_score_per_picture(images, CAPTIONS, CLIP, prefix="").mean()
     assert similarity_N.mean() == pytest.approx(expected, abs=1e-5)
     assert (made.unsafe, made.aesthetic, made.fit_similarity) == (None, None, None)
 

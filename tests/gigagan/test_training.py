@@ -24,7 +24,7 @@ from gigagan.models.upsampler import Upsampler
 from gigagan.training import __main__ as training_main
 from gigagan.training import checkpoint, inputs, loop, step
 from gigagan.training.captions import CaptionFeatures, RecentCaptions
-from gigagan.training.distributed import World
+from gigagan.training.distributed.world import World
 from gigagan.training.ema import Ema
 from gigagan.training.guard import Divergence
 from gigagan.training.logs import Log
@@ -285,7 +285,7 @@ def test_the_upsampler_is_fed_the_small_version_of_its_own_target(tmp_path):
     )  # fmt: skip
     made = players(config)
     inputs = draw(config, made, ShadeBatch(3, 4, 16), 0)
-    torch.testing.assert_close(inputs.small[0], inputs.real[0][:, :, ::2, ::2])
+    torch.testing.assert_close(inputs.given[0], inputs.real[0][:, :, ::2, ::2])
     run(config, tmp_path, side=16)
     assert (tmp_path / "snapshot.safetensors").is_file()
 

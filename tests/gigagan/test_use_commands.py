@@ -1,4 +1,3 @@
-import hashlib
 import json
 
 import pytest
@@ -138,10 +137,6 @@ OTHERS = {
     "strip": (["edit", "truncate", PROMPT, "--out", "."], "strip.png"),
     "gif": (["edit", "walk", PROMPT, "--frames", "2", "--out", "w.gif"], "w.gif"),
     "mp4": (["edit", "walk", PROMPT, "--frames", "2", "--out", "w.mp4"], "w.mp4"),
-    "direction": (
-        ["edit", "direction", "--without", "a", "--having", "b", "--out", "d.v1"],
-        "d.v1.safetensors",
-    ),
     "upscale": (["upscale", "in/x.png", "--prompt", PROMPT, "--out", "."], "x.png"),
     "snapshot": (["export", "BASE", "small.safetensors"], "small.safetensors"),
     "onnx": (["export", "BASE", "x.onnx", "--prompt", PROMPT], "x.onnx"),
@@ -184,12 +179,9 @@ def test_no_command_writes_over_what_it_did_not_make(networks, tmp_path, capsys,
         (["edit", "mix", "a cat", "a dog", "--crossover", "99"], "crossover=99"),
         (["edit", "swap", "a cat", "--style-seed", "4", "--crossover", "-1"], "crossover=-1"),
         (["edit", "swap", "a cat", "--style-seed", "-4"], "--style-seed -4"),
-        (["edit", "move", "a cat", "--along", "d", "--strengths", "nan"], "--strengths nan"),
-        (["edit", "move", "a cat", "--along", "d", "--strengths", "0", "inf"], "--strengths inf"),
         (["edit", "truncate", "a cat", "--truncation", "nan"], "--truncation nan"),
         (["edit", "truncate", "a cat", "--steps", "1"], "--steps 1"),
         (["edit", "interpolate", "a cat", "  "], "prompt is empty"),
-        (["edit", "direction", "--without", "a", "--having", "b", "c"], "give pairs"),
         (["edit", "walk", "a cat", "--frames", "1", "--out", "o/w.gif"], "frames=1"),
         (["edit", "walk", "a cat", "--fps", "0", "--out", "o/w.gif"], "fps=0"),
         (["edit", "walk", "a cat", "--out", "o/w.avi"], "as .gif or .mp4"),
@@ -262,21 +254,6 @@ def test_ctrl_c_of_training_is_one_line_and_status_130(monkeypatch, capsys):
     monkeypatch.setattr("gigagan.training.__main__.main", interrupt)
     assert main(["train", "--config", "x"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
-
-
-def test_a_direction_is_found_and_moved_along(networks, tmp_path, capsys):
-    file, out = tmp_path / "d.safetensors", tmp_path / "o"
-    pairs = ["--without", "a cat", "a dog", "--having", "a red cat", "a red dog"]
-    assert main(["edit", "direction", *networks, *pairs, "--out", str(file)]) == 0
-    along = ["--along", str(file), "--strengths", "-1", "0.5"]
-    assert main(["edit", "move", *networks, "a cat", *along, "--out", str(out)]) == 0
-    along = read_about(out / "001.png")["along"]
-    assert along == {
-        "file": "d.safetensors",
-        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-        "strength": 0.5,
-        "space": "w",
-    }
 
 
 def test_without_the_encoders_weights_the_file_to_place_is_named(tmp_path, capsys, monkeypatch):

@@ -48,7 +48,8 @@ from gigagan.training import checkpoint, loop, step
 from gigagan.training.augment import Augment
 from gigagan.training.auxiliary import Auxiliary
 from gigagan.training.captions import CaptionFeatures, RecentCaptions
-from gigagan.training.distributed import GradientReducer, World, join
+from gigagan.training.distributed.reducer import GradientReducer
+from gigagan.training.distributed.world import World, join
 from gigagan.training.inputs import draw, split
 from gigagan.training.logs import Log
 from gigagan.training.run import Run
@@ -255,7 +256,7 @@ def full_disk(at):
     save = torch.save
 
     def refused(state, file):
-        if Path(getattr(file, "name", "")).stem in {f"images-{n:010d}" for n in at}:
+        if Path(getattr(file, "name", "")).name in {f"images-{n:010d}.pt.partial" for n in at}:
             file.write(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
         return save(state, file)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from kubernetes.utils.quantity import parse_quantity
 
-from flows.config import ROOT
 from flows.serve import services
 from tests.flows.conftest import postgres, s3_server, wait_for  # noqa: F401  (fixtures)
 
+ROOT = Path(__file__).resolve().parents[2]
 INFRA = ROOT / "infra"
 DOCKER = INFRA / "docker"
 KEPT = ("PATH", "HOME", "PYTHONPATH")

@@ -7,8 +7,9 @@ import re
 import pytest
 import yaml
 
-from flows.config import ROOT, PipelineConfig, parse_assignments
-from tests.infra.conftest import INFRA, run, tool
+from flows.config import PipelineConfig
+from gigagan.common.settings import parse_assignments
+from tests.infra.conftest import INFRA, ROOT, run, tool
 
 SLURM = INFRA / "slurm"
 PLACES = {"slurm": SLURM / "resources.yaml", "kubernetes": INFRA / "k8s/resources.yaml"}

@@ -7,8 +7,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from flows.config import ROOT
-from tests.infra.conftest import DOCKER, run, tool
+from tests.infra.conftest import DOCKER, ROOT, run, tool
 
 IMAGES = sorted(DOCKER.glob("*.Dockerfile"))
 NAMES = [path.name for path in IMAGES]
@@ -85,7 +84,7 @@ def test_servers_come_without_torch_and_conductors_without_cuda_and_none_with_te
 
 def test_the_training_image_can_start_what_launchers_start():
     for module in ("gigagan.training", "torch.distributed.run"):
-        done = run([sys.executable, "-m", module, "--help"], cwd=ROOT)
+        done = run([sys.executable, "-m", module, "--help"])
         assert done.returncode == 0, done.stderr
 
 

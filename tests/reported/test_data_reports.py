@@ -186,7 +186,7 @@ def test_every_named_format_passes_the_fetch(kind):
 
 
 def test_sixteen_bit_grey_is_the_same_everywhere(tmp_path):
-    from data.decode import decode
+    from gigagan.common.pictures import decode
     from gigagan.evaluation.judges.features import open_rgb
     from gigagan.inference.pictures import open_picture
 
@@ -209,8 +209,8 @@ def test_metadata_addresses_of_clouds_are_not_public():
 
 
 def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded():
-    from data.decode import decode
     from data.web.fetch import _checked
+    from gigagan.common.pictures import decode
 
     stored = io.BytesIO()
     Image.new("RGB", (512, 512), "red").save(stored, "JPEG", progressive=True)

@@ -63,10 +63,10 @@ UPSTREAMS = {
     "": "write it as STAGE=WHERE",
 }
 ASSIGNMENTS = {
-    "filter.min_side": "write it as KEY=VALUE",
-    "=3": "write it as KEY=VALUE",
-    "": "write it as KEY=VALUE",
-    "download.metadata=[a": "'download.metadata=[a': the value is not YAML",
+    "filter.min_side": "write key=value",
+    "=3": "write key=value",
+    "": "write key=value",
+    "download.metadata=[a": "download.metadata=[a: the value is not YAML",
     "resources.score.env={a: !!python/object:os.system x}": "the value is not YAML",
     "name=a/b": "name = 'a/b'",
     "evaluate.captions=7": "evaluate.captions = 7",

@@ -23,7 +23,6 @@ COMMANDS: dict[str, list[str]] = {
     "upscale: picture": ["upscale", "WRONG", "--prompt", PROMPT],
     "upscale: upsampler": ["upscale", "good.png", "--prompt", PROMPT, "--upsampler", "WRONG"],
     "edit: base": ["edit", "mix", PROMPT, PROMPT, "--base", "WRONG"],
-    "edit: direction": ["edit", "move", PROMPT, "--along", "WRONG"],
     "export: snapshot": ["export", "WRONG", "OUT/small.safetensors"],
     "evaluate: captions": ["evaluate", "--heldout", "WRONG"],
     "evaluate: settings": ["evaluate", "--heldout", "good", "--config", "WRONG"],

@@ -1,6 +1,6 @@
 """Do pictures show what their captions say, and do several of one caption differ?
 
-Pure functions of features or pixels, but for `clip_score`, which runs the model that it names.
+Pure functions of features or pixels, but for the CLIP score, which runs the model that is named.
 Shape letters: N M pictures, P prompts, Z latents per prompt, H W image, C colour, D features.
 """
 
@@ -157,20 +157,6 @@ def lpips_diversity(images_PZHWC: np.ndarray, distance: nn.Module) -> float:
             first, second = zip(*pairs, strict=True)
             per_prompt.append(distance(x_ZCHW[list(first)], x_ZCHW[list(second)]).mean().item())
     return float(np.mean(per_prompt))
-
-
-def clip_score(
-    pictures: Sequence[Picture],
-    captions: Sequence[str],
-    name: str,
-    *,
-    prefix: str = CLIP_PREFIX,
-    device: torch.device | str = "cpu",
-    batch_size: int = 16,
-) -> float:
-    """Mean of `clip_score_per_picture`, which has the rules."""
-    settings: dict[str, Any] = {"prefix": prefix, "device": device, "batch_size": batch_size}
-    return float(clip_score_per_picture(pictures, captions, name, **settings).mean())
 
 
 def clip_score_per_picture(

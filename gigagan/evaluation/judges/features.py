@@ -10,30 +10,26 @@ import hashlib
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
-from data.gray import eight_bits
+from gigagan.common import pictures as reading
+from gigagan.common.files import PARTIAL, sha256_of
+from gigagan.common.progress import Progress, silent
 from gigagan.evaluation.devices import Device, Team, deal
 from gigagan.models import pretrained
-
-Progress = Callable[[str, int, int | None], None]
-"""Called with (what, done, total)."""
 
 Picture = Path | Image.Image | np.ndarray
 """A file, a PIL image, or an RGB array [H, W, 3] of uint8."""
 
 log = logging.getLogger(__name__)
 
-MAX_TEXT_BYTES = 2**28
-"""Of what may be written in a PNG, unpacked: editors keep whole histories there."""
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_TEXT_BYTES
-_READING = "16 bits scaled, crops rounded to even"
+_READING = "sRGB, upright, 16 bits scaled, crops rounded to even"
 """How files become what is judged: a part of the names of what is kept of them."""
 
 
@@ -50,25 +46,11 @@ def _clean_resize(image_HWC: np.ndarray) -> np.ndarray:
     return _clean_resizer()(image_HWC)
 
 
-def silent(what: str, done: int, total: int | None) -> None:
-    """Report nothing."""
-
-
 def open_rgb(picture: Picture) -> Image.Image:
-    """Load a picture as RGB: 16 bits scaled to 8, transparency put on white, as a page shows it."""
+    """A picture as RGB, files by the same rules as in training: see `gigagan.common.pictures`."""
     if isinstance(picture, np.ndarray):
         return Image.fromarray(picture)
-    return as_rgb(Image.open(picture) if isinstance(picture, Path) else picture)
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as RGB."""
-    if image.mode.startswith(("I", "F")):
-        return Image.fromarray(eight_bits(image)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return reading.read(picture) if isinstance(picture, Path) else reading.as_rgb(picture)
 
 
 def square(picture: Picture, px: int) -> Image.Image:
@@ -76,15 +58,7 @@ def square(picture: Picture, px: int) -> Image.Image:
 
     It is the identity for a picture of that size already.
     """
-    image = open_rgb(picture)
-    image = _centre(image, min(image.size))
-    return image if image.width == px else image.resize((px, px), Image.Resampling.LANCZOS)
-
-
-def _centre(image: Image.Image, side: int) -> Image.Image:
-    """The square in the middle; half a pixel goes to the even side, as in torchvision's crop."""
-    left, top = (round((whole - side) / 2) for whole in image.size)
-    return image.crop((left, top, left + side, top + side))
+    return reading.square(open_rgb(picture), px)
 
 
 # ---- one pass over pictures for several judges -----------------------------------------------
@@ -238,7 +212,7 @@ def extract(
     for before PictureError names them; then no file is left.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    partials = {one.name: folder / f"{_file_name(one)}.partial.npy" for one in extractors}
+    partials = {one.name: folder / f"{_file_name(one)}.npy{PARTIAL}" for one in extractors}
     maps = {
         one.name: np.lib.format.open_memmap(
             partials[one.name], "w+", dtype=np.float32, shape=(len(pictures), one.width)
@@ -298,8 +272,7 @@ def reference(
     """
     digest = hashlib.sha256()
     for picture in pictures:
-        with picture.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(sha256_of(picture)))
     found: dict[str, np.ndarray] = {}
     for one in extractors:
         described = f"{_READING}|{transform_name}|{one.name}|{pretrained.sha256(one.weights)}"
@@ -353,7 +326,7 @@ def _prepared(
     def prepare(picture: Picture) -> list[np.ndarray] | str:
         try:
             image = transform(picture)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError) as error:
             return f"{picture if isinstance(picture, Path) else 'a picture'}: {error}"
         return [one.prepare(image) for one in extractors]
 
@@ -387,43 +360,6 @@ def legacy_resize(image_HWC: np.ndarray, px: int = 299) -> np.ndarray:
         weight = (place - low).astype(np.float32).reshape(shape)
         x = x.take(low, axis) * (1 - weight) + x.take(high, axis) * weight
     return x
-
-
-def inception_features(
-    pictures: Sequence[Picture],
-    *,
-    px: int | None = None,
-    device: torch.device | str = "cpu",
-    batch_size: int = 16,
-    cache: Path | None = None,
-    progress: Progress = silent,
-) -> np.ndarray:
-    """Features [N, 2048] in float32 of the FID Inception after clean-fid's `clean` resize.
-
-    Pictures are first made square at `px`, if given. With `cache`, a folder, features of the same
-    pixels are read back from it: the name of a file is the hash of what it was computed from.
-    """
-    key = None
-    if cache is not None:
-        key = cache / f"inception-{_content(pictures, px)}.npy"
-        if key.is_file():
-            return np.load(key)
-
-    network = pretrained.inception(device)
-    parts = [np.empty((0, 2048), np.float32)]
-    for start in range(0, len(pictures), batch_size):
-        batch = [_at_299(picture, px) for picture in pictures[start : start + batch_size]]
-        x_NCHW = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
-        parts.append(network(x_NCHW).float().cpu().numpy())
-        progress("Inception features", min(start + batch_size, len(pictures)), len(pictures))
-    features_ND = np.concatenate(parts)
-
-    if key is not None:
-        key.parent.mkdir(parents=True, exist_ok=True)
-        partial = key.with_suffix(".partial.npy")
-        np.save(partial, features_ND)
-        partial.replace(key)
-    return features_ND
 
 
 def image_vectors(
@@ -486,20 +422,4 @@ def _clip_pixels(picture: Picture, px: int) -> np.ndarray:
     image = open_rgb(picture)
     short = min(image.size)
     width, height = (int(px * side / short) for side in image.size)
-    return np.asarray(_centre(image.resize((width, height), Image.Resampling.BICUBIC), px))
-
-
-def _at_299(picture: Picture, px: int | None) -> np.ndarray:
-    image = open_rgb(picture) if px is None else square(picture, px)
-    return _clean_resize(np.asarray(image))
-
-
-def _content(pictures: Iterable[Picture], px: int | None) -> str:
-    """Hash of the judge, of the preparation and of every picture."""
-    judge = pretrained.sha256("inception-2015-12-05")
-    digest = hashlib.sha256(f"{_READING}|{judge} clean {px}".encode())
-    for picture in pictures:
-        image = open_rgb(picture)
-        digest.update(repr(image.size).encode())
-        digest.update(hashlib.sha256(image.tobytes()).digest())
-    return digest.hexdigest()[:32]
+    return np.asarray(reading.centre(image.resize((width, height), Image.Resampling.BICUBIC), px))

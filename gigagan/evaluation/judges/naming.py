@@ -25,14 +25,13 @@ from gigagan.evaluation.findings import Findings
 from gigagan.evaluation.heldout import SPLITS, Gallery, Heldout
 from gigagan.evaluation.judges.features import extract, extractor, reference, square, text_vectors
 from gigagan.evaluation.judges.statistics import bootstrap
-from gigagan.evaluation.setting import INCEPTION, Setting
+from gigagan.evaluation.setting import INCEPTION, TEXT_ENCODER, Setting
 from gigagan.models import pretrained
 from gigagan.models.aligner import fit_aligner
 
 CAPTIONS = 192
-"""Of each split at most so many are asked for."""
+"""Most captions of each split that pictures are drawn for."""
 PX = 16
-TEXT_ENCODER = "embedded:minilm-l6"
 RANKS = (1, 5)
 RIDGE = 1.0
 _CHUNK = 64
@@ -103,15 +102,15 @@ def rivals(gallery: Gallery, asked: Sequence[int]) -> np.ndarray:
 
 
 class Ranks(NamedTuple):
-    """Where each asked one finds its own."""
+    """For N pictures: where each finds its own caption among the rivals, by distance."""
 
     rank_N: np.ndarray
     """From 1; those that are equally near share the mean of their ranks."""
     count_N: np.ndarray
-    """Among how many."""
+    """Rivals that it is ranked among, its own counted."""
 
     def of(self, rows: list[int]) -> Ranks:
-        """Those of some rows."""
+        """The ranks of these rows alone."""
         return Ranks(self.rank_N[rows], self.count_N[rows])
 
 
@@ -180,7 +179,7 @@ class Judge:
     gallery: Gallery
     fitted: Sequence[int]
     features_FD: np.ndarray
-    """Of the real pictures it is fitted on."""
+    """Features of the real pictures that the projections are fitted on."""
     texts_GE: torch.Tensor
     """Vectors of the gallery's captions."""
 

@@ -54,7 +54,7 @@ class Memorisation:
     sample_median: float
     """Median cosine of a sample to its nearest training picture."""
     real_median: float
-    """The same of held-out real pictures."""
+    """Median cosine of a held-out real picture to its nearest training picture."""
     share_closer: float
     """Share of samples nearer to training than 99 % of held-out pictures are; 0.01 is chance."""
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from data.lettering import wrapped, write
+from gigagan.common.files import write_aside
+from gigagan.common.lettering import wrapped, write
 
 _MARGIN = 8
 _FONT_PX = 13
@@ -18,10 +19,8 @@ _INK = "#202020"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write atomically: a reader sees the old file or the new one, never half."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    partial.replace(path)
+    """Write as people read it, whole or not at all."""
+    write_aside(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_results(path: Path) -> dict[str, Any]:

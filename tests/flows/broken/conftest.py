@@ -83,10 +83,14 @@ class Installation:
     def start(self) -> None:
         """Server, definitions, worker."""
         self.start_server()
-        code = "from flows.serve.bootstrap import bootstrap; bootstrap(zombie_after_s=40)"
-        subprocess.run(
-            [sys.executable, "-c", code], env=self.environment, cwd=settings.ROOT, check=True
+        code = (
+            "from flows.serve import bootstrap\n"
+            "every = bootstrap.deployments()\n"
+            "of_smoke = [one for one in every if one['name'] == 'smoke']  # the only ones started here\n"
+            "bootstrap.deployments = lambda: of_smoke\n"
+            "bootstrap.bootstrap(zombie_after_s=40)"
         )
+        subprocess.run([sys.executable, "-c", code], env=self.environment, check=True)
         self.start_worker()
 
     def start_server(self) -> None:
@@ -103,7 +107,6 @@ class Installation:
             return subprocess.Popen(
                 [sys.executable, "-m", *module],
                 env=self.environment,
-                cwd=settings.ROOT,
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
@@ -114,7 +117,6 @@ class Installation:
         return subprocess.run(
             [sys.executable, "-m", *module],
             env=self.environment,
-            cwd=settings.ROOT,
             capture_output=True,
             text=True,
             check=True,
@@ -296,7 +298,6 @@ def _run_here(folder: Path, stages: list[str], changes: dict) -> None:
     subprocess.run(
         [sys.executable, "-m", *command, "--stages", *stages],
         env=environment,
-        cwd=settings.ROOT,
         check=True,
         stdout=subprocess.DEVNULL,
     )
@@ -320,7 +321,7 @@ def _nothing_is_left_behind(request):
     if "site" in request.fixturenames:
         site = request.getfixturevalue("site")
         wait_for(lambda: not site.left_behind(), 60)
-        wait_for(lambda: site.slots() == 0, 5)
+        wait_for(lambda: site.slots() == 0, 60)
 
 
 def output(store: Path) -> Path:

@@ -12,7 +12,7 @@ from tests.flows.broken.conftest import (
     wait_for,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_sigkill_of_the_flow_crashes_the_run_and_a_retry_resumes_to_equal_weights(

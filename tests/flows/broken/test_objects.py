@@ -9,7 +9,7 @@ from flows.config import PipelineConfig
 from tests.flows.broken.conftest import LOGGED, Installation, logged, mlflow_states
 from tests.flows.gate import gate_to
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 URL = "s3://broken/outputs"
 

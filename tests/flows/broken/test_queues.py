@@ -8,7 +8,7 @@ import pytest
 
 from tests.flows.broken.conftest import LOGGED, logged, mlflow_states, output, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_cancel_in_mid_training_saves_its_state_and_a_new_run_resumes_from_it(site, store):

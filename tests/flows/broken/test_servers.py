@@ -20,7 +20,7 @@ from tests.flows.broken.conftest import (
     wait_for,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SECRETS = {
     "PREFECT_API_AUTH_STRING": "admin:pw-of-prefect-61b2",

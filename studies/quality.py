@@ -1,4 +1,4 @@
-"""`python -m bench.quality`: pictures of gigagan-pytorch and of ours, judged by the same rules.
+"""Pictures of gigagan-pytorch and of ours, judged by the same rules.
 
 - `train-rival` trains gigagan-pytorch for a given processor time on our shards, without text.
 - `draw` draws from a snapshot of ours with captions of the training shards.
@@ -15,11 +15,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from bench import rivals
 from data.shards.loader import ShardLoader
 from gigagan.evaluation.heldout import read_heldout
 from gigagan.evaluation.judges.distances import frechet_distance, kernel_distance, prdc
-from gigagan.evaluation.judges.features import Picture, inception_features
+from gigagan.evaluation.judges.features import Picture, extract, extractor, square
 from gigagan.seeds import derived
 
 LAYOUTS = tuple(layout for layout, side in rivals.GENERATORS if side == 32)
@@ -262,18 +262,16 @@ def compare(
     px: int,
     num: int = NUM_SAMPLES,
     seed: int = 0,
-    cache: Path | None = None,
 ) -> str:
     """A Markdown table for each real set; a row of real pictures says what no set can go below.
 
     Of a real set twice `num` pictures are drawn and split into reference and floor; one with fewer
     is the reference as a whole (up to `num`), and the floor is between its halves.
     """
-    settings: dict[str, Any] = {"px": px, "cache": cache, "progress": _progress}
-    features = {name: inception_features(read_pictures(p), **settings) for name, p in sets}
+    features = {name: _features(read_pictures(p), px) for name, p in sets}
     tables = []
     for path in real:
-        real_ND = inception_features(real_pictures(path, 2 * num, seed), **settings)
+        real_ND = _features(real_pictures(path, 2 * num, seed), px)
         reference_ND, halves = real_ND[:num], (real_ND[:num], real_ND[num:])
         if len(real_ND) < 2 * num:
             cut = len(reference_ND) // 2
@@ -282,6 +280,20 @@ def compare(
         rows += [_row(name, reference_ND, found_ND) for name, found_ND in features.items()]
         tables.append("\n".join([_title(path, px, reference_ND), *HEAD, *rows]))
     return "\n\n".join(tables)
+
+
+def _features(pictures: Sequence[Picture], px: int) -> np.ndarray:
+    """Inception's features [N, 2048] of pictures brought to `px`."""
+    judge = extractor("inception-2015-12-05/clean")
+    with tempfile.TemporaryDirectory() as folder:
+        found = extract(
+            pictures,
+            [judge],
+            transform=lambda picture: square(picture, px),
+            folder=Path(folder),
+            progress=_progress,
+        )
+        return np.array(found[judge.name])
 
 
 HEAD = (
@@ -333,7 +345,7 @@ def _named_file(text: str) -> tuple[str, Path]:
 
 def parser() -> argparse.ArgumentParser:
     """The three commands."""
-    root = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__)
+    root = argparse.ArgumentParser(description=__doc__)
     commands = root.add_subparsers(dest="command", required=True)
 
     p = commands.add_parser("train-rival", help="train gigagan-pytorch on our shards")
@@ -358,7 +370,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--px", type=int, default=32, help="side to which both sides are brought")
     p.add_argument("--num", type=int, default=NUM_SAMPLES, help="real pictures of a reference")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--cache", type=Path, help="folder of features that were computed before")
     return root
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, features
 
-from data.lettering import length, wrapped, write
 from data.look.sheet import Tile, contact_sheet
+from gigagan.common.lettering import length, wrapped, write
 
 PAIRS = {  # of letters that are as wide: boxes for both would be equal pictures
     "German": ("ü", "ö"), "Chinese": ("猫", "犬"), "Japanese": ("あ", "お"), "Korean": ("고", "기"),

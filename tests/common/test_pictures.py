@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, PngImagePlugin
 
-from data import decode as decoding
-from data.decode import UndecodableError, decode, open_picture, square
+from gigagan.common import pictures as decoding
+from gigagan.common.pictures import UndecodableError, decode, open_picture, square
 
-sys.path.append(str(Path(__file__).parent))  # several folders are called `tests`
+sys.path.append(str(Path(__file__).parents[1] / "data"))  # several folders are called `tests`
 import bombs
 
 GRADIENT_HW = np.linspace(0, 255, 35, dtype=np.uint8).reshape(5, 7)
@@ -375,3 +375,19 @@ def test_square_takes_the_middle():
     image = Image.new("RGB", (9, 3), "white")
     image.paste("blue", (3, 0, 6, 3))
     assert (np.asarray(square(image, 2)) == (0, 0, 255)).all()
+
+
+def test_half_a_pixel_of_a_crop_goes_to_the_even_side():
+    for width, left in ((6, 2), (8, 2), (10, 4), (12, 4)):
+        row = np.arange(width, dtype=np.uint8)[None, :, None].repeat(3, 2).repeat(3, 0)
+        found = np.asarray(square(Image.fromarray(row), 3))
+        assert found[0, :, 0].tolist() == [left, left + 1, left + 2], width
+
+
+def test_a_file_is_read_as_its_bytes_are_but_for_huge_ones(tmp_path, monkeypatch):
+    path = tmp_path / "x.png"
+    path.write_bytes(SEEDS["png"])
+    assert decoding.read(path).tobytes() == decode(SEEDS["png"]).tobytes()
+    monkeypatch.setattr(decoding, "MAX_BYTES", 10)
+    with pytest.raises(UndecodableError, match=r"too many bytes: .* at most 10 are read"):
+        decoding.read(path)

@@ -159,3 +159,7 @@ def draw(found: Initial, path: Path) -> None:
         axes[0, column].set_ylim(0.03, 30)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Bytes of any picture that the web sends → RGB as its author saw it.
+"""Bytes of any picture → RGB as its author saw it: one way for scores, training, judges and use.
 
 Hostile bytes end in UndecodableError and nothing else; what they may claim of memory is bounded by
 the pixel cap, which is read from the header. Of time only the scans of a JPEG are bounded here: the
@@ -15,16 +15,18 @@ import warnings
 import zlib
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
-
-from data.gray import eight_bits
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "JPEG2000", "PPM", "QOI", "ICO")
 """Pillow's readers of what is fetched and decoded. Others run programs (EPS), or are for no
 photographs."""
 MAX_PIXELS = 100_000_000
+MAX_BYTES = 1_000_000_000
+"""Of a file: 100 megapixels with four channels of 16 bits, not packed, are 800 million."""
 MAX_SCANS = 100
 """Passes over a JPEG, each over all of its pixels though it may have next to no bytes. Progressive
 ones have some 10; libtiff stops at as many as this for JPEGs in a TIFF."""
@@ -52,8 +54,8 @@ class UndecodableError(ValueError):
     def __init__(self, kind: str, why: str) -> None:
         super().__init__(kind, why)  # which is how it goes from process to process
         self.kind = kind
-        """`not a picture`, `truncated`, `too many pixels`, `too many scans`, `too slow`, or
-        `broken`."""
+        """`not a picture`, `truncated`, `too many pixels`, `too many bytes`, `too many scans`,
+        `too slow`, or `broken`."""
 
     def __str__(self) -> str:
         return ": ".join(self.args)
@@ -70,7 +72,7 @@ class Picture(NamedTuple):
     image: Image.Image
     """RGB, perhaps reduced."""
     width: int
-    """Of the whole picture, the right way up, px."""
+    """Width in px of the whole picture, the right way up."""
     height: int
 
 
@@ -107,6 +109,18 @@ def check(data: bytes, max_pixels: int) -> None:
         raise UndecodableError("not a picture", f"begins with {data[:8]!r}") from error
     if width * height > max_pixels:
         raise UndecodableError("too many pixels", f"{width * height}, {max_pixels} allowed")
+
+
+def read(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The picture in a file, as `decode` makes it.
+
+    Raises:
+        UndecodableError: as `decode`, or more than MAX_BYTES.
+        OSError: the file cannot be read.
+    """
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise UndecodableError("too many bytes", f"{size:,}, at most {MAX_BYTES:,} are read")
+    return decode(path.read_bytes(), max_pixels=max_pixels)
 
 
 def decode(
@@ -183,8 +197,8 @@ def _loaded(image: Image.Image, at_least: int | None) -> Image.Image:
         image.draft(None, (wanted[0], wanted[1]))  # only JPEG can; never goes below
     image.load()
     if image.mode not in ("P", "1") and not image.mode.startswith(("I", "F")):
-        return _rgb(_reduced(image, at_least))
-    return _reduced(_rgb(image), at_least)  # these modes cannot be averaged
+        return as_rgb(_reduced(image, at_least))
+    return _reduced(as_rgb(image), at_least)  # these modes cannot be averaged
 
 
 def _reduced(image: Image.Image, at_least: int | None) -> Image.Image:
@@ -200,7 +214,8 @@ def _upright(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A loaded picture of any mode as RGB in sRGB: 16 bits scaled to 8, transparency on white."""
     profile = image.info.get("icc_profile")
     if image.mode.startswith(("I", "F")):
         return Image.fromarray(eight_bits(image)).convert("RGB")
@@ -214,6 +229,27 @@ def _rgb(image: Image.Image) -> Image.Image:
     if profile:
         image = _in_srgb(image, profile)
     return image.convert("RGB")
+
+
+def eight_bits(image: Image.Image) -> np.ndarray:
+    """Deep gray to uint8: 16-bit values by their range, others by the range they seem to have.
+
+    Pillow's own conversion clips at 255, which turns a 16-bit picture white.
+    """
+    deep_HW = np.asarray(image)
+    top = float(np.max(deep_HW, initial=0, where=np.isfinite(deep_HW)))
+    if image.mode.startswith("I;16"):
+        top = 65535.0
+    elif image.mode == "F" and top <= 1:
+        top = 1.0
+    elif top <= 65535:
+        top = 255.0 if top <= 255 else 65535.0
+    flat_HW = np.empty(deep_HW.shape, np.uint8)
+    for start in range(0, len(deep_HW), 64):  # rows at a time: a whole one of floats is 8 × as big
+        with np.errstate(invalid="ignore", over="ignore"):  # of floats that are no numbers
+            rows = np.nan_to_num(deep_HW[start : start + 64] * (255 / top))
+        flat_HW[start : start + 64] = np.rint(np.clip(rows, 0, 255))
+    return flat_HW
 
 
 # ---- colour ------------------------------------------------------------------------------------
@@ -247,12 +283,22 @@ def _to_srgb(profile: bytes) -> ImageCms.ImageCmsTransform | None:
     return ImageCms.ImageCmsTransform(source, target, mode, "RGB")
 
 
+# ---- crops -------------------------------------------------------------------------------------
+
+
 def square(image: Image.Image, side: int) -> Image.Image:
-    """Centre-crop to the short side and resize to `side` px, antialiased (Lanczos)."""
-    short = min(image.size)
-    left, top = (image.width - short) // 2, (image.height - short) // 2
-    middle = image.crop((left, top, left + short, top + short))
-    return middle.resize((side, side), Image.Resampling.LANCZOS)
+    """Centre-crop to the short side and resize to `side` px, antialiased (Lanczos).
+
+    It is the identity for a picture of that size already.
+    """
+    middle = centre(image, min(image.size))
+    return middle if middle.width == side else middle.resize((side, side), Image.Resampling.LANCZOS)
+
+
+def centre(image: Image.Image, side: int) -> Image.Image:
+    """The square in the middle; half a pixel goes to the even side, as in torchvision's crop."""
+    left, top = (round((whole - side) / 2) for whole in image.size)
+    return image.crop((left, top, left + side, top + side))
 
 
 # ---- what Pillow would trip over ---------------------------------------------------------------

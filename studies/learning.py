@@ -1,4 +1,4 @@
-"""`python -m bench.learning`: when did a run of the base generator learn to draw what one can name?
+"""When did a run of the base generator learn to draw what one can name?
 
 Every snapshot is evaluated as `python -m gigagan evaluate` does, by the same captions and latents;
 what is here are the metrics over images seen, as a table and as curves, and the same captions drawn
@@ -194,7 +194,6 @@ def learned(snapshots: Sequence[Path], heldout: Path, out: Path, num_images: int
 def main() -> None:
     """Do what was asked for."""
     root = argparse.ArgumentParser(
-        prog="python -m bench.learning",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

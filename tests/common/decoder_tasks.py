@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from data import decode
+from gigagan.common import pictures as decode
 
 
 def doubled(data: bytes) -> bytes:

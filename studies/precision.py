@@ -20,3 +20,7 @@ def main() -> None:
         rounds=3,
     )
     show("8 × 128 maps, 16 px", times)
+
+
+if __name__ == "__main__":
+    main()

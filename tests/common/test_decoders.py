@@ -12,11 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data.decode import UndecodableError, open_picture
-from data.decoders import Decoders
+from gigagan.common.decoders import Decoders
+from gigagan.common.pictures import UndecodableError, open_picture
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE))  # these processes import by name, and other packages are called `tests`
+sys.path += [
+    str(HERE),
+    str(HERE.parent / "data"),
+]  # these processes import by name, and other packages are called `tests`
 import bombs  # noqa: E402
 import decoder_tasks as tasks  # noqa: E402
 
@@ -91,7 +94,7 @@ def test_no_more_run_at_once_than_are_allowed():
 
 def test_the_processes_end_with_the_one_that_started_them():
     script = (
-        "import time; from data.decoders import Decoders; import decoder_tasks as tasks\n"
+        "import time; from gigagan.common.decoders import Decoders; import decoder_tasks as tasks\n"
         "few = Decoders(); print(few.run(tasks.pid), flush=True); time.sleep(600)"
     )
     path = os.pathsep.join([str(HERE.parents[1]), str(HERE)])

@@ -46,3 +46,7 @@ def main() -> None:
             rounds=3,
         )
         show(f"batch {batch}", times)
+
+
+if __name__ == "__main__":
+    main()

@@ -19,18 +19,19 @@ from pathlib import Path
 import torch
 
 from bench import training
-from flows.config import ROOT
 from flows.launch.auto import CORES, free_cores
 from flows.serve.services import free_port
 from flows.serve.settings import DEFAULTS
 from gigagan.training import loop
 from gigagan.training.captions import CaptionFeatures
-from gigagan.training.distributed import join
+from gigagan.training.distributed.world import join
 from gigagan.training.logs import Log
 
 WARM_STEPS = 3
 SECONDS = 8.0
 TICK = "step"
+RANK = "rank"
+"""The argument of the processes that train."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def _rate(case: Case, cores: list[int], neighbour: int | None) -> float:
             if steps > 1 and ticks[-1] - ticks[WARM_STEPS] > SECONDS:
                 batch = training.endless(training.PROFILED).batch_size
                 return steps * batch / (ticks[-1] - ticks[WARM_STEPS])
-    raise RuntimeError(f"a rank of {case} ended: `python -m bench.neighbour` says why")
+    raise RuntimeError(f"a rank of {case} ended: `python -m studies neighbour {RANK}` says why")
 
 
 def _environments(case: Case, cores: list[int]) -> Iterator[dict[str, str]]:
@@ -147,7 +148,6 @@ def _environments(case: Case, cores: list[int]) -> Iterator[dict[str, str]]:
         yield {
             **DEFAULTS,
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": str(case.threads),
             CORES: case.pinning or ",".join(map(str, cores)),
@@ -160,7 +160,7 @@ def _environments(case: Case, cores: list[int]) -> Iterator[dict[str, str]]:
 
 @contextmanager
 def _started(environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "bench.neighbour"]
+    command = [sys.executable, "-m", "studies", "neighbour", RANK]
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
@@ -184,4 +184,4 @@ def _spinning(core: int) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    child()
+    child() if sys.argv[1:] == [RANK] else main()

@@ -37,3 +37,7 @@ def main() -> None:
             }
         )
         show(f"N = {num_kernels}, {maps} maps, {side} px", times)
+
+
+if __name__ == "__main__":
+    main()

@@ -22,8 +22,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from data import decode
-from data.decode import UndecodableError
+from gigagan.common import pictures
+from gigagan.common.pictures import UndecodableError
 
 SECONDS = 30.0
 """Of a processor, for one picture: 100 megapixels take 2 to 7, JPEG 2000 half of one a megabyte."""
@@ -96,9 +96,9 @@ class Decoders:
                 return child
             _ended(child)
         lock = self._alone.fileno()
-        places = [str(Path(__file__).parents[1]), *filter(None, sys.path)]
+        places = [str(Path(__file__).parents[2]), *filter(None, sys.path)]
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "data.decoders", str(self.seconds), str(lock)],
+            [sys.executable, "-P", "-m", "gigagan.common.decoders", str(self.seconds), str(lock)],
             env={
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(places),
@@ -128,7 +128,7 @@ def _ended(child: subprocess.Popen[bytes]) -> int:
 
 @cache
 def shared() -> Decoders:
-    """Those of this process, for pictures that are decoded whole."""
+    """The decoders of this process, for pictures that are decoded whole."""
     return Decoders()
 
 
@@ -144,7 +144,7 @@ def main(seconds: float, lock: int | None = None) -> None:
     with suppress(OSError):  # short of memory, the system ends us and not who decodes
         Path("/proc/self/oom_score_adj").write_text("1000")
     if lock is not None:
-        decode.alone = _Lock(lock)
+        pictures.alone = _Lock(lock)
     while True:
         try:
             function, arguments, options = pickle.load(questions)

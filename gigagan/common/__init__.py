@@ -1,0 +1,1 @@
+"""What data, flows and networks share: files, retries, progress, settings, pictures. No torch."""

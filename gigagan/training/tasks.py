@@ -1,0 +1,201 @@
+"""What differs between the things that are trained. The loop knows a `Task`, and no kind of it.
+
+Every generator is called as G(*given, z, captions) and makes a pyramid, largest level first. A new
+task is a subclass here and a section of the configuration: its `kind` is the key of `TASKS`.
+
+Shape letters: B batch (of all ranks where said so), C colour, H W image, S style, Z latent.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from gigagan import losses
+from gigagan.config import TrainBaseConfig, TrainStage, TrainUpsamplerConfig
+from gigagan.evaluation.heldout import Heldout
+from gigagan.models import pretrained
+from gigagan.models.discriminator import Discriminator
+from gigagan.models.generator import Generator
+from gigagan.models.layers import full_precision, without_autocast
+from gigagan.models.upsampler import Upsampler, shrink
+from gigagan.training.captions import CaptionFeatures
+from gigagan.training.distributed.world import World
+from gigagan.training.probes import BaseProbe, Probe, UpsamplerProbe
+
+if TYPE_CHECKING:
+    from gigagan.training.inputs import Inputs, Loader, Samples
+
+MEAN_STYLE_CAPTIONS, MEAN_STYLE_BATCH = 512, 64
+Config = TypeVar("Config", bound=TrainStage)
+Network = TypeVar("Network", bound=Generator | Upsampler)
+Metrics = dict[str, Tensor]
+"""Detached and still on the device: the loop decides when to read them."""
+
+
+class Loss(NamedTuple):
+    """What to go backward from, and its terms for the log."""
+
+    loss: Tensor
+    metrics: Metrics
+
+
+class Given(NamedTuple):
+    """What a task makes of a batch besides its pyramid, latents and captions: a rank's part."""
+
+    images: tuple[Tensor, ...] = ()
+    """What G starts from, each B C H W; nothing where latent and caption are all."""
+    crop: tuple[int, int] = (0, 0)
+    """Top and left corner of the crop on which LPIPS is measured."""
+
+
+class Task(ABC, Generic[Config, Network]):
+    """One thing to train. It holds a configuration and no state."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @abstractmethod
+    def generator(self) -> Network:
+        """A new G, with weights from torch's own random state."""
+
+    def discriminator(self) -> Discriminator:
+        """A new D, likewise."""
+        return Discriminator(self.config.discriminator)
+
+    def prediction_weights(self, discriminator: Discriminator) -> list[float]:
+        """Weights of D's predictions, in the order in which it gives them."""
+        loss = self.config.loss
+        pairs = discriminator.config.pairs
+        return losses.prediction_weights(pairs, loss.level_weights, intermediate=loss.intermediate)
+
+    @property
+    def has_auxiliary(self) -> bool:
+        """Whether losses look through a frozen image encoder, too."""
+        return False
+
+    def perceptual(self, device: torch.device) -> nn.Module | None:
+        """The frozen network that `own_loss` compares pictures by, if it does."""
+        return None
+
+    def given(self, real_BCHW: Tensor, random: torch.Generator, world: World) -> Given:
+        """What G starts from, of this rank's real images; drawn for all ranks alike."""
+        return Given()
+
+    def own_loss(
+        self, perceptual: nn.Module | None, inputs: Inputs, fake_BCHW: Tensor
+    ) -> Loss | None:
+        """What G's loss has beside D's judgement and the regression of a warm start."""
+        return None
+
+    @abstractmethod
+    def probe(self, captions: CaptionFeatures, samples: Samples, heldout: Heldout | None) -> Probe:
+        """What looks at the averaged generator every so often."""
+
+    def complete(self, averaged: Network, captions: CaptionFeatures, loader: Loader) -> None:
+        """Put into an averaged generator what its users want and training does not."""
+
+
+class BaseTask(Task[TrainBaseConfig, Generator]):
+    """The base generator: pictures from captions."""
+
+    def generator(self) -> Generator:
+        """A new G."""
+        return Generator(self.config.generator)
+
+    @property
+    def has_auxiliary(self) -> bool:
+        """Whether the vision-aided or the contrastive loss has a weight."""
+        return bool(self.config.loss.vision or self.config.loss.contrastive)
+
+    def probe(self, captions: CaptionFeatures, samples: Samples, heldout: Heldout | None) -> Probe:
+        """Pictures of fixed prompts, and figures of held-out captions."""
+        prompts = self.config.prompts
+        if not prompts and heldout is None:
+            some = samples.captions_between(0, min(samples.num_samples, 1_000))
+            prompts = tuple(sorted(set(some))[:8])
+        return BaseProbe(
+            captions,
+            heldout,
+            resolution=self.config.generator.resolution,
+            num_captions=self.config.num_probe_captions,
+            prompts=prompts,
+        )
+
+    @torch.no_grad()
+    def complete(self, averaged: Generator, captions: CaptionFeatures, loader: Loader) -> None:
+        """w̄ for truncation: over the first captions of the training set, one latent each."""
+        random = torch.Generator().manual_seed(0)
+        styles = []
+        for start in range(0, MEAN_STYLE_CAPTIONS, MEAN_STYLE_BATCH):
+            known = loader.captions_between(start, start + MEAN_STYLE_BATCH)
+            text = averaged.read(captions(known))
+            z_BZ = torch.randn(MEAN_STYLE_BATCH, averaged.config.latent_dim, generator=random)
+            styles.append(averaged.style(z_BZ.to(averaged.style_mean.device), text))
+        averaged.style_mean.copy_(torch.cat(styles).mean(0))
+
+
+class UpsamplerTask(Task[TrainUpsamplerConfig, Upsampler]):
+    """The upsampler: a large picture from a small one and its caption."""
+
+    def generator(self) -> Upsampler:
+        """A new G."""
+        return Upsampler(self.config.upsampler)
+
+    def perceptual(self, device: torch.device) -> nn.Module | None:
+        """LPIPS with VGG16."""
+        return pretrained.lpips("vgg", device) if self.config.lpips > 0 else None
+
+    def given(self, real_BCHW: Tensor, random: torch.Generator, world: World) -> Given:
+        """The shrunken picture and its noise; where LPIPS will look."""
+        config = self.config
+        side, target = config.upsampler.input_resolution, config.upsampler.resolution
+        noise_BCHW = world.share(torch.randn(config.batch_size, 3, side, side, generator=random))
+        room = max(target - config.lpips_crop, 0) + 1
+        top, left = torch.randint(room, (2,), generator=random).tolist()
+        return Given((shrink(real_BCHW, side), noise_BCHW), (top, left))
+
+    def own_loss(self, perceptual: nn.Module | None, inputs: Inputs, fake_BCHW: Tensor) -> Loss:
+        """What ties G's output to its target: LPIPS on a crop, and absolute difference."""
+        config = self.config
+        pixel = (fake_BCHW - inputs.real[0]).abs().mean()
+        loss, terms = config.pixel * pixel, {"g/pixel": pixel.detach()}
+        if perceptual is not None and config.lpips > 0:
+            top, left = inputs.crop
+            side = min(config.lpips_crop, fake_BCHW.shape[-1])
+            # This rank's share of the batch's samples.
+            count = math.ceil(config.lpips_samples * len(fake_BCHW) / config.batch_size)
+            crop = (slice(count), slice(None), slice(top, top + side), slice(left, left + side))
+            pair = full_precision(fake_BCHW[crop]), full_precision(inputs.real[0][crop])
+            with without_autocast(fake_BCHW.device):  # squares of small differences
+                distance = perceptual(*pair).mean()
+            loss = loss + config.lpips * distance
+            terms["g/lpips"] = distance.detach()
+        return Loss(loss, terms)
+
+    def probe(self, captions: CaptionFeatures, samples: Samples, heldout: Heldout | None) -> Probe:
+        """LPIPS and PSNR to pictures that were held out, or else to the first ones of training."""
+        first = next(samples.batches(0))
+        return UpsamplerProbe(
+            captions,
+            heldout,
+            pretrained.lpips(
+                "alex", captions.device
+            ),  # cheap, and not what training may descend on
+            resolution=self.config.upsampler.resolution,
+            input_resolution=self.config.upsampler.input_resolution,
+            fallback=(first.images_BCHW.permute(0, 2, 3, 1).numpy(), first.captions),
+        )
+
+
+TASKS: Mapping[str, type[Task[Any, Any]]] = {"base": BaseTask, "upsampler": UpsamplerTask}
+
+
+def task_of(config: TrainStage) -> Task[Any, Any]:
+    """What this section trains."""
+    return TASKS[config.kind](config)

@@ -1,0 +1,1 @@
+"""Studies: questions that were asked once, kept so that their answers can be checked."""
