@@ -86,7 +86,8 @@ def _assign(values: dict[str, Any], assignment: str, section: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise SettingsError(f"--set {assignment}: the value is not YAML ({error})") from error
+        why = " ".join(str(error).split())
+        raise SettingsError(f"--set {assignment}: the value is not YAML ({why})") from error
     *parents, last = key.removeprefix(f"{section}.").split(".")
     for parent in parents:
         values[parent] = dict(values.get(parent) or {})

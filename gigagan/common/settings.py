@@ -70,7 +70,8 @@ def parse_assignments(items: Sequence[str], option: str = "--set") -> dict[str, 
         try:
             found[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise SettingsError(f"{option} {item}: the value is not YAML ({error})") from error
+            why = " ".join(str(error).split())  # of a parser's several lines one
+            raise SettingsError(f"{option} {item}: the value is not YAML ({why})") from error
     return found
 
 
@@ -104,7 +105,8 @@ def read(file: Path) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8")
         content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise SettingsError(f"{file} is not a settings file: {error}") from error
+        why = " ".join(str(error).split())
+        raise SettingsError(f"{file} is not a settings file: {why}") from error
     if content is None:
         raise SettingsError(f"{file} holds nothing: write {{}} for the settings that are usual")
     if not isinstance(content, dict):
