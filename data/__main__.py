@@ -74,8 +74,8 @@ def _line(error: Exception) -> str:
 
 def _metadata(options: argparse.Namespace) -> None:
     from data.config import DownloadConfig
-    from data.console import shown
     from data.lists import metadata
+    from gigagan.common.console import shown
 
     given = {"metadata": tuple(options.lists), "source": "metadata"} if options.lists else {}
     config = _config(DownloadConfig, "download", options, **given)
@@ -96,9 +96,9 @@ def _metadata(options: argparse.Namespace) -> None:
 
 def _download(options: argparse.Namespace) -> None:
     from data.config import DownloadConfig
-    from data.console import shown
     from data.download import run as download
     from data.lists import metadata
+    from gigagan.common.console import shown
 
     lists = metadata.listed(options.out)
     begun = {**lists, **download.begun(options.out)}
@@ -123,10 +123,10 @@ def _download(options: argparse.Namespace) -> None:
 
 def _score(options: argparse.Namespace) -> None:
     from data.config import ScoreConfig
-    from data.console import shown
     from data.lists.sources import fingerprint
     from data.score import run as score
-    from data.settings import EncoderFactory
+    from data.score.encoders import EncoderFactory
+    from gigagan.common.console import shown
 
     config = _config(ScoreConfig, "score", options)
     make_encoders = EncoderFactory(options.encoders, config)
@@ -153,8 +153,8 @@ def _score(options: argparse.Namespace) -> None:
 
 def _filter(options: argparse.Namespace) -> None:
     from data.config import FilterConfig
-    from data.console import shown
     from data.filter import run as filtering
+    from gigagan.common.console import shown
 
     config = _config(FilterConfig, "filter", options)
     with _writing(options.out), shown() as progress:
@@ -172,10 +172,10 @@ def _filter(options: argparse.Namespace) -> None:
 
 def _shards(options: argparse.Namespace) -> None:
     from data.config import FilterConfig
-    from data.console import shown
     from data.look.tables import opened
     from data.schema import SCORES
     from data.shards import write as shards
+    from gigagan.common.console import shown
 
     config = _config(FilterConfig, "filter", options)
     kept = options.kept or options.out / "kept.parquet"
@@ -204,7 +204,7 @@ def _shards(options: argparse.Namespace) -> None:
 
 def _coco_fetch(options: argparse.Namespace) -> None:
     from data import coco
-    from data.console import shown
+    from gigagan.common.console import shown
 
     base_url = options.base_url or coco.BASE_URL
     with _writing(options.out), shown() as progress:
@@ -231,8 +231,8 @@ def _coco_captions(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from data.console import shown
     from data.look import inspect
+    from gigagan.common.console import shown
 
     alone = _writing(options.out, is_file=True) if options.out else nullcontext()
     with alone, shown() as progress:
@@ -250,7 +250,7 @@ def _inspect(options: argparse.Namespace) -> None:
 def _config(
     model: Any, section: str, options: argparse.Namespace, usual: Any = None, **given: Any
 ) -> Any:
-    from data.settings import load
+    from gigagan.common.settings import load
 
     return load(model, section, options.config, options.set, usual, **given)
 
@@ -495,7 +495,7 @@ class _WithSettings(_Plain):
     def add_text(self, text: str | None) -> None:
         """Part of the help."""
         from data.config import DownloadConfig, FilterConfig, ScoreConfig
-        from data.settings import described
+        from gigagan.common.settings import described
 
         models: dict[str, Any] = {
             "download": DownloadConfig,

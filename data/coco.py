@@ -10,10 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data.report import Progress, silent
 from data.web import archives
 from data.web.archives import Archive
 from gigagan.common.entries import entries
+from gigagan.common.progress import Progress, silent
 
 Colour = tuple[int, int, int]
 

@@ -29,7 +29,7 @@ from PIL import Image, ImageOps
 
 from data.concepts import STYLES, Concept, concepts, nameable
 from data.config import EmbeddedConfig
-from data.report import Progress, silent
+from gigagan.common.progress import Progress, silent
 
 HOST = "emoji.test"
 """Canonical host of every listed picture; the fetch maps it to the server's real address."""

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from data.executor import each
 from data.layout import ImageShard, image_shards
-from data.report import Progress, silent
+from gigagan.common.progress import Progress, silent
 
 MOST_DAMAGED = 0.01
 """Share of pictures that may be damaged (and one always may): with more, the disk is the matter."""

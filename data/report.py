@@ -1,19 +1,11 @@
-"""What a data stage says: progress while it runs, and at its end a report whose counts add up."""
+"""What a data stage says at its end: a report whose counts add up."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
-
-Progress = Callable[[str, int, int | None], None]
-"""What is being done, how much of it is done, out of how much (None: unknown)."""
-
-
-def silent(what: str, done: int, total: int | None) -> None:
-    """Progress that nobody sees."""
 
 
 class Step(NamedTuple):

@@ -24,9 +24,9 @@ from data import originals
 from data.download.parts import Summary
 from data.layout import PART_DIGITS, ImageShard
 from data.originals import Damage
-from data.report import Progress, silent
 from data.schema import FATES
 from data.web.fetch import Fetcher, FetchSettings, RefusedError
+from gigagan.common.progress import Progress, silent
 
 
 def mend(

@@ -28,8 +28,9 @@ from data.download.parts import Part, Shelf, Summary
 from data.download.processes import TOO_MUCH, Job, Watch, session
 from data.layout import PART_DIGITS, SHARD_DIGITS
 from data.lists import metadata
-from data.report import Funnel, Progress, Report, Step, silent
+from data.report import Funnel, Report, Step
 from data.web.fetch import FetchSettings
+from gigagan.common.progress import Progress, silent
 
 FULL_BYTES = 1 << 16
 """A disk with less free space than this is full."""

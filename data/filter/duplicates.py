@@ -20,9 +20,9 @@ import numpy as np
 from PIL import Image
 
 from data import coco, executor
-from data.report import Progress, silent
 from data.schema import MINIATURE
 from gigagan.common.pictures import UndecodableError, decode
+from gigagan.common.progress import Progress, silent
 
 HASH_BITS = 64
 DENSE = 256

@@ -15,9 +15,10 @@ from data.filter.rules import RULES
 from data.filter.select import score_files
 from data.layout import PART_DIGITS, SHARD_DIGITS, shard_of
 from data.look.sheet import Tile, contact_sheet
-from data.report import Progress, Report, silent
+from data.report import Report
 from gigagan.common import decoders
 from gigagan.common.pictures import UndecodableError, decode
+from gigagan.common.progress import Progress, silent
 
 NUM_PICTURES = 48
 """Most pictures on a sheet."""

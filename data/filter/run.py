@@ -16,10 +16,11 @@ from data.demo import HARMLESS
 from data.filter import pictures, select
 from data.filter.rules import SAME
 from data.layout import image_shards
-from data.report import Progress, Report, Step, silent
+from data.report import Report, Step
 from data.score.judge import path_of
 from data.score.run import FITTED
 from data.shards import write as shards
+from gigagan.common.progress import Progress, silent
 
 
 def run(

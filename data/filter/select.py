@@ -31,8 +31,9 @@ from data.filter.rules import (
     UnscoredError,
 )
 from data.look.tables import opened
-from data.report import Funnel, Progress, Step, silent
+from data.report import Funnel, Step
 from data.schema import MINIATURE, SCORES
+from gigagan.common.progress import Progress, silent
 
 JUDGED = (
     "key", "error", "width", "height", "similarity", "aesthetic", "unsafe", "watermark", "language",

@@ -27,8 +27,9 @@ from data.layout import PART_DIGITS
 from data.lists.prefilter import columns_of, reasons
 from data.lists.scatter import GatherJob, ScanJob, commit, gather, opened, scan
 from data.lists.sources import Source, absolute, find, fingerprint, is_there
-from data.report import Funnel, Progress, Step, silent
+from data.report import Funnel, Step
 from data.schema import MetadataError
+from gigagan.common.progress import Progress, silent
 
 __all__ = ["fingerprint", "listed", "prepare"]
 

@@ -19,13 +19,12 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from data.console import amount
 from data.look.sheet import CELL_PX, Tile, contact_sheet
 from data.look.tables import describe_tables
 from data.look.tables import opened as opened_table
-from data.report import Progress, silent
 from gigagan.common import decoders
 from gigagan.common.pictures import decode, opened
+from gigagan.common.progress import Progress, amount, silent
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "avif", "bmp", "tif", "tiff")
 """Kinds of members that hold pictures."""

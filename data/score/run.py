@@ -23,9 +23,10 @@ from data import originals, sql
 from data.config import ScoreConfig
 from data.executor import Backend, each
 from data.layout import PART_DIGITS, SHARD_DIGITS, ImageShard, image_shards
-from data.report import Progress, Report, Step, silent
+from data.report import Report, Step
 from data.schema import SCORES
 from data.score.judge import DAMAGED, Encoders, path_of, score_shard, write
+from gigagan.common.progress import Progress, silent
 
 __all__ = ["Encoders", "run"]
 

@@ -28,10 +28,10 @@ from data import originals
 from data.config import FilterConfig
 from data.executor import each
 from data.layout import shard_of
-from data.report import Progress, silent
 from data.shards.manifest import INDEX, KEY, SIDECAR, Entry, Index
 from gigagan.common import decoders
 from gigagan.common.pictures import UndecodableError, decode, square
+from gigagan.common.progress import Progress, silent
 
 FORMAT = 2
 """Goes up when the same rows give other bytes, so that no set mixes the two."""

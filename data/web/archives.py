@@ -14,7 +14,7 @@ from pathlib import Path
 import requests
 from urllib3.exceptions import HTTPError
 
-from data.report import Progress, silent
+from gigagan.common.progress import Progress, silent
 
 _CHUNK = 1 << 20
 _TIMEOUTS_S = (10, 60)
