@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SMALL = {"max_concepts": 8, "unseen_concepts": 2, "heldout_pictures": 4}
 TINY = ["--preset", "smoke", "--stages", "download"]
 TINY += [word for n, v in SMALL.items() for word in ("--set", f"download.embedded.{n}={v}")]

@@ -6,7 +6,7 @@ import pytest
 import s3fs
 
 from flows.config import PipelineConfig
-from tests.flows.broken.conftest import LOGGED, Installation, logged, mlflow_states
+from tests.faults.installation.conftest import LOGGED, Installation, logged, mlflow_states
 from tests.flows.gate import gate_to
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -17,7 +17,7 @@ import data.__main__ as command
 from data.config import ScoreConfig
 from data.score import run as score
 
-sys.path.append(str(Path(__file__).parents[1] / "data"))  # as the tests there
+sys.path.append(str(Path(__file__).parents[2] / "data"))  # as the tests there
 import fake
 import score_tasks as tasks
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.flows.broken.conftest import (
+from tests.faults.installation.conftest import (
     LOGGED,
     kill,
     logged,

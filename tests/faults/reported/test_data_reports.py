@@ -237,7 +237,7 @@ def test_other_jsons_of_coco_are_refused_with_what_is_needed(tmp_path):
         file.write_text(json.dumps(content))
         done = subprocess.run(
             [*COMMAND, "evaluate", "--heldout", file, "--out", tmp_path / "o"],
-            capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
+            capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3],
         )  # fmt: skip
         assert done.returncode != 0
         assert file.name in done.stderr

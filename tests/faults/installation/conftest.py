@@ -27,7 +27,7 @@ from prefect.states import Cancelling
 
 from flows.safety.slots import GPU_LIMIT
 from flows.serve import services, settings
-from tests.flows.conftest import wait_for
+from tests.flows.conftest import postgres, s3_server, wait_for  # noqa: F401  # two fixtures
 
 MARKER = "OPERATIONS_TEST"
 """Environment variable of all processes of an installation."""

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from tests.flows.broken.conftest import LOGGED, logged, mlflow_states, output, wait_for
+from tests.faults.installation.conftest import LOGGED, logged, mlflow_states, output, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -11,7 +11,7 @@ from prefect.states import Crashed
 
 from flows.safety.aftermath import SILENT
 from flows.serve import services
-from tests.flows.broken.conftest import (
+from tests.faults.installation.conftest import (
     LOGGED,
     Installation,
     kill,
