@@ -198,7 +198,7 @@ def kill_in_save(at):
     save = torch.save
 
     def torn(state, file):
-        if Path(getattr(file, "name", "")).stem != f"images-{at:010d}":
+        if not Path(getattr(file, "name", "")).name.startswith(f"images-{at:010d}.pt"):
             return save(state, file)
         whole = io.BytesIO()
         save(state, whole)
