@@ -33,7 +33,7 @@ from gigagan.common import decoders
 from gigagan.common.pictures import UndecodableError, decode, square
 from gigagan.common.progress import Progress, silent
 
-FORMAT = 2
+FORMAT = 3
 """Goes up when the same rows give other bytes, so that no set mixes the two."""
 COLUMNS = (
     "key", "url", "caption", "source", "row", "sha256", "asked_from", "asked_until",

@@ -56,7 +56,7 @@ def unkeyed(config: PipelineConfig) -> tuple[str, ...]:
 
 STAGE = Stage(
     "evaluate",
-    version=3,
+    version=4,
     run=run,
     needs=needs,
     external=external,

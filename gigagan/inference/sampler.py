@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from gigagan.common.pictures import as_rgb
 from gigagan.config import StyleConfig
 from gigagan.inference import resolver, tiles
 from gigagan.inference.editing import Edit, interpolate
@@ -417,6 +418,6 @@ def _to_pictures(images_BCHW: Tensor) -> list[Image.Image]:
 
 
 def _from_picture(image: Image.Image) -> Tensor:
-    """An RGB picture → C H W in [−1, 1]."""
-    raw = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+    """A picture → C H W in [−1, 1]."""
+    raw = torch.frombuffer(bytearray(as_rgb(image).tobytes()), dtype=torch.uint8)
     return from_uint8(raw.reshape(image.height, image.width, 3).permute(2, 0, 1))

@@ -11,9 +11,9 @@ from kubernetes.utils.quantity import parse_quantity
 
 from data.web.addresses import is_public
 from flows.config import PipelineConfig
-from gigagan.common.settings import parse_assignments
 from flows.kubernetes.manifest import manifest
 from flows.launch.command import Job
+from gigagan.common.settings import parse_assignments
 from tests.infra.conftest import INFRA, assert_confined, pod_specs, run, tool
 
 K8S = INFRA / "k8s"
