@@ -31,8 +31,9 @@ def test_sigkill_of_the_flow_crashes_the_run_and_a_retry_resumes_to_equal_weight
     wait_for(lambda: "worker - Check whether" in (site.folder / "worker.log").read_text(), 60)
     site.retry(run)
     site.wait(run, "COMPLETED")
+    # A child that was taken for dead before the retry runs again itself; else a second one does.
     states = sorted(child.state.type.value for child in site.children(run))
-    assert states == ["COMPLETED", "CRASHED"]
+    assert states in (["COMPLETED"], ["COMPLETED", "CRASHED"])
     assert logged(store) == LOGGED
     assert sha256(output(store) / "snapshot.safetensors") == weights
     assert mlflow_states(store) == {"smoke": ["FINISHED"], "train-base": ["FINISHED"]}
