@@ -31,7 +31,7 @@ check: setup  ## lint, format, types, import rules
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	PYTHONPATH=. $(VENV)/bin/lint-imports
+	$(VENV)/bin/lint-imports
 
 bench: setup  ## measure speed and memory
 	@$(PY) -m bench $(ARGS)

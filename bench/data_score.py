@@ -24,7 +24,7 @@ from bench.timing import medians
 from data.config import ScoreConfig
 from data.layout import ImageShard
 from data.schema import FATES
-from data.score.judge import AT_LEAST, Encoders, score_shard
+from data.score.shard import AT_LEAST, Encoders, score_shard
 from gigagan.common.pictures import decode, open_picture
 
 NUM_PICTURES = 64

@@ -281,6 +281,7 @@ def _writing(out: Path, *, is_file: bool = False) -> Iterator[None]:
 def _planned(path: Path, plan: dict[str, Any]) -> Iterator[None]:
     """Refuse to go on in a folder that was begun with other settings, or from other inputs."""
     from data.download.processes import LOCK
+    from gigagan.common.files import write_aside
 
     begun = json.loads(path.read_text(encoding="utf-8")) if path.exists() else plan
     if changed := sorted(name for name in plan if begun.get(name) != plan[name]):
@@ -289,8 +290,7 @@ def _planned(path: Path, plan: dict[str, Any]) -> Iterator[None]:
             "with that, or give another folder"
         )
     if not path.exists():
-        path.with_suffix(".partial").write_text(json.dumps(plan, indent=1), encoding="utf-8")
-        path.with_suffix(".partial").replace(path)
+        write_aside(path, json.dumps(plan, indent=1))
     try:
         yield
     except BaseException:

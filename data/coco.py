@@ -13,6 +13,7 @@ from typing import Any
 from data.web import archives
 from data.web.archives import Archive
 from gigagan.common.entries import entries
+from gigagan.common.files import write_aside
 from gigagan.common.progress import Progress, silent
 
 Colour = tuple[int, int, int]
@@ -199,7 +200,7 @@ class Caption:
     annotation_id: int
     file_name: str
     caption: str
-    """With single spaces."""
+    """The text, runs of blanks made one space."""
 
 
 @dataclass(frozen=True)
@@ -231,8 +232,9 @@ class CaptionList:
         return hashlib.sha256("".join(f"{c.caption}\n" for c in self.captions).encode()).hexdigest()
 
     def write(self, path: Path) -> None:
-        """Write as JSON lines, aside and then in place."""
-        _put(path, self.lines)
+        """Write as JSON lines."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_aside(path, self.lines)
 
 
 def evaluation_captions(captions: Path, num: int = 30_000, seed: int = 0) -> CaptionList:
@@ -273,7 +275,8 @@ def write_heldout(captions: Path, chosen: CaptionList, path: Path) -> None:
         "images": document.images,
         "annotations": [note for note in document.notes if note.get("id") in ids],
     }
-    _put(path, json.dumps(content, ensure_ascii=False).encode())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(path, json.dumps(content, ensure_ascii=False))
 
 
 def _caption(note: dict[str, Any], files: dict[int, str]) -> Caption:
@@ -283,10 +286,3 @@ def _caption(note: dict[str, Any], files: dict[int, str]) -> Caption:
 
 def _lot(*numbers: int) -> bytes:
     return hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()
-
-
-def _put(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)

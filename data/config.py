@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from gigagan.common.settings import Frozen
 
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 """A field that holds a seed; gigagan.seeds.LARGEST is the same."""
-
-
-class Frozen(BaseModel):
-    """A config: immutable, unknown keys refused, field docstrings as descriptions."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
-    )
 
 
 class EmbeddedConfig(Frozen):
@@ -73,7 +67,7 @@ class DownloadConfig(Frozen):
     metadata: tuple[str, ...] = ()
     """Lists of LAION, Re-LAION, COYO, DataComp, or of url and caption: Parquet, CSV or TSV. Local
     paths, globs, or URLs that fsspec reads (`s3://`, `gs://`, `hf://`)."""
-    columns: dict[ListColumn, Annotated[str, Field(min_length=1)] | None] = {}
+    columns: dict[ListColumn, Annotated[str, Field(min_length=1)] | None] = Field(default={})
     """Which column of the lists is which of ours (`{caption: re_caption}`), before the names that
     are known; null for one to do without. Unused when `source` is `embedded`."""
     allow_withdrawn: bool = False
@@ -122,7 +116,7 @@ class DownloadConfig(Frozen):
     """Further attempts, with back-off, where they can help: time-outs, resets, 429 and 5xx."""
     allow_private_addresses: bool = False
     """Also fetch from loopback, private and link-local addresses. Not for lists from the web."""
-    connect_to: dict[str, str] = {}
+    connect_to: dict[str, str] = Field(default={})
     """Host → "address:port" to connect to instead, unvetted, like curl's `--connect-to`: for
     mirrors and local sites."""
     verify_hashes: bool = True
@@ -198,9 +192,6 @@ LIMITS = frozenset(
     }
 )
 """Settings that a download may go on with changed: keys name the same rows, of the same lists."""
-
-SHIPPED = ("similarity_b32", "similarity_l14", "unsafe", "watermark", "aesthetic")
-"""Scores that metadata may bring along."""
 
 
 class ScoreConfig(Frozen):

@@ -55,13 +55,13 @@ def each(
     if backend == "processes" and workers == 1:
         yield from _here(function, items, setup)
         return
-    crew: _Crew = (
+    pool: _Workers = (
         _Actors(function, setup, gpus) if backend == "ray" else _Processes(function, setup, workers)
     )
     try:
-        yield from _drive(crew, items, workers, attempts)
+        yield from _drive(pool, items, workers, attempts)
     finally:
-        crew.dismiss()
+        pool.stop()
 
 
 def _here(
@@ -134,10 +134,10 @@ class _Tasks:
         self._waiting.append(task)
 
 
-class _Crew(Protocol):
+class _Workers(Protocol):
     """Workers by number, each of which does one thing at a time."""
 
-    def hire(self, number: int) -> None:
+    def start(self, number: int) -> None:
         """Begin to set up a worker, in the place of the one that had this number."""
 
     def give(self, number: int, item: Any) -> None:
@@ -146,12 +146,12 @@ class _Crew(Protocol):
     def wait(self) -> list[tuple[int, _Outcome]]:
         """Wait until some workers are done with what they do: setting up counts as well."""
 
-    def dismiss(self) -> None:
+    def stop(self) -> None:
         """End all workers at once."""
 
 
 def _drive(
-    crew: _Crew, items: Iterable[Any], workers: int, attempts: int
+    pool: _Workers, items: Iterable[Any], workers: int, attempts: int
 ) -> Iterator[tuple[Any, Any]]:
     """Keep the workers busy. An item goes only to a worker that is set up, so that the others do
     everything where a cluster that lost a node has no room for a new one."""
@@ -160,17 +160,17 @@ def _drive(
     busy: dict[int, _Task] = {}
     lost: Counter[int] = Counter()  # deaths of each worker while it was set up
 
-    def deal() -> None:
+    def hand_out() -> None:
         while idle and tasks:
             busy[idle[-1]] = tasks.take()
             number = idle.pop()
-            crew.give(number, busy[number].item)
+            pool.give(number, busy[number].item)
 
     for number in range(len(tasks)):
-        crew.hire(number)
+        pool.start(number)
     while tasks or busy:
         results = []
-        for number, outcome in crew.wait():
+        for number, outcome in pool.wait():
             task = busy.pop(number, None)
             match outcome:
                 case _Failed(error, trace):
@@ -186,8 +186,8 @@ def _drive(
                     _limit(number, lost[number], task, attempts, how)
                     if task is not None:
                         tasks.again(task)
-                    crew.hire(number)
-        deal()
+                    pool.start(number)
+        hand_out()
         yield from results  # while the workers are busy again
 
 
@@ -215,10 +215,10 @@ class _Processes:
     ) -> None:
         self._function, self._setup, self._workers = function, setup, workers
         self._context = multiprocessing.get_context("spawn")  # threads do not survive a fork
-        self._crew: dict[int, tuple[SpawnProcess, connection.Connection]] = {}
+        self._pool: dict[int, tuple[SpawnProcess, connection.Connection]] = {}
         self._awaited: dict[connection.Connection, int] = {}
 
-    def hire(self, number: int) -> None:
+    def start(self, number: int) -> None:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(
             target=_work, args=(theirs, self._function, self._setup, number), daemon=True
@@ -226,11 +226,11 @@ class _Processes:
         with _threads_shared_by(self._workers):
             process.start()
         theirs.close()  # so that its end is the end of the pipe
-        self._crew[number] = process, ours
+        self._pool[number] = process, ours
         self._awaited[ours] = number
 
     def give(self, number: int, item: Any) -> None:
-        _, pipe = self._crew[number]
+        _, pipe = self._pool[number]
         self._awaited[pipe] = number
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `wait` finds it dead
             pipe.send(item)
@@ -243,16 +243,16 @@ class _Processes:
             try:
                 outcomes.append((number, pipe.recv()))
             except (EOFError, OSError):  # also in the middle of a message
-                process, _ = self._crew[number]
+                process, _ = self._pool[number]
                 process.join()
                 pipe.close()
                 outcomes.append((number, _Died(f"exit code {process.exitcode}")))
         return outcomes
 
-    def dismiss(self) -> None:
-        for process, _ in self._crew.values():
+    def stop(self) -> None:
+        for process, _ in self._pool.values():
             process.kill()
-        for process, pipe in self._crew.values():
+        for process, pipe in self._pool.values():
             process.join()
             pipe.close()
 
@@ -332,15 +332,15 @@ class _Actors:
         options = {"num_cpus": 1, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
         self._actor = self._ray.remote(**options)(_Actor)
         self._function, self._setup = self._ray.put(function), self._ray.put(setup)
-        self._crew: dict[int, Any] = {}
+        self._pool: dict[int, Any] = {}
         self._awaited: dict[Any, int] = {}
 
-    def hire(self, number: int) -> None:
-        self._crew[number] = self._actor.remote(self._function, self._setup, number)
-        self._awaited[self._crew[number].prepare.remote()] = number
+    def start(self, number: int) -> None:
+        self._pool[number] = self._actor.remote(self._function, self._setup, number)
+        self._awaited[self._pool[number].prepare.remote()] = number
 
     def give(self, number: int, item: Any) -> None:
-        self._awaited[self._crew[number].run.remote(item)] = number
+        self._awaited[self._pool[number].run.remote(item)] = number
 
     def wait(self) -> list[tuple[int, _Outcome]]:
         done, _ = self._ray.wait(list(self._awaited), num_returns=1)
@@ -354,8 +354,8 @@ class _Actors:
         except self._ray.exceptions.RayError as error:  # the actor, its node, or the result is lost
             return _Died(f"{type(error).__name__}: {error}")
 
-    def dismiss(self) -> None:
-        for actor in self._crew.values():
+    def stop(self) -> None:
+        for actor in self._pool.values():
             self._ray.kill(actor)
         if self._is_ours:
             self._ray.shutdown()

@@ -38,7 +38,7 @@ class ImageShard:
     """The download's folder."""
     part: int
     number: int
-    """In its part."""
+    """The shard's number in its part."""
 
     @property
     def name(self) -> str:

@@ -7,9 +7,6 @@ whoever asked; `python -m data download OUT --verify` fetches it again (mend.py)
 from __future__ import annotations
 
 import hashlib
-import io
-import os
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +16,7 @@ import pyarrow.compute as pc
 
 from data.executor import each
 from data.layout import ImageShard, image_shards
+from gigagan.common import tars
 from gigagan.common.progress import Progress, silent
 
 MOST_DAMAGED = 0.01
@@ -77,36 +75,18 @@ def whole(shard: ImageShard, wanted: Mapping[str, str]) -> Iterator[tuple[str, b
     """
     left = dict(wanted)
     with suppress(OSError), shard.tar.open("rb", buffering=0) as file:
-        for name, offset, size in members(file) if left else ():
-            key = shard.key(name)
-            if key not in left or name != shard.member(key):
+        for member in tars.members(file) if left else ():
+            key = shard.key(member.name)
+            if key not in left or member.name != shard.member(key):
                 continue
             data = b""
             with suppress(OSError):  # of a bad block of the disk
-                data = os.pread(file.fileno(), size, offset)
+                data = tars.read(file, member)
             if hashlib.sha256(data).hexdigest() == left[key]:
                 del left[key]
                 yield key, data
             if not left:
                 return
-
-
-def members(file: io.FileIO) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, bytes) of each plain file in a tar, headers read alone.
-
-    A header that is damaged costs its own member: what is none is passed over until the next one.
-    """
-    place, end = 0, file.seek(0, os.SEEK_END)
-    while place + tarfile.BLOCKSIZE <= end:
-        block = os.pread(file.fileno(), tarfile.BLOCKSIZE, place)
-        place += tarfile.BLOCKSIZE
-        with suppress(tarfile.HeaderError):
-            found = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-            if not 0 <= found.size <= end - place:
-                continue
-            if found.isreg():
-                yield found.name, place, found.size
-            place += -(-found.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 def refuse_many(damaged: int, pictures: int, first: str, download: Path) -> None:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gigagan.common.files import write_aside
+
 
 class Step(NamedTuple):
     """One step of a funnel: rows it dropped, rows left after it. The first drops none."""
@@ -37,11 +39,9 @@ class Report:
             assert before.rows - after.dropped == after.rows, f"{before} → {after} does not add up"
 
     def save(self, path: Path) -> None:
-        """Write as JSON, aside and then in place."""
+        """Write as JSON."""
         document = {**asdict(self), "funnel": [step._asdict() for step in self.funnel]}
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(document, indent=1, ensure_ascii=False), encoding="utf-8")
-        partial.replace(path)
+        write_aside(path, json.dumps(document, indent=1, ensure_ascii=False))
 
     def table(self) -> str:
         """The funnel as aligned text, one step a line."""

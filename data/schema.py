@@ -124,9 +124,6 @@ SCORES = pa.schema(
 """One row a downloaded picture. `width` and `height` are those of the decoded picture; they and all
 that pixels tell are null where `error` says why it cannot be decoded."""
 
-EMBEDDINGS = ("key", "image", "text")
-"""Columns beside the scores: the encoder's features, as lists of float16, of decodable pictures."""
-
 
 class MetadataError(ValueError):
     """A metadata file that cannot be used: which, why, and what to do about it."""

@@ -1,9 +1,21 @@
 """img2dataset with our fetch in the place of its own: the process that run.py starts.
 
-`python -m data.download.collect JOB.json` runs it on one part. Whatever carries img2dataset's work
-to other processes (spawned ones, Ray, Spark) carries `VettedDownloader`, which puts the vetted
-fetch in its place wherever it arrives. Were it ever left out, nothing would be fetched: a row asks
-for "EXPECTED URL", which no other fetch takes for an address.
+`python -m data.download.collect JOB.json` runs it on one part. All that is patched in img2dataset
+is patched here; tests/data/test_collect.py holds it against the installed version:
+
+    downloader.download_image      replaced by `Worker.answer`, the vetted fetch: its own vets no
+                                   address, bounds no body and reads no robots.txt
+    main.Downloader                replaced by `VettedDownloader`: img2dataset carries it to other
+                                   processes (spawned ones, Ray, Spark), and it puts the vetted
+                                   fetch in its place wherever it arrives
+    WebDatasetSampleWriter.write   overridden in `PictureWriter`: else captions and JSON stand in
+                                   the tars a second time
+    LocalFileSystem.glob           for the part's folder only, whose name may look like a pattern
+    large packages                 empty or absent while it is imported (`_without`), which saves
+                                   time and memory in every process
+
+Were the fetch ever left out, nothing would be fetched: a row asks for "EXPECTED URL", which no
+other fetch takes for an address, and parts.py refuses rows whose errors are not ours.
 """
 
 from __future__ import annotations
@@ -25,7 +37,8 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from data.download.processes import VETTED, WITHOUT, Job, Pulse
-from data.web.fetch import Fetcher, FetchSettings, RefusedError
+from data.web.addresses import RefusedError
+from data.web.fetch import Fetcher, FetchSettings
 
 
 @contextmanager

@@ -6,7 +6,6 @@ Of what cannot be had again the fates say why, as if it had been asked for only 
 from __future__ import annotations
 
 import io
-import os
 import tarfile
 import time
 from collections import Counter
@@ -25,7 +24,10 @@ from data.download.parts import Summary
 from data.layout import PART_DIGITS, ImageShard
 from data.originals import Damage
 from data.schema import FATES
-from data.web.fetch import Fetcher, FetchSettings, RefusedError
+from data.web.addresses import RefusedError
+from data.web.fetch import Fetcher, FetchSettings
+from gigagan.common import tars
+from gigagan.common.files import filled_aside
 from gigagan.common.progress import Progress, silent
 
 
@@ -39,8 +41,8 @@ def mend(
 ) -> Counter[str]:
     """Fetch damaged pictures again; `damaged` is sorted, as originals.verify returns it.
 
-    A tar is written aside and then put in place, before its fates are. Pictures that are whole are
-    not asked for. Returns their fates: `ok` is mended.
+    A tar is in place before its fates are. Pictures that are whole are not asked for. Returns their
+    fates: `ok` is mended.
     """
     asker = _Asker(Fetcher(settings), threads)
     counts: Counter[str] = Counter()
@@ -82,23 +84,22 @@ def _refill(shard: ImageShard, fates: pa.Table, asker: _Asker) -> dict[str, tupl
     """Write the tar anew, of what is whole and what is fetched; (fate, detail) by key of these."""
     wanted = {row["key"]: row for row in fates.to_pylist() if row["fate"] == "ok"}
     answers: dict[str, tuple[str, str | None]] = {}
-    aside = shard.tar.with_suffix(".partial")
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    with aside.open("wb") as file, ThreadPoolExecutor(asker.threads) as pool:
-        with tarfile.open(fileobj=file, mode="w") as tar:
-            digests = {key: row["sha256"] for key, row in wanted.items()}
-            for key, data in originals.whole(shard, digests):
+    shard.tar.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        filled_aside(shard.tar, fsync=True) as partial,
+        tarfile.open(partial, "w") as tar,
+        ThreadPoolExecutor(asker.threads) as pool,
+    ):
+        digests = {key: row["sha256"] for key, row in wanted.items()}
+        for key, data in originals.whole(shard, digests):
+            _add(tar, shard.member(key), data)
+            del wanted[key]
+        for key, (fate, detail, data) in zip(
+            wanted, pool.map(asker.ask, wanted.values()), strict=True
+        ):
+            answers[key] = fate, detail
+            if fate == "ok":
                 _add(tar, shard.member(key), data)
-                del wanted[key]
-            for key, (fate, detail, data) in zip(
-                wanted, pool.map(asker.ask, wanted.values()), strict=True
-            ):
-                answers[key] = fate, detail
-                if fate == "ok":
-                    _add(tar, shard.member(key), data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(shard.tar)
     return answers
 
 
@@ -123,10 +124,11 @@ def _with(
 
 
 def _rewrite(root: Path, part: int, changed: dict[int, pa.Table]) -> None:
-    """Put changed shards into a part's fates: aside, and then in place."""
+    """Put changed shards into a part's fates."""
     path = root / "fates" / f"{part:0{PART_DIGITS}d}.parquet"
-    summary, partial = Summary(), path.with_suffix(".partial")
+    summary = Summary()
     with (
+        filled_aside(path) as partial,
         pq.ParquetFile(path) as file,
         pq.ParquetWriter(partial, FATES, compression="zstd") as writer,
     ):
@@ -135,6 +137,5 @@ def _rewrite(root: Path, part: int, changed: dict[int, pa.Table]) -> None:
             writer.write_table(fates, row_group_size=fates.num_rows)
             summary.count(fates)
             with ImageShard(root, part, number).tar.open("rb", buffering=0) as tar:
-                summary.num_bytes += sum(size for _, _, size in originals.members(tar))
+                summary.num_bytes += sum(member.size for member in tars.members(tar))
         writer.add_key_value_metadata({"summary": summary.dump()})
-    partial.replace(path)

@@ -24,6 +24,8 @@ import pyarrow.parquet as pq
 from data.download.processes import VETTED
 from data.layout import PART_DIGITS, SHARD_DIGITS, ImageShard, row_digits
 from data.schema import FATES
+from gigagan.common import tars
+from gigagan.common.files import filled_aside
 
 HOSTS = 1000
 """Hosts that a part's summary names; the seeded order spreads every host over all parts."""
@@ -43,9 +45,9 @@ class Done(NamedTuple):
     """A shard that is done."""
 
     rows: int
-    """Of its table: pictures and refusals."""
+    """Rows of its table: pictures and refusals."""
     num_bytes: int
-    """Of its pictures."""
+    """Bytes of its pictures."""
 
 
 @dataclass
@@ -56,7 +58,7 @@ class Summary:
     hosts: Counter[str] = field(default_factory=Counter)
     """Failures by host, opt-outs apart."""
     opt_outs: Counter[str] = field(default_factory=Counter)
-    """By what said so."""
+    """Opt-outs by what said so: a file, or the name of a header."""
     num_bytes: int = 0
 
     def add(self, other: Summary) -> None:
@@ -90,7 +92,7 @@ class Summary:
 
     @classmethod
     def load(cls, path: Path) -> Summary:
-        """Of the part whose fates these are."""
+        """The summary in the metadata of a part's fates."""
         found = json.loads((pq.read_metadata(path).metadata or {})[b"summary"])
         counters = {name: Counter(found[name]) for name in ("fates", "hosts", "opt_outs")}
         return cls(**counters, num_bytes=found["num_bytes"])
@@ -122,7 +124,7 @@ class Part:
 
     @property
     def num_shards(self) -> int:
-        """The last one may be short."""
+        """Number of shards, the last of which may be short."""
         return -(-self.rows // self.rows_per_shard)
 
     def shard(self, number: int) -> ImageShard:
@@ -160,7 +162,7 @@ class Part:
                 writer.write_table(pa.table({"request": requests(listed, verify_hashes)}, schema))
 
     def write_fates(self, done: dict[int, Done]) -> None:
-        """One row group a shard, in order; aside, and then in place.
+        """One row group a shard, in order.
 
         Raises:
             DamagedShardError: a shard is not that of these rows.
@@ -168,15 +170,15 @@ class Part:
         """
         self.fates.parent.mkdir(exist_ok=True)
         summary = Summary(num_bytes=sum(shard.num_bytes for shard in done.values()))
-        partial = self.fates.with_suffix(".partial")
-        with pq.ParquetWriter(partial, FATES, compression="zstd") as writer:
-            for number, listed in enumerate(self.listed()):
-                fates = fates_of(self.shard(number), self.keys(number), listed)
-                writer.write_table(fates, row_group_size=fates.num_rows)
-                summary.count(fates)
-            writer.add_key_value_metadata({"summary": summary.dump()})
-        assert summary.fates.total() == self.rows, f"{self.name}: {summary.fates} of {self.rows}"
-        partial.replace(self.fates)
+        with filled_aside(self.fates) as partial:
+            with pq.ParquetWriter(partial, FATES, compression="zstd") as writer:
+                for number, listed in enumerate(self.listed()):
+                    fates = fates_of(self.shard(number), self.keys(number), listed)
+                    writer.write_table(fates, row_group_size=fates.num_rows)
+                    summary.count(fates)
+                writer.add_key_value_metadata({"summary": summary.dump()})
+            found = summary.fates.total()
+            assert found == self.rows, f"{self.name}: {summary.fates} of {self.rows}"
 
 
 class Shelf:
@@ -188,7 +190,7 @@ class Shelf:
         self.broken: dict[int, str] = {}
         """Why shards that call themselves done are not."""
         self.rows = 0
-        """In shards that are done."""
+        """Rows in shards that are done."""
         part.images.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -204,12 +206,12 @@ class Shelf:
             if number is None or number in self.done:
                 continue
             if entry.name.endswith("_stats.json") and number not in self.broken:
-                self._judge(number)
+                self._look_into(number)
             with suppress(FileNotFoundError):
                 growing += entry.stat().st_size
         return self.rows, growing
 
-    def _judge(self, number: int) -> None:
+    def _look_into(self, number: int) -> None:
         try:
             found = check(self.part.shard(number), self.part.keys(number))
         except DamagedShardError as error:
@@ -255,7 +257,7 @@ def check(shard: ImageShard, wanted: list[str]) -> Done | None:
             f"{stats['count']}, its table has {len({*keys} & {*wanted})} of them in {len(keys)}"
         )
     ok = table.filter(pc.equal(table["status"], "success"))["key"].to_pylist()
-    sizes = members(shard.tar)
+    sizes = sizes_in(shard.tar)
     if sorted(sizes) != [f"{key}.jpg" for key in ok] or len(ok) != stats["successes"]:
         raise DamagedShardError(
             f"{shard.tar} holds {len(sizes)} pictures, its table lists {len(ok)}, its statistics "
@@ -264,27 +266,17 @@ def check(shard: ImageShard, wanted: list[str]) -> Done | None:
     return Done(len(wanted), sum(sizes.values()))
 
 
-def members(tar: Path) -> dict[str, int]:
-    """Size of each file in a tar as img2dataset writes them, headers read alone.
-
-    tarfile would take as long for it as the download for the picture. Extended headers, which
-    these tars have for fractions of a second, are passed over.
+def sizes_in(tar: Path) -> dict[str, int]:
+    """Bytes of each picture in a tar, by its name.
 
     Raises:
         DamagedShardError: it is cut short, or no tar.
     """
-    found: dict[str, int] = {}
-    with suppress(OSError, ValueError), tar.open("rb", buffering=0) as file:
-        end, place = file.seek(0, os.SEEK_END), 0
-        while place + 512 <= end:
-            header = os.pread(file.fileno(), 512, place)
-            if not any(header):
-                return found
-            size = int(header[124:135], 8)
-            if header[156:157] == b"0":
-                found[header[:100].rstrip(b"\0").decode()] = size
-            place += 512 + -(-size // 512) * 512
-    raise DamagedShardError(f"{tar} is missing, cut short or no tar")
+    try:
+        with tar.open("rb", buffering=0) as file:
+            return {member.name: member.size for member in tars.members(file, is_whole=True)}
+    except (OSError, tars.DamagedTarError) as error:
+        raise DamagedShardError(f"{tar} is missing, cut short or no tar") from error
 
 
 def fates_of(shard: ImageShard, keys: list[str], listed: pa.Table) -> pa.Table:
@@ -303,7 +295,7 @@ def fates_of(shard: ImageShard, keys: list[str], listed: pa.Table) -> pa.Table:
         )
     stats = _stats(shard)
     columns = (results[name].to_pylist() for name in ("status", "error_message"))
-    judged = [_fate(shard, *row) for row in zip(*columns, strict=True)]
+    fates = [_fate(shard, *row) for row in zip(*columns, strict=True)]
     times = {
         "asked_from": math.floor(stats["start_time"] * 1000),
         "asked_until": math.ceil(stats["end_time"] * 1000),
@@ -311,8 +303,8 @@ def fates_of(shard: ImageShard, keys: list[str], listed: pa.Table) -> pa.Table:
     found = {
         **{name: listed[name] for name in listed.column_names},
         "key": [f"{shard.part:0{PART_DIGITS}d}{key}" for key in keys],
-        "fate": [fate for fate, _ in judged],
-        "detail": [detail for _, detail in judged],
+        "fate": [fate for fate, _ in fates],
+        "detail": [detail for _, detail in fates],
         "sha256": results["sha256"],
         **{
             name: pa.array([time] * len(keys), FATES.field(name).type)

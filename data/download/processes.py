@@ -59,7 +59,7 @@ class Job(BaseModel):
     rows_per_shard: int
     processes: int
     threads: int
-    """Of each process."""
+    """Threads of each process."""
     distributor: str
     fetch: FetchSettings
     pulses: Path
@@ -169,7 +169,7 @@ class Session:
         simple = sum(_memory(process, exact=False) for process in members)
         return simple if simple <= enough else sum(_memory(p, exact=True) for p in members)
 
-    def take_leave(self) -> None:
+    def wait_briefly(self) -> None:
         """Let the command end by itself, if it is quick: its work is done."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(END_S)
@@ -229,7 +229,7 @@ class Watch:
         self._seen: dict[str, tuple[Sign, float]] = {}
         self._grown: tuple[object, float] = (None, time.monotonic() + STARTUP_S)
 
-    def ailment(self, grown: object) -> str | None:
+    def trouble(self, grown: object) -> str | None:
         """Why the session should be ended, if it should. `grown` differs whenever files grew."""
         now = time.monotonic()
         if self.job.distributor == "multiprocessing" and (worker := killed(self.job.pulses)):
@@ -239,7 +239,7 @@ class Watch:
         memory = self.session.memory(self.max_bytes)
         self.peak = max(self.peak, memory)
         if memory > self.max_bytes:
-            return f"{TOO_MUCH}{memory / 1e9:.2f} GB, {self.max_bytes / 1e9:.2f} allowed"
+            return f"{TOO_MUCH_MEMORY}{memory / 1e9:.2f} GB, {self.max_bytes / 1e9:.2f} allowed"
         return None
 
     def _silence(self, grown: object, now: float) -> str | None:
@@ -259,8 +259,8 @@ class Watch:
         return None
 
 
-TOO_MUCH = "the processes use "
-"""How an ailment begins that fewer threads may cure."""
+TOO_MUCH_MEMORY = "the processes use "
+"""How a trouble begins that fewer threads may cure."""
 
 
 @contextmanager

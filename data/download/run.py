@@ -25,11 +25,12 @@ from data import demo, originals
 from data.config import LIMITS, DownloadConfig
 from data.download import mend
 from data.download.parts import Part, Shelf, Summary
-from data.download.processes import TOO_MUCH, Job, Watch, session
+from data.download.processes import TOO_MUCH_MEMORY, Job, Watch, session
 from data.layout import PART_DIGITS, SHARD_DIGITS
 from data.lists import metadata
 from data.report import Funnel, Report, Step
 from data.web.fetch import FetchSettings
+from gigagan.common.files import write_aside
 from gigagan.common.progress import Progress, silent
 
 FULL_BYTES = 1 << 16
@@ -39,7 +40,7 @@ ATTEMPTS = 3
 LOG_BYTES = 50_000_000
 """A longer log of img2dataset is set aside, and the one before it forgotten."""
 TICK_S = 0.2
-"""Between two looks at the files."""
+"""Seconds between two looks at the files."""
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +87,9 @@ def run(
     parts = _parts(out, config)
     missing = [part for part in parts if not part.fates.exists()]
     if missing:
-        _collect_all(missing, out, config, Pace(processes, threads), _Told(parts, progress))
+        _collect_all(
+            missing, out, config, Pace(processes, threads), _PartsProgress(parts, progress)
+        )
 
     verified = _verify(out, config, Pace(processes, threads), progress) if verify else {}
     report = _report(parts, funnel)
@@ -134,10 +137,7 @@ def _hold_to_plan(out: Path, config: DownloadConfig) -> None:
     plan = config.model_dump(mode="json", exclude={*LIMITS})
     found = begun(out)
     if not found:
-        path = out / "plan.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(plan, indent=1))
-        partial.replace(path)
+        write_aside(out / "plan.json", json.dumps(plan, indent=1))
         return
     found = {"columns": {}, **found}
     if changed := sorted(name for name in plan if found.get(name) != plan[name]):
@@ -175,7 +175,7 @@ class Pace:
         return replace(self, processes=self.processes // 2) if self.processes > 1 else None
 
 
-class _Told:
+class _PartsProgress:
     """Progress over all parts, from the rows done of the present one."""
 
     def __init__(self, parts: list[Part], progress: Progress) -> None:
@@ -188,7 +188,7 @@ class _Told:
 
 
 def _collect_all(
-    parts: list[Part], out: Path, config: DownloadConfig, pace: Pace, told: _Told
+    parts: list[Part], out: Path, config: DownloadConfig, pace: Pace, progress: _PartsProgress
 ) -> None:
     """Fetch the parts, one after the other."""
     with (
@@ -198,10 +198,12 @@ def _collect_all(
     ):
         settings = FetchSettings.of(config, connect_to, str(Path(local, "hosts.sqlite")))
         for part in parts:
-            collector = _Collector(part, config, settings, folder, out / "img2dataset.log", told)
+            collector = _Collector(
+                part, config, settings, folder, out / "img2dataset.log", progress
+            )
             pace = collector.collect(pace)
             part.write_fates(collector.shelf.done)
-            told.before += part.rows
+            progress.before += part.rows
 
 
 @contextmanager
@@ -240,7 +242,7 @@ class _Collector:
     settings: FetchSettings
     folder: Path
     log: Path
-    told: Callable[[int], None]
+    progress: Callable[[int], None]
 
     def __post_init__(self) -> None:
         self.shelf = Shelf(self.part)
@@ -251,20 +253,20 @@ class _Collector:
         if self.shelf.missing:
             requests = self.folder / "requests.parquet"
             self.part.write_requests(requests, verify_hashes=self.config.verify_hashes)
-        fruitless, ailment = 0, None
+        fruitless, trouble = 0, None
         while missing := self.shelf.missing:
             if fruitless == ATTEMPTS:
-                raise self._incomplete(ailment)
-            ailment = self._attempt(pace)
+                raise self._incomplete(trouble)
+            trouble = self._attempt(pace)
             broken = "; ".join(self.shelf.broken.values())
-            if ailment := "; ".join(filter(None, [ailment, broken])) or None:
-                self._say(f"part {self.part.name}: {ailment}; begun anew")
+            if trouble := "; ".join(filter(None, [trouble, broken])) or None:
+                self._say(f"part {self.part.name}: {trouble}; begun anew")
             self.shelf.clear()
             fruitless = 0 if self.shelf.missing < missing else fruitless + 1
-            if self.shelf.missing and (ailment or "").startswith(TOO_MUCH):
+            if self.shelf.missing and (trouble or "").startswith(TOO_MUCH_MEMORY):
                 slower, fruitless = pace.halved(), 0
                 if slower is None:
-                    raise self._incomplete(f"{ailment}; raise download.max_memory_gb")
+                    raise self._incomplete(f"{trouble}; raise download.max_memory_gb")
                 pace = slower
                 self._say(f"going on with {pace.processes} processes of {pace.threads} threads")
         return pace
@@ -297,17 +299,17 @@ class _Collector:
         while watch.session.runs:
             time.sleep(TICK_S)
             grown = self.shelf.look()
-            self.told(grown[0])
+            self.progress(grown[0])
             if grown == before and disk_usage(self.part.images).free < FULL_BYTES:
                 # img2dataset logs a failed write and goes on; nobody would learn why.
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.part.images))
             before = grown
             if not self.shelf.missing:
-                watch.session.take_leave()
+                watch.session.wait_briefly()
                 return None
-            if ailment := watch.ailment(grown):
-                return ailment
-        self.told(self.shelf.look()[0])
+            if trouble := watch.trouble(grown):
+                return trouble
+        self.progress(self.shelf.look()[0])
         status = watch.session.process.poll()
         return f"img2dataset ended with status {status}" if self.shelf.missing else None
 

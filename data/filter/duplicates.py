@@ -155,138 +155,149 @@ def _chunks(size_K: np.ndarray) -> Iterator[slice]:
 
 
 class _Search:
-    """The greedy choice among looks that are given by rank, the first to stay first."""
+    """The greedy choice among looks that are given by rank, the first to stay first.
+
+    A look is meant by its rank, a hash by its number: its place in `hash_U`, which ascends. A table
+    sorts the numbers into buckets of hashes that agree in some bits.
+    """
 
     def __init__(
-        self, hash_R: np.ndarray, small_RD: np.ndarray, limit: int, max_colour: float
+        self, hash_R: np.ndarray, miniature_RD: np.ndarray, limit: int, max_colour: float
     ) -> None:
-        self.small_RD, self.limit, self.max_colour = small_RD, limit, max_colour
-        self.sums_RC = small_RD.reshape(len(small_RD), -1, 3).sum(1, dtype=np.int32)
-        self.hash_U, self.of_R = np.unique(hash_R, return_inverse=True)
-        self.rank_R = np.argsort(self.of_R, kind="stable")
-        self.size_U = np.bincount(self.of_R, minlength=len(self.hash_U))
-        self.start_U = np.cumsum(self.size_U) - self.size_U
+        self.miniature_RD, self.limit, self.max_colour = miniature_RD, limit, max_colour
+        self.channel_sum_RC = miniature_RD.reshape(len(miniature_RD), -1, 3).sum(1, dtype=np.int32)
+        self.hash_U, self.number_R = np.unique(hash_R, return_inverse=True)
+        # Ranks in the order of their hashes: a hash has `num_looks_U` from `first_look_U` on.
+        self.by_hash_R = np.argsort(self.number_R, kind="stable")
+        self.num_looks_U = np.bincount(self.number_R, minlength=len(self.hash_U))
+        self.first_look_U = np.cumsum(self.num_looks_U) - self.num_looks_U
         self.tables = _tables(len(self.hash_U), len(self.hash_U), limit) if limit else []
-        self.lazy_U = self.size_U > DENSE
-        self.pools: dict[tuple[int, int], np.ndarray] = {}
-        self.known: dict[int, np.ndarray] = {}
+        self.is_dense_U = self.num_looks_U > DENSE
+        self.dense_buckets: dict[tuple[int, int], np.ndarray] = {}
+        """Table and key → numbers of the hashes in a bucket that is searched only when asked."""
+        self.reached: dict[int, np.ndarray] = {}
+        """What `_reachable` found for hashes of several looks, which are asked for again."""
 
     def run(self) -> np.ndarray:
         """Rank of the look that each one yields to, or −1."""
-        left_P, right_P = self._sparse_pairs()
-        keeper_R = np.full(len(self.of_R), -1, np.int64)
-        visited = np.union1d(left_P, np.flatnonzero(self.lazy_U[self.of_R]))
+        left_P, right_P = self._pairs_outside_dense_buckets()
+        keeper_R = np.full(len(self.number_R), -1, np.int64)
+        visited = np.union1d(left_P, np.flatnonzero(self.is_dense_U[self.number_R]))
         starts = np.searchsorted(left_P, visited).tolist()
         stops = np.searchsorted(left_P, visited, "right").tolist()
-        lazy = self.lazy_U[self.of_R[visited]].tolist()
-        for rank, start, stop, is_lazy in zip(visited.tolist(), starts, stops, lazy, strict=True):
+        dense = self.is_dense_U[self.number_R[visited]].tolist()
+        for rank, start, stop, is_dense in zip(visited.tolist(), starts, stops, dense, strict=True):
             if keeper_R[rank] >= 0:
                 continue
             later = right_P[start:stop]
             keeper_R[later[keeper_R[later] < 0]] = rank
-            if is_lazy:
-                keeper_R[self._undecided_near(rank, keeper_R)] = rank
+            if is_dense:
+                keeper_R[self._open_near(rank, keeper_R)] = rank
         return keeper_R
 
-    def _sparse_pairs(self) -> tuple[np.ndarray, np.ndarray]:
-        """Near pairs (rank, greater rank) of all buckets that are not dense, sorted."""
-        several = np.flatnonzero((self.size_U > 1) & (self.size_U <= DENSE))
-        found = [self._looks(several, several)]
+    def _pairs_outside_dense_buckets(self) -> tuple[np.ndarray, np.ndarray]:
+        """Near pairs (rank, greater rank) of all buckets but dense ones, sorted by the first."""
+        several = np.flatnonzero((self.num_looks_U > 1) & (self.num_looks_U <= DENSE))
+        found = [self._pairs_of_looks(several, several)]
         for number in range(len(self.tables)):
-            found.append(self._looks(*self._hashes(number)))
+            found.append(self._pairs_of_looks(*self._pairs_of_hashes(number)))
         left_P, right_P = (np.concatenate(side) for side in zip(*found, strict=True))
         order_P = np.argsort(left_P, kind="stable")
         return left_P[order_P], right_P[order_P]
 
-    def _hashes(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Near pairs of hashes that this table is the first to find; its dense buckets become
-        pools."""
+    def _pairs_of_hashes(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Near pairs of hashes that this table is the first to find; notes its dense buckets."""
         table = self.tables[number]
-        place_U = np.arange(len(self.hash_U), dtype=np.uint64)
-        packed_U = np.sort(_keys(self.hash_U, table) << np.uint64(32) | place_U)
-        key_U, hash_U = packed_U >> np.uint64(32), (packed_U & np.uint64(2**32 - 1)).astype(np.intp)
+        # One sort of key and number, packed into a word, makes buckets of equal keys.
+        all_U = np.arange(len(self.hash_U), dtype=np.uint64)
+        packed_U = np.sort(_keys(self.hash_U, table) << np.uint64(32) | all_U)
+        key_U = packed_U >> np.uint64(32)
+        number_U = (packed_U & np.uint64(2**32 - 1)).astype(np.intp)
         start_B = np.flatnonzero(np.r_[True, key_U[1:] != key_U[:-1]])
         size_B = np.diff(np.r_[start_B, len(key_U)])
-        dense_B = (np.add.reduceat(self.size_U[hash_U], start_B) > DENSE) & (size_B > 1)
-        for start, size in zip(start_B[dense_B].tolist(), size_B[dense_B].tolist(), strict=True):
-            pool = hash_U[start : start + size]
-            self.pools[number, int(key_U[start])] = pool
-            self.lazy_U[pool] = True
-        left, right = self._within(hash_U, start_B, np.where(dense_B, 1, size_B))
+        is_dense_B = (np.add.reduceat(self.num_looks_U[number_U], start_B) > DENSE) & (size_B > 1)
+        dense = start_B[is_dense_B].tolist(), size_B[is_dense_B].tolist()
+        for start, size in zip(*dense, strict=True):
+            bucket = number_U[start : start + size]
+            self.dense_buckets[number, int(key_U[start])] = bucket
+            self.is_dense_U[bucket] = True
+        left, right = self._pairs_in_buckets(number_U, start_B, np.where(is_dense_B, 1, size_B))
         earlier = _agree_earlier(self.hash_U[left] ^ self.hash_U[right], table, self.tables)
         return left[~earlier], right[~earlier]
 
-    def _within(
-        self, hash_U: np.ndarray, start_B: np.ndarray, size_B: np.ndarray
+    def _pairs_in_buckets(
+        self, number_U: np.ndarray, start_B: np.ndarray, size_B: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Near pairs inside of buckets: each hash with the next, with the one after it, …"""
-        bits_U = self.hash_U[hash_U]
+        bits_U = self.hash_U[number_U]
         place_U = np.arange(len(bits_U))
-        left_U = np.repeat(start_B + size_B, np.diff(np.r_[start_B, len(bits_U)])) - place_U - 1
+        end_U = np.repeat(start_B + size_B, np.diff(np.r_[start_B, len(bits_U)]))
+        num_after_U = end_U - place_U - 1  # hashes of its bucket that come after each
         found = [np.empty((2, 0), np.intp)]
         for shift in range(1, int(size_B.max(initial=1))):
             if len(place_U) * 8 > len(bits_U):  # cheaper to compare all than to pick
                 near = np.bitwise_count(bits_U[shift:] ^ bits_U[:-shift]) <= self.limit
                 near_P = np.flatnonzero(near)
-                near_P = near_P[left_U[near_P] >= shift]
-                place_U = place_U if shift % 4 else np.flatnonzero(left_U > shift)
+                near_P = near_P[num_after_U[near_P] >= shift]
+                place_U = place_U if shift % 4 else np.flatnonzero(num_after_U > shift)
             else:
-                place_U = place_U[left_U[place_U] >= shift]
+                place_U = place_U[num_after_U[place_U] >= shift]
                 near = np.bitwise_count(bits_U[place_U] ^ bits_U[place_U + shift]) <= self.limit
                 near_P = place_U[near]
-            found.append(np.stack([hash_U[near_P], hash_U[near_P + shift]]))
+            found.append(np.stack([number_U[near_P], number_U[near_P + shift]]))
         left, right = np.concatenate(found, 1)
         return left, right
 
-    def _looks(self, left_P: np.ndarray, right_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _pairs_of_looks(
+        self, left_P: np.ndarray, right_P: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Pairs of looks (rank, greater rank) of these pairs of hashes that are near in colour."""
         found = [np.empty((2, 0), np.intp)]
-        size_P = self.size_U[left_P] * self.size_U[right_P]
+        size_P = self.num_looks_U[left_P] * self.num_looks_U[right_P]
         for chunk in _chunks(size_P):
+            # Every look of the left hash with every one of the right hash.
             pair = np.repeat(np.arange(chunk.start, chunk.stop), size_P[chunk])
-            inner = _ranges(np.zeros_like(size_P[chunk]), size_P[chunk])
-            a, b = np.divmod(inner, self.size_U[right_P[pair]])
-            first = self.rank_R[self.start_U[left_P[pair]] + a]
-            second = self.rank_R[self.start_U[right_P[pair]] + b]
-            once = (left_P[pair] != right_P[pair]) | (a < b)
-            first, second = first[once], second[once]
-            near = self._near_colours(first, second)
-            ends = np.stack([first[near], second[near]])
-            found.append(np.sort(ends, 0))
+            of_pair = _ranges(np.zeros_like(size_P[chunk]), size_P[chunk])
+            of_left, of_right = np.divmod(of_pair, self.num_looks_U[right_P[pair]])
+            left = self.by_hash_R[self.first_look_U[left_P[pair]] + of_left]
+            right = self.by_hash_R[self.first_look_U[right_P[pair]] + of_right]
+            is_once = (left_P[pair] != right_P[pair]) | (of_left < of_right)
+            left, right = left[is_once], right[is_once]
+            near = self._near_colours(left, right)
+            found.append(np.sort(np.stack([left[near], right[near]]), 0))
         left, right = np.concatenate(found, 1)
         return left, right
 
-    def _near_colours(self, first: np.ndarray | int, second: np.ndarray) -> np.ndarray:
+    def _near_colours(self, left: np.ndarray | int, right: np.ndarray) -> np.ndarray:
         """Whether the miniatures are near: sums over each channel, which are cheap, go first."""
-        budget = self.max_colour * self.small_RD.shape[1]
-        near = np.abs(self.sums_RC[first] - self.sums_RC[second]).sum(1) <= budget
-        left = first[near] if isinstance(first, np.ndarray) else first
-        near[near] = _colours_apart(self.small_RD[left], self.small_RD[second[near]]) <= (
-            self.max_colour
-        )
+        budget = self.max_colour * self.miniature_RD.shape[1]
+        near = np.abs(self.channel_sum_RC[left] - self.channel_sum_RC[right]).sum(1) <= budget
+        left = left[near] if isinstance(left, np.ndarray) else left
+        apart = _colours_apart(self.miniature_RD[left], self.miniature_RD[right[near]])
+        near[near] = apart <= self.max_colour
         return near
 
-    def _undecided_near(self, rank: int, keeper_R: np.ndarray) -> np.ndarray:
+    def _open_near(self, rank: int, keeper_R: np.ndarray) -> np.ndarray:
         """Looks near to this one that come later and yield to nobody yet."""
-        hashes = self._reachable(int(self.of_R[rank]))
-        ranks = self.rank_R[_ranges(self.start_U[hashes], self.size_U[hashes])]
+        numbers = self._reachable(int(self.number_R[rank]))
+        ranks = self.by_hash_R[_ranges(self.first_look_U[numbers], self.num_looks_U[numbers])]
         ranks = ranks[(ranks > rank) & (keeper_R[ranks] < 0)]
         return ranks[self._near_colours(rank, ranks)]
 
-    def _reachable(self, place: int) -> np.ndarray:
-        """This hash and those near to it in the pools that it is in."""
-        if (known := self.known.get(place)) is not None:
+    def _reachable(self, number: int) -> np.ndarray:
+        """Numbers of this hash and of those near to it in the dense buckets that it is in."""
+        if (known := self.reached.get(number)) is not None:
             return known
-        bits_1 = self.hash_U[place : place + 1]
-        found = [np.array([place])]
-        for number, table in enumerate(self.tables):
-            pool = self.pools.get((number, int(_keys(bits_1, table)[0])))
-            if pool is not None:
-                found.append(pool[np.bitwise_count(self.hash_U[pool] ^ bits_1) <= self.limit])
-        hashes = np.unique(np.concatenate(found))
-        if self.size_U[place] > 1:
-            self.known[place] = hashes
-        return hashes
+        bits_1 = self.hash_U[number : number + 1]
+        found = [np.array([number])]
+        for of_table, table in enumerate(self.tables):
+            bucket = self.dense_buckets.get((of_table, int(_keys(bits_1, table)[0])))
+            if bucket is not None:
+                found.append(bucket[np.bitwise_count(self.hash_U[bucket] ^ bits_1) <= self.limit])
+        numbers = np.unique(np.concatenate(found))
+        if self.num_looks_U[number] > 1:
+            self.reached[number] = numbers
+        return numbers
 
 
 def _colours_apart(left_PD: np.ndarray, right_PD: np.ndarray) -> np.ndarray:

@@ -33,6 +33,7 @@ from data.filter.rules import (
 from data.look.tables import opened
 from data.report import Funnel, Step
 from data.schema import MINIATURE, SCORES
+from gigagan.common.files import filled_aside, write_aside
 from gigagan.common.progress import Progress, silent
 
 JUDGED = (
@@ -40,8 +41,6 @@ JUDGED = (
     "phash", "listed_phash", "miniature", "sha256", "caption_words", "caption_chars",
 )  # fmt: skip
 """Columns that decide; of captions it is what is counted in them."""
-HISTOGRAMS = ("similarity", "aesthetic", "unsafe", "watermark")
-BINS = 40
 MEMORY = "1GB"
 """What DuckDB takes before it spills."""
 ROWS = 100_000
@@ -94,10 +93,8 @@ def select(
         return Selection(**found)
     with _connect(out, workers) as database:
         _open(database, scores, config)
-        selection = _judge(database, out, scores, config, state, workers, progress)
-    partial = done.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(selection), indent=1))
-    partial.replace(done)
+        selection = _decide(database, out, scores, config, state, workers, progress)
+    write_aside(done, json.dumps(asdict(selection), indent=1))
     return selection
 
 
@@ -158,7 +155,7 @@ def _open(database: duckdb.DuckDBPyConnection, scores: Path, config: FilterConfi
     database.execute(f"CREATE TABLE scores AS SELECT {', '.join(JUDGED)}, {of_captions} FROM files")
 
 
-def _judge(
+def _decide(
     database: duckdb.DuckDBPyConnection,
     out: Path,
     scores: Path,
@@ -197,7 +194,7 @@ def _judge(
     for share in ("top_similarity", "top_aesthetic"):
         if share in thresholds:
             thresholds[share] = {"share": getattr(config, share), "least": thresholds[share]}
-    return Selection(counts, missing, thresholds, _histograms(database), state)
+    return Selection(counts, missing, thresholds, sql.histograms(database), state)
 
 
 # ---- rules on pairs of rows --------------------------------------------------------------------
@@ -404,7 +401,7 @@ def _assert_something_is_kept(counts: dict[str, int]) -> None:
 
 
 def _write(database: duckdb.DuckDBPyConnection, out: Path) -> None:
-    """kept, twins and verdicts, each aside and then in place."""
+    """kept, twins and verdicts."""
     _write_kept(database, out / "kept.parquet")
     names = ", ".join(sql.text(name) for name in ("ok", *RULES))
     for name, query in {
@@ -412,9 +409,8 @@ def _write(database: duckdb.DuckDBPyConnection, out: Path) -> None:
         "verdicts": f"SELECT key, [{names}][code % {MISSING} + 1] AS verdict "
         "FROM verdicts ORDER BY key",
     }.items():
-        partial = out / f"{name}.partial"
-        database.execute(f"COPY ({query}) TO {sql.text(str(partial))} (FORMAT parquet)")
-        partial.replace(out / f"{name}.parquet")
+        with filled_aside(out / f"{name}.parquet") as partial:
+            database.execute(f"COPY ({query}) TO {sql.text(str(partial))} (FORMAT parquet)")
 
 
 def _write_kept(database: duckdb.DuckDBPyConnection, path: Path) -> None:
@@ -423,26 +419,6 @@ def _write_kept(database: duckdb.DuckDBPyConnection, path: Path) -> None:
         f"SELECT {columns} FROM files SEMI JOIN (SELECT key FROM verdicts WHERE code = 0) "
         "USING (key) ORDER BY key"
     )
-    partial = path.with_suffix(".partial")
-    with pq.ParquetWriter(partial, SCORES) as writer:
+    with filled_aside(path) as partial, pq.ParquetWriter(partial, SCORES) as writer:
         for block in database.sql(query).to_arrow_reader(ROWS):
             writer.write_table(pa.table(block).cast(SCORES), row_group_size=ROWS)
-    partial.replace(path)
-
-
-def _histograms(database: duckdb.DuckDBPyConnection) -> dict[str, dict[str, list[float]]]:
-    """Counts over equal bins of each score that there is, to choose thresholds by."""
-    found = {}
-    for name in HISTOGRAMS:
-        finite = f"FROM scores WHERE error IS NULL AND isfinite({name})"
-        row = database.execute(f"SELECT min({name}), max({name}) {finite}").fetchone()
-        assert row is not None
-        low, high = row
-        if low is None:
-            continue
-        width = (high - low or 1.0) / BINS
-        place = f"least(floor(({name} - {low!r}::DOUBLE) / {width!r}), {BINS - 1})::INTEGER"
-        bins = dict(database.execute(f"SELECT {place}, count(*) {finite} GROUP BY 1").fetchall())
-        edges = [round(low + width * number, 4) for number in range(BINS + 1)]
-        found[name] = {"counts": [bins.get(number, 0) for number in range(BINS)], "edges": edges}
-    return found

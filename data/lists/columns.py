@@ -23,10 +23,10 @@ class Kind(Enum):
 
     TEXT = auto()
     BYTES = auto()
-    """Of a hash: its hexadecimal in ASCII, or itself."""
+    """A hash: its bytes, or its hexadecimal digits in ASCII."""
     NUMBER = auto()
     NOTHING = auto()
-    """Nulls."""
+    """A column of nulls."""
 
 
 class Column(NamedTuple):

@@ -28,7 +28,7 @@ LINE_CHARS = 1 << 20
 """A longer line, or field, makes its row unreadable."""
 BATCH_ROWS = 50_000
 PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
-"""Of files that are unpacked while they are read."""
+"""Endings of packed files, which are unpacked while they are read."""
 
 
 class _Lines:

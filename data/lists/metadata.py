@@ -78,14 +78,14 @@ def prepare(
     made_of = {"files": [s.absolute for s in sources], "contents": _contents(sources)}
     _hold_to_plan(lists, {**_settings(config), **made_of})
     scans = _scan_jobs(lists / "_scatter", sources, config)
-    crew = _Crew(workers, backend)
-    _scan_all(scans, crew, progress)
+    pool = _Workers(workers, backend)
+    _scan_all(scans, pool, progress)
     try:
-        funnel = _judged(scans, config)
+        funnel = _funnel(scans, config)
     except MetadataError:
         rmtree(lists)  # there is nothing to go on with
         raise
-    gathers = _gather_all(scans, funnel[-1].rows, config, crew, progress)
+    gathers = _gather_all(scans, funnel[-1].rows, config, pool, progress)
     counts = [json.loads(job.done.read_text()) for job in gathers]
     rows, same = (sum(count[name] for count in counts) for name in ("rows", "same"))
     beyond = funnel[-1].rows - rows - same
@@ -111,7 +111,7 @@ def listed(out: Path) -> dict[str, Any]:
     return {**settings, "metadata": tuple(index["files"])}
 
 
-class _Crew(NamedTuple):
+class _Workers(NamedTuple):
     """Who works."""
 
     workers: int
@@ -212,17 +212,17 @@ def _scan_jobs(folder: Path, sources: list[Source], config: DownloadConfig) -> l
     ]
 
 
-def _scan_all(jobs: list[ScanJob], crew: _Crew, progress: Progress) -> None:
+def _scan_all(jobs: list[ScanJob], pool: _Workers, progress: Progress) -> None:
     missing = [job for job in jobs if not job.done.exists()]
     done = len(jobs) - len(missing)
     progress("reading lists", done, len(jobs))
-    for number, (_, problem) in enumerate(crew.each(scan, missing), done + 1):
+    for number, (_, problem) in enumerate(pool.each(scan, missing), done + 1):
         if problem:
             raise MetadataError(problem)
         progress("reading lists", number, len(jobs))
 
 
-def _judged(jobs: list[ScanJob], config: DownloadConfig) -> Funnel:
+def _funnel(jobs: list[ScanJob], config: DownloadConfig) -> Funnel:
     """Steps up to the last rule; raises if that leaves nothing."""
     counts: Counter[str] = Counter()
     for job in jobs:
@@ -250,7 +250,7 @@ def _gather_all(
     scans: list[ScanJob],
     passing: int,
     config: DownloadConfig,
-    crew: _Crew,
+    pool: _Workers,
     progress: Progress,
 ) -> list[GatherJob]:
     """As many leading parts as `max_rows` needs, all if it is null; the last is cut to fit."""
@@ -268,24 +268,24 @@ def _gather_all(
     while made < count and rows < wanted:
         # Parts are near equal, so this many more will do, or else a few of the next round.
         more = min(count - made, max(1, -(-(wanted - rows) * count // passing)))
-        _gather(jobs[made : made + more], made, crew, progress)
+        _gather(jobs[made : made + more], made, pool, progress)
         for job in jobs[made : made + more]:
             rows_of_it = json.loads(job.done.read_text())["rows"]
             made += 1
             if rows + rows_of_it >= wanted and config.max_rows is not None:
                 last = GatherJob(job.number, count, folder, len(scans), unique, wanted - rows)
-                _gather([last], made - 1, crew, progress)
+                _gather([last], made - 1, pool, progress)
                 return [*jobs[: made - 1], last]
             rows += rows_of_it
     return jobs
 
 
-def _gather(jobs: list[GatherJob], before: int, crew: _Crew, progress: Progress) -> None:
+def _gather(jobs: list[GatherJob], before: int, pool: _Workers, progress: Progress) -> None:
     missing = [job for job in jobs if not job.done.exists()]
     done, total = before + len(jobs) - len(missing), before + len(jobs)
     progress("writing lists", done, total)
     setup = partial(opened, jobs[0].folder)
-    for number, _ in enumerate(crew.each(gather, missing, setup), done + 1):
+    for number, _ in enumerate(pool.each(gather, missing, setup), done + 1):
         progress("writing lists", number, total)
 
 

@@ -113,7 +113,7 @@ class Columns(NamedTuple):
     """How a source's columns become ours."""
 
     sql: dict[str, str]
-    """Of each of ours, and of `status`."""
+    """SQL of each of our columns, and of `status`."""
     read: dict[str, Column]
     """The source's columns that this reads, by ours."""
     listed: dict[str, str]
@@ -172,7 +172,7 @@ def columns_of(source: Source, config: DownloadConfig) -> Columns:
     )
 
 
-def judged(
+def with_verdicts(
     db: Any, source: Source, config: DownloadConfig, *, doubted: bool = False
 ) -> Iterator[pa.RecordBatch]:
     """Each row with its `verdict`: 0, or the number from 1 of the first reason to drop it.

@@ -1,7 +1,7 @@
 """The out-of-core half of prepare: each list → its passing rows by digest → the rows of each part.
 
 `scan` takes one list, `gather` one range of digests over all lists. Both hold a bounded number of
-rows, write aside and rename, and give the same when run again.
+rows, and give the same when run again.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import pyarrow.parquet as pq
 
 from data import sql
 from data.config import DownloadConfig
-from data.lists.prefilter import BATCH_ROWS, columns_of, judged, reasons
+from data.lists.prefilter import BATCH_ROWS, columns_of, reasons, with_verdicts
 from data.lists.sources import Source, connect
 from data.schema import LIST, TYPES, MetadataError
+from gigagan.common.files import PARTIAL, filled_aside, write_aside
 
 DIGESTS = 1 << 64
 ROW_GROUP = 50_000
@@ -61,14 +62,19 @@ def scan(job: ScanJob) -> str | None:
     Returns what is wrong with the list, if anything is.
     """
     try:
-        counts = _scan(job, doubted=False)
-        if counts is None:
+        try:
+            counts = _scan(job, doubted=False)
+        except _NotUTF8Error:
             counts = _scan(job, doubted=True)
     except MetadataError as error:
         return str(error)
     names = ["ok", *(reason for reason, _ in reasons(job.config))]
-    commit(job.done, {names[verdict]: rows for verdict, rows in sorted((counts or {}).items())})
+    commit(job.done, {names[verdict]: rows for verdict, rows in sorted(counts.items())})
     return None
+
+
+class _NotUTF8Error(Exception):
+    """Text of a Parquet list that DuckDB gave up at: its rows are read one by one instead."""
 
 
 class _Passing:
@@ -100,13 +106,20 @@ class _Passing:
             raise
 
 
-def _scan(job: ScanJob, *, doubted: bool) -> dict[int, int] | None:
-    """Rows by verdict; None if text of the list turns out not to be UTF-8."""
+def _scan(job: ScanJob, *, doubted: bool) -> dict[int, int]:
+    """Rows by verdict."""
     target = job.done.with_suffix(".parquet")
-    partial = target.with_suffix(f".{os.getpid()}.partial")
-    spill = job.folder / f"spill-{os.getpid()}.partial"
+    with filled_aside(target, has_rivals=True) as partial:
+        passing = _sort_passing(job, partial, doubted=doubted)
+        _demand_hashes(job, passing)
+    return dict(passing.counts)
+
+
+def _sort_passing(job: ScanJob, partial: Path, *, doubted: bool) -> _Passing:
+    """Write the passing rows by digest."""
+    spill = job.folder / f"spill-{os.getpid()}{PARTIAL}"
     with connect([job.source]) as reader, connect(spill=spill) as sorter:
-        passing = _Passing(judged(reader, job.source, job.config, doubted=doubted))
+        passing = _Passing(with_verdicts(reader, job.source, job.config, doubted=doubted))
         schema = pa.schema([*(LIST.field(name) for name in TYPES), ("row", pa.int64())])
         sorter.register("passing", pa.RecordBatchReader.from_batches(schema, iter(passing)))
         try:
@@ -118,22 +131,24 @@ def _scan(job: ScanJob, *, doubted: bool) -> dict[int, int] | None:
             if isinstance(cause, MetadataError):
                 raise cause from None
             if not doubted and not job.source.is_text and "UTF" in str(cause).upper():
-                return None
+                raise _NotUTF8Error from error
             raise MetadataError(
                 f"{job.source.path}: cannot be read to its end ({str(cause).splitlines()[0]}); "
                 "fetch it again or take it out of download.metadata"
             ) from error
+    return passing
+
+
+def _demand_hashes(job: ScanJob, passing: _Passing) -> None:
+    """Refuse a column of hashes of which none is one."""
     for name, rows in passing.hashes.items():
         if rows and not passing.fitting[name]:
-            partial.unlink()
             theirs = columns_of(job.source, job.config).read[name].theirs
             raise MetadataError(
                 f"{job.source.path}: the column {theirs!r} holds no {name}: none of its {rows} "
                 f"values is one in hexadecimal or bytes; name another one in "
                 f"download.columns.{name}, or set that to null to do without"
             )
-    partial.replace(target)
-    return dict(passing.counts)
 
 
 def _sorted(job: ScanJob, target: Path) -> str:
@@ -184,19 +199,20 @@ class GatherJob:
 
 def gather(job: GatherJob, db: Any) -> None:
     """Write one part's rows in the order of their digests, each once."""
-    partial = job.target.with_suffix(f".{os.getpid()}.partial")
     result = db.sql(_ranged(job)).to_arrow_reader(BATCH_ROWS)
     distinct = _Distinct(result, job.unique, job.limit)
-    with pq.ParquetWriter(partial, LIST) as writer:
+    with (
+        filled_aside(job.target, has_rivals=True) as partial,
+        pq.ParquetWriter(partial, LIST) as writer,
+    ):
         for group in _regrouped(distinct):
             writer.write_table(group, row_group_size=ROW_GROUP)
-    partial.replace(job.target)
     commit(job.done, {"rows": distinct.rows, "same": distinct.same})
 
 
 def opened(folder: Path, number: int) -> duckdb.DuckDBPyConnection:
     """A worker's DuckDB for `gather`: it keeps what it learnt of the scanned files' footers."""
-    return connect(spill=folder / f"spill-{os.getpid()}-{number}.partial")
+    return connect(spill=folder / f"spill-{os.getpid()}-{number}{PARTIAL}")
 
 
 def _ranged(job: GatherJob) -> str:
@@ -274,7 +290,5 @@ def _regrouped(batches: _Distinct) -> Iterator[pa.Table]:
 
 
 def commit(path: Path, document: dict[str, Any]) -> None:
-    """Write JSON aside and then in place."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
-    partial.replace(path)
+    """Write JSON."""
+    write_aside(path, json.dumps(document, ensure_ascii=False), has_rivals=True)

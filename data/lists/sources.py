@@ -126,7 +126,7 @@ class Source:
             return delimited.batches(self.path, _names(columns), columns["url"].theirs)
         return _checked(self.path, columns)
 
-    def print(self) -> bytes:
+    def fingerprint(self) -> bytes:
         """Name, size and what tells its content: all bytes of text, the footer of Parquet."""
         filesystem, path = fsspec.url_to_fs(self.path)
         size, digest = filesystem.size(path), hashlib.sha256()
@@ -185,7 +185,7 @@ def fingerprint(files: tuple[str, ...]) -> str:
         if not paths:
             digest.update(f"{pattern} is not there ".encode())
         for path in paths:
-            digest.update(Source(path).print() + b" ")
+            digest.update(Source(path).fingerprint() + b" ")
     return digest.hexdigest()
 
 

@@ -136,7 +136,7 @@ class Findings:
     codecs: Counter[str] = field(default_factory=Counter)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     lengths: list[int] = field(default_factory=list)
-    """Of captions, in characters."""
+    """Lengths of the captions, in characters."""
     without: Counter[str] = field(default_factory=Counter)
     damaged: list[str] = field(default_factory=list)
     """Members that cannot be read, with the reason."""

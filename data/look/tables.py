@@ -111,7 +111,7 @@ def _first_rows(files: list[pq.ParquetFile], width: int) -> list[str]:
 
 
 def _value(value: Any) -> str:
-    """One cell, short."""
+    """A cell's value as text, shortened."""
     if isinstance(value, bytes):
         return f"{value[:16].hex()}{'…' if len(value) > 16 else ''} ({len(value)} bytes)"
     if isinstance(value, list) and len(value) > 4:

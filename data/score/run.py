@@ -1,6 +1,6 @@
 """Scores per sample: one row of scores and one of embeddings for every downloaded picture.
 
-Each image shard is a piece of work of its own (judge.py); a rerun does only the missing ones.
+Each image shard is a piece of work of its own (shard.py); a rerun does only the missing ones.
 Only a similarity that is fitted to all pairs needs them all at once, and comes at the end.
 
 Shape letters: N pictures, M of one shard, D features.
@@ -25,17 +25,14 @@ from data.executor import Backend, each
 from data.layout import PART_DIGITS, SHARD_DIGITS, ImageShard, image_shards
 from data.report import Report, Step
 from data.schema import SCORES
-from data.score.judge import DAMAGED, Encoders, path_of, score_shard, write
+from data.score.shard import DAMAGED, Encoders, path_of, score_shard, write
+from gigagan.common.files import PARTIAL, write_aside
 from gigagan.common.progress import Progress, silent
-
-__all__ = ["Encoders", "run"]
 
 MAX_FITTED = 1_000_000
 """Most pictures that a fitted similarity is fitted to: all their embeddings are in memory then."""
 FITTED = "similarity.json"
 """Written when every score file has its similarity."""
-HISTOGRAMS = ("similarity", "aesthetic", "unsafe", "watermark")
-BINS = 40
 
 
 def run(
@@ -84,7 +81,7 @@ def run(
         pictures = int(report.metrics["pictures"])
         originals.refuse_many(report.counts[DAMAGED], pictures, found["first"], download)
     if not is_done:
-        _write_text(json.dumps({"shards": len(shards)}), out / FITTED)
+        write_aside(out / FITTED, json.dumps({"shards": len(shards)}))
     return report
 
 
@@ -118,19 +115,13 @@ def _clear(out: Path) -> None:
     """Remove what a killed run left half written."""
     for name in ("scores", "embeddings"):
         (out / name).mkdir(parents=True, exist_ok=True)
-        for path in (out / name).glob("*/*.partial"):
+        for path in (out / name).glob(f"*/*{PARTIAL}"):
             path.unlink()
 
 
 def _is_scored(shard: ImageShard, out: Path) -> bool:
     """The scores are written last."""
     return path_of(out, "scores", shard).exists()
-
-
-def _write_text(text: str, path: Path) -> None:
-    aside = path.with_suffix(".partial")
-    aside.write_text(text)
-    aside.replace(path)
 
 
 # ---- a similarity that is fitted to all pairs --------------------------------------------------
@@ -207,7 +198,7 @@ def _report(out: Path) -> Report:
             f"SELECT substr(key, 1, {PART_DIGITS + SHARD_DIGITS}), count(*), min(key) FROM scores "
             f"WHERE error LIKE '{DAMAGED}: %' GROUP BY 1 ORDER BY 1"
         ).fetchall()
-        histograms = {name: _histogram(connection, name) for name in HISTOGRAMS}
+        histograms = sql.histograms(connection)
     lost = {DAMAGED: sum(rows for _, rows, _ in damaged)} if damaged else {}
     undecodable = {f"undecodable: {k}": rows for k, rows in kinds if k not in (None, DAMAGED)}
     scored, dropped = dict(kinds).get(None, 0), sum(undecodable.values())
@@ -223,26 +214,7 @@ def _report(out: Path) -> Report:
         metrics={"pictures": float(rows), "scored": float(scored)},
         details={
             **({DAMAGED: where} if where else {}),
-            "histograms": {name: found for name, found in histograms.items() if found},
+            "histograms": histograms,
             "languages": dict(languages),
         },
     )
-
-
-def _histogram(connection: duckdb.DuckDBPyConnection, name: str) -> dict[str, list[float]]:
-    """Counts over equal bins of one score, to choose thresholds by; empty where it is all null."""
-    found = connection.execute(f"SELECT min({name}), max({name}) FROM scores").fetchone()
-    assert found is not None
-    low, high = found
-    if low is None:
-        return {}
-    width = (high - low) / BINS or 1.0
-    rows = connection.execute(
-        f"SELECT least(floor(({name}::DOUBLE - $low) / $width), {BINS - 1})::INTEGER, count(*) "
-        f"FROM scores WHERE {name} IS NOT NULL GROUP BY 1",
-        {"low": low, "width": width},
-    ).fetchall()
-    counts = [0] * BINS
-    for place, number in rows:
-        counts[place] += number
-    return {"counts": counts, "edges": [round(low + i * width, 6) for i in range(BINS + 1)]}

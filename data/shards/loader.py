@@ -23,6 +23,7 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
+from data.shards.cache import Folder, LostError, RemoteError, folder
 from data.shards.manifest import (
     AGAIN,
     INDEX,
@@ -33,7 +34,6 @@ from data.shards.manifest import (
     parse_sidecar,
 )
 from data.shards.order import Order, Recent, Window
-from data.shards.remote import Folder, LostError, RemoteError, folder
 
 os.environ.setdefault("WDS_SECURE", "1")  # for whoever reads our shards with webdataset
 
@@ -146,7 +146,7 @@ class ShardLoader:
         """Read the index of `shards`; `batch_size` is global, and the ranks share it.
 
         Decoded pictures are kept as uint8 until `cache_mb` megabytes are full. `shards` may be a
-        URL that fsspec reads: its files are brought to `cache_dir` (default: remote.default_cache)
+        URL that fsspec reads: its files are brought to `cache_dir` (default: cache.default_cache)
         some time before they are needed, and the oldest are deleted beyond `cache_gb`.
 
         Raises:

@@ -18,7 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
+
+from gigagan.common.settings import Frozen
 
 INDEX = "index.json"
 KEY = r"^[A-Za-z0-9_-]{1,64}$"
@@ -42,15 +44,11 @@ class ManifestError(ValueError):
     """An index or a sidecar that cannot be used: which file, why, and what to do about it."""
 
 
-class _Checked(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Entry(_Checked):
+class Entry(Frozen):
     """One shard of the index."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}\.tar$")
-    """Of the tar, in the folder of the index."""
+    """File name of the tar, which lies beside the index."""
     samples: int = Field(ge=1)
     bytes: int = Field(ge=1)
     """Size of the tar."""
@@ -65,7 +63,7 @@ class Entry(_Checked):
         return self.name.removesuffix("tar") + "parquet"
 
 
-class Index(_Checked):
+class Index(Frozen):
     """The shards of one resolution."""
 
     resolution: int = Field(ge=1, le=2**15)
@@ -134,19 +132,19 @@ class Sidecar:
         self.sizes: np.ndarray = table["size"].to_numpy()
 
     def key(self, place: int) -> str:
-        """Of one sample."""
+        """Key of the sample at this place."""
         return str(self._keys[place].as_py())
 
     def caption(self, place: int) -> str:
-        """Of one sample."""
+        """Caption of the sample at this place."""
         return str(self._captions[place].as_py())
 
     def captions(self) -> list[str]:
-        """Of all samples."""
+        """Captions of all samples, in their order."""
         return list(self._captions.to_pylist())
 
     def sha256(self, place: int) -> str:
-        """Of one sample's picture."""
+        """sha256 of the picture of the sample at this place."""
         return str(self._digests[place].as_py())
 
 

@@ -43,7 +43,7 @@ class Window(NamedTuple):
     stop: int
     epoch: int
     number: int
-    """In its epoch."""
+    """The window's number in its epoch."""
     shards: tuple[int, ...]
 
 

@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import tarfile
 import uuid
@@ -29,7 +28,8 @@ from data.config import FilterConfig
 from data.executor import each
 from data.layout import shard_of
 from data.shards.manifest import INDEX, KEY, SIDECAR, Entry, Index
-from gigagan.common import decoders
+from gigagan.common import decoders, tars
+from gigagan.common.files import PARTIAL, flush, write_aside
 from gigagan.common.pictures import UndecodableError, decode, square
 from gigagan.common.progress import Progress, silent
 
@@ -57,7 +57,7 @@ class Written(NamedTuple):
     """What became of one training shard."""
 
     entries: dict[int, Entry]
-    """By side; empty where no picture was left."""
+    """The shard's entry in the index by side; empty where no picture was left."""
     lost: dict[str, str]
     """Key → why its picture is in no tar: `DAMAGED`, or `UNDECODABLE` with a reason."""
 
@@ -80,11 +80,11 @@ class ShardJob:
 
     @property
     def name(self) -> str:
-        """Of its tars, without suffix."""
+        """Name of its tars, without suffix."""
         return f"train-{self.number:05d}"
 
     def folder(self, side: int) -> Path:
-        """Of the set that it belongs to."""
+        """Folder of the set with this side that it belongs to."""
         return self.out / f"{side:03d}"
 
 
@@ -151,11 +151,9 @@ def write_index(folder: Path, index: Index) -> None:
     path.unlink(missing_ok=True)
     named = {name for entry in index.shards for name in (entry.name, entry.sidecar)}
     for stray in folder.glob("train-*"):
-        if stray.name not in named and stray.suffix in (".tar", ".parquet", ".partial"):
+        if stray.name not in named and stray.suffix in (".tar", ".parquet", PARTIAL):
             stray.unlink()
-    partial = folder / f"{INDEX}.partial"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_aside(path, text)
 
 
 # One shard --------------------------------------------------------------------------------------
@@ -313,7 +311,7 @@ class _Originals:
         self._download = download
         self._tar: Path | None = None
         self._file: io.FileIO | None = None
-        self._members: dict[str, tuple[int, int]] = {}
+        self._members: dict[str, tars.Member] = {}
 
     def __enter__(self) -> _Originals:
         return self
@@ -328,11 +326,11 @@ class _Originals:
         shard = shard_of(self._download, key)
         if shard.tar != self._tar:
             self._open(shard.tar)
-        if (place := self._members.get(shard.member(key))) is None:
+        if self._file is None or (member := self._members.get(shard.member(key))) is None:
             return None
         data = b""
         with suppress(OSError):  # of a bad block of the disk
-            data = os.pread(self._file.fileno(), *reversed(place)) if self._file else b""
+            data = tars.read(self._file, member)
         return data if hashlib.sha256(data).hexdigest() == sha256 else None
 
     def _open(self, tar: Path) -> None:
@@ -340,8 +338,8 @@ class _Originals:
         self._tar, self._members = tar, {}
         with suppress(OSError):
             self._file = tar.open("rb", buffering=0)
-            for name, offset, size in originals.members(self._file):
-                self._members.setdefault(name, (offset, size))
+            for member in tars.members(self._file):
+                self._members.setdefault(member.name, member)
 
     def _close(self) -> None:
         if self._file is not None:
@@ -358,7 +356,7 @@ class ShardWriter:
     def __init__(self, folder: Path, name: str) -> None:
         self._stem = folder / name
         self._index = folder / INDEX
-        self._partial = folder / f"{name}.{uuid.uuid4().hex}.partial"
+        self._partial = folder / f"{name}.{uuid.uuid4().hex}{PARTIAL}"
         self._file = self._partial.open("wb")
         self._digest = hashlib.sha256()
         self._bytes = 0
@@ -392,9 +390,8 @@ class ShardWriter:
         """Put tar, then sidecar in place. There is no index from before until after."""
         self._put(bytes(2 * tarfile.BLOCKSIZE))
         self._put(bytes(-self._bytes % tarfile.RECORDSIZE))
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
+        flush(self._partial)
         digest = self._digest.hexdigest()
         told = {RECIPE: recipe, BYTES: str(self._bytes), DIGEST: digest}
         told |= {LACKS: str(lacks)} if lacks else {}
@@ -404,10 +401,8 @@ class ShardWriter:
         self._index.unlink(missing_ok=True)
         sidecar.unlink(missing_ok=True)
         self._partial.replace(tar)
-        with self._partial.open("wb") as file:
-            pq.write_table(table, file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
+        pq.write_table(table, self._partial, compression="zstd")
+        flush(self._partial)
         self._partial.replace(sidecar)
         return _entry(self._stem, len(self._rows), self._bytes, digest)
 

@@ -14,14 +14,16 @@ from pathlib import Path
 import requests
 from urllib3.exceptions import HTTPError
 
+from gigagan.common.files import PARTIAL, filled_aside, is_unfinished
 from gigagan.common.progress import Progress, silent
 
 _CHUNK = 1 << 20
 _TIMEOUTS_S = (10, 60)
-"""To connect, and without a byte."""
+"""Longest time to connect, and longest silence after that."""
 _HOPELESS = range(400, 500)
+"""HTTP statuses after which asking again does not help …"""
 _BUSY = (408, 429)
-"""Of the hopeless answers those that pass."""
+"""… but for these."""
 
 
 class ArchiveError(RuntimeError):
@@ -37,13 +39,13 @@ class Archive:
     """A zip file as its authors publish it."""
 
     name: str
-    """Of the file."""
+    """File name."""
     folder: str
     """Where it lies below the site's address."""
     size: int
     """Bytes."""
     md5: str
-    """Of the file, lower-case hex."""
+    """md5 of the file's content, lower-case hex."""
 
 
 def obtain(
@@ -66,7 +68,7 @@ def obtain(
     path = out / archive.name
     if not path.is_file():
         out.mkdir(parents=True, exist_ok=True)
-        partial = out / f"{archive.name}.partial"
+        partial = out / f"{archive.name}{PARTIAL}"
         _transfer(archive, partial, base_url, attempts, pause_s, progress)
         verify(archive, partial, progress)
         partial.replace(path)
@@ -85,7 +87,7 @@ def verify(archive: Archive, path: Path, progress: Progress = silent) -> None:
     found = _md5(path, progress) if size == archive.size else None
     if found == archive.md5:
         return
-    is_ours = path.suffix == ".partial"
+    is_ours = is_unfinished(path.name)
     if is_ours:
         path.unlink()
     what = f"{size:,} bytes, not {archive.size:,}" if found is None else f"md5 {found}"
@@ -223,7 +225,9 @@ def _target(path: Path, member: zipfile.ZipInfo, out: Path) -> Path:
 
 def _extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.partial")
-    with archive.open(member) as source, partial.open("wb") as file:
+    with (
+        filled_aside(target) as partial,
+        archive.open(member) as source,
+        partial.open("wb") as file,
+    ):
         shutil.copyfileobj(source, file, _CHUNK)
-    partial.replace(target)

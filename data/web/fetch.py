@@ -28,13 +28,13 @@ from urllib3.exceptions import DecodeError, HTTPError, ProtocolError, SSLError
 from urllib3.exceptions import TimeoutError as SilenceError
 
 from data.config import DownloadConfig
-from data.web.addresses import RefusedError, dial, is_public, vetted
+from data.web.addresses import RefusedError, dial, vetted
 from data.web.deadlines import Deadlines
-from data.web.hosts import MAX_FILE_BYTES, Hosts, Store, Turns, opt_out
+from data.web.hosts import MAX_FILE_BYTES, Hosts, Store
+from data.web.optout import opt_out
+from data.web.turns import Turns
 from gigagan.common.decoders import Decoders
 from gigagan.common.pictures import UndecodableError, check
-
-__all__ = ["FetchSettings", "Fetcher", "RefusedError", "is_public", "opt_out", "vetted"]
 
 VERSION = "0.1"
 FILE_REDIRECTS = 5

@@ -199,7 +199,7 @@ def test_statistics_that_are_being_written_are_waited_for(downloaded, tmp_path):
 def test_sizes_of_a_tar_are_those_that_tarfile_reads(downloaded):
     tar = next(image_shards(downloaded[0])).tar
     with tarfile.open(tar) as archive:
-        assert parts.members(tar) == {member.name: member.size for member in archive}
+        assert parts.sizes_in(tar) == {member.name: member.size for member in archive}
 
 
 def test_an_error_that_is_not_of_our_fetch_is_an_alarm(downloaded, tmp_path):
@@ -288,12 +288,12 @@ def test_only_a_busy_worker_that_falls_silent_stands_still(tmp_path):
     )
     pulse = processes.Pulse(tmp_path)
     for rows in range(3):  # idle, while something grows
-        assert watch.ailment(rows) is None
+        assert watch.trouble(rows) is None
         time.sleep(0.15)
     pulse.begin()
-    assert watch.ailment(3) is None
+    assert watch.trouble(3) is None
     time.sleep(0.3)
-    assert "has answered no row" in watch.ailment(4)
+    assert "has answered no row" in watch.trouble(4)
 
 
 # From here on with a site of its own

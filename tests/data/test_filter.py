@@ -17,6 +17,7 @@ from PIL import Image
 from data.config import FilterConfig
 from data.filter import duplicates, pictures
 from data.filter import run as filter_stage
+from data.filter.truth import against_truth
 from data.layout import ImageShard
 from data.schema import FATES, SCORES
 from data.shards import write as shards
@@ -245,6 +246,6 @@ def test_the_copy_of_two_twins_is_the_planted_one(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), truth)
     verdicts = pa.table({"url": ["a", "b", "c"], "caption": ["x"] * 3,
                          "verdict": ["same bytes", "ok", "min_side"]})  # fmt: skip
-    assert filter_stage.against_truth(verdicts, truth) == {
+    assert against_truth(verdicts, truth) == {
         "none": {"ok": 1}, "same_bytes": {"same bytes": 1}, "unlisted": {"min_side": 1},
     }  # fmt: skip

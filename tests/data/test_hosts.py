@@ -1,23 +1,21 @@
-"""What hosts say of themselves, and whose turn it is to ask them."""
+"""What hosts say of themselves in robots.txt and tdmrep.json."""
 
 from __future__ import annotations
 
 import importlib.util
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import urllib3
 
 from data.config import DownloadConfig
 from data.web import hosts
 from data.web.addresses import RefusedError
 from data.web.fetch import Fetcher, FetchSettings
-from data.web.hosts import Hosts, Store, Turns, opt_out
+from data.web.hosts import Hosts, Store
 
 spec = importlib.util.spec_from_file_location("hostile", Path(__file__).with_name("hostile.py"))
 hostile = importlib.util.module_from_spec(spec)
@@ -283,70 +281,6 @@ def test_a_store_that_cannot_be_opened_names_its_setting(tmp_path):
 # Turns
 
 
-def test_no_more_than_a_few_ask_a_host_at_once():
-    turns, lock, now, most = Turns(3), threading.Lock(), {"a": 0, "b": 0}, {"a": 0, "b": 0}
-
-    def ask(number):
-        host = "ab"[number % 2]
-        with turns.taken(host, 0, 10):
-            with lock:
-                now[host] += 1
-                most[host] = max(most[host], now[host])
-            time.sleep(0.02)
-            with lock:
-                now[host] -= 1
-
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(ask, range(40)))
-    assert most == {"a": 3, "b": 3}
-    assert not turns._hosts  # and nothing is left of them
-
-
-class Clock:
-    """Time that passes only while somebody sleeps."""
-
-    def __init__(self):
-        self.now = 1000.0
-
-    def monotonic(self):
-        return self.now
-
-    def sleep(self, seconds):
-        self.now += seconds
-
-
-def test_requests_start_a_delay_apart(monkeypatch):
-    clock, turns, starts = Clock(), Turns(5), []
-    monkeypatch.setattr(hosts, "time", clock)
-    for host in "aaba":
-        with turns.taken(host, 7, 30) as waited:
-            starts.append((host, clock.now, waited))
-    assert starts == [("a", 1000, 0), ("a", 1007, 7), ("b", 1007, 0), ("a", 1014, 7)]
-
-
-def test_a_turn_beyond_patience_is_refused_at_once(monkeypatch):
-    clock, turns = Clock(), Turns(5)
-    monkeypatch.setattr(hosts, "time", clock)
-    with turns.taken("a", 3600, 1):
-        pass
-    with pytest.raises(RefusedError, match="in 3600 s"), turns.taken("a", 3600, 30):
-        pass
-    assert clock.now == 1000
-    with turns.taken("b", 3600, 30) as waited:
-        assert waited == 0
-
-
-def test_a_host_whose_connections_are_all_in_use_is_busy():
-    turns = Turns(1)
-    with (
-        turns.taken("a", 0, 1),
-        pytest.raises(RefusedError) as caught,
-        turns.taken("a", 0, 0.1),
-    ):
-        pass
-    assert caught.value.fate == "host_busy"
-
-
 def test_waiting_for_a_turn_is_not_the_server_s_fault(site):
     """Twelve fetches that start apart; servers and turns have two seconds each."""
     fetch = fetcher(site, host_delay_s=0.15, total_deadline_s=2, timeout_s=2)
@@ -360,52 +294,3 @@ def test_a_crawl_delay_is_kept(site):
     assert fetch.hosts.vet("http://robots-slow.test/good/1.png", time.monotonic() + 4) == 0.3
     assert [fate(fetch, "robots-slow.test") for _ in range(3)] == ["ok"] * 3
     assert [fate(fetch, "robots-slowest.test") for _ in range(2)] == ["ok", "host_busy"]
-
-
-def test_a_host_that_was_asked_too_often_is_left_alone():
-    turns = Turns(5)
-    turns.pause("a", 100)
-    with pytest.raises(RefusedError, match="its turn would come in 100 s"), turns.taken("a", 0, 30):
-        pass
-
-
-# Headers
-
-
-@pytest.mark.parametrize(
-    ("values", "binds"),
-    [
-        (["noai"], True),
-        (["NoImageAI"], True),
-        (["none"], True),
-        (["all"], False),
-        (["nofollow, noarchive"], False),
-        (["nofollow", "noindex"], True),
-        (["otherbot: noai"], False),
-        (["otherbot: noai, noindex"], False),
-        (["otherbot: nofollow, *: noai"], True),
-        (["otherbot: noindex", "noimageindex"], True),
-        (["Gigagan-Pipeline: noai"], True),
-        (["gigagan-pipeline/0.1: nofollow, noai"], True),
-        (["otherbot: noai, gigagan-pipeline: noindex"], True),
-        (["unavailable_after: 25 Jun 2031 15:00:00 PST"], False),
-        (["unavailable_after: Wed, 25 Jun 2031 15:00:00 GMT, noai"], True),
-        (["max-snippet:-1, max-image-preview: large, noai"], True),
-        (["otherbot: unavailable_after: 25 Jun 2031 15:00:00 PST, noai"], False),
-        ([""], False),
-        ([":,:,"], False),
-        (["a:" * 30_000 + "noai"], False),
-    ],
-)
-def test_x_robots_tag_binds_when_it_is_for_all_or_for_us(values, binds):
-    headers = urllib3.HTTPHeaderDict()
-    for value in values:
-        headers.add("X-Robots-Tag", value)
-    assert (opt_out(headers, AGENT) is not None) == binds
-
-
-def test_the_header_that_reserves_is_named():
-    headers = urllib3.HTTPHeaderDict({"X-Robots-Tag": "nofollow, noai"})
-    assert opt_out(headers, AGENT) == "X-Robots-Tag: nofollow, noai"
-    assert opt_out(urllib3.HTTPHeaderDict({"tdm-reservation": "1"}), AGENT) == "TDM-Reservation: 1"
-    assert opt_out(urllib3.HTTPHeaderDict({"TDM-Reservation": "0"}), AGENT) is None

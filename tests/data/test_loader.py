@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.config import FilterConfig
-from data.shards import remote
+from data.shards import cache
 from data.shards import write as shards
 from data.shards.loader import CorruptShardsError, ShardLoader
 from data.shards.manifest import SIDECAR, ManifestError
@@ -491,7 +491,7 @@ def test_damaged_files_give_valid_batches_or_errors_of_ours(folder, tmp_path, da
 @pytest.fixture
 def store(folder, monkeypatch):
     """(file system, URL) of the shards in a store that counts what is asked of it."""
-    monkeypatch.setattr(remote, "PAUSE_S", 0.001)
+    monkeypatch.setattr(cache, "PAUSE_S", 0.001)
     fs, name = fsspec.filesystem("memory"), f"/{uuid.uuid4().hex}"
     fs.put(str(folder), f"{name}/008", recursive=True)
     asked: list[str] = []
@@ -627,10 +627,10 @@ def test_a_remote_folder_without_an_index_is_named(tmp_path):
 
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.setenv("GIGAGAN_CACHE", str(tmp_path / "here"))
-    assert remote.default_cache() == tmp_path / "here" / "shards", "all of it may go"
+    assert cache.default_cache() == tmp_path / "here" / "shards", "all of it may go"
     monkeypatch.delenv("GIGAGAN_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert remote.default_cache() == tmp_path / "gigagan" / "shards"
+    assert cache.default_cache() == tmp_path / "gigagan" / "shards"
 
 
 def test_a_file_url_is_a_local_folder(folder):

@@ -21,8 +21,8 @@ from data.layout import image_shards
 from data.originals import DamagedError
 from data.schema import SCORES
 from data.score import run as score
-from data.score.judge import colourfulness
 from data.score.language import language
+from data.score.shard import colourfulness
 from gigagan.common import decoders
 
 HERE = Path(__file__).parent

@@ -29,6 +29,7 @@ from data.layout import ImageShard
 from data.schema import SCORES
 from data.score.language import language
 from gigagan.common import decoders
+from gigagan.common.files import filled_aside
 from gigagan.common.pictures import JPEG, UndecodableError, open_picture
 
 ImageFeatures = Callable[[list[Image.Image]], np.ndarray]
@@ -85,11 +86,10 @@ def path_of(out: Path, table: str, shard: ImageShard) -> Path:
 
 
 def write(table: pa.Table, path: Path) -> None:
-    """Write aside, under a name of this process's own, and then in place."""
+    """Write aside, for another worker may do the same, and then in place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.partial")
-    pq.write_table(table, aside, compression="zstd")
-    aside.replace(path)
+    with filled_aside(path, has_rivals=True) as partial:
+        pq.write_table(table, partial, compression="zstd")
 
 
 class Summary(NamedTuple):
@@ -112,11 +112,11 @@ class _Look(NamedTuple):
 
 
 @dataclass
-class _Judged:
+class _Seen:
     """What is known of a shard's pictures so far; all lists are of the decodable ones."""
 
     looks: dict[str, _Look] = field(default_factory=dict)
-    """Of every picture, by key."""
+    """What pixels say of every picture, by key."""
     keys: list[str] = field(default_factory=list)
     features: list[np.ndarray] = field(default_factory=list)
     unsafe: list[np.ndarray] = field(default_factory=list)
@@ -144,13 +144,13 @@ def score_shard(
     fates = shard.fates()
     fates = fates.filter(pc.equal(fates["fate"], "ok")).sort_by("key")
     wanted = dict(zip(fates["key"].to_pylist(), fates["sha256"].to_pylist(), strict=True))
-    judged = _judge_all(shard, wanted, encoders, features, config)
-    keys = [key for key in fates["key"].to_pylist() if judged.looks[key].error is None]
-    columns = _of_pixels(fates, judged, keys, encoders, config) | _of_captions(fates, config)
+    seen = _look_at_all(shard, wanted, encoders, features, config)
+    keys = [key for key in fates["key"].to_pylist() if seen.looks[key].error is None]
+    columns = _of_pixels(fates, seen, keys, encoders, config) | _of_captions(fates, config)
     if similarity is not None:
         columns["similarity"] = fates[similarity]
     elif keys:
-        columns["similarity"] = _compare(shard, out, fates, judged, keys, columns, encoders)
+        columns["similarity"] = _compare(shard, out, fates, seen, keys, columns, encoders)
     rows = {name: columns.get(name, pa.nulls(len(fates))) for name in SCORES.names}
     write(pa.table(rows).cast(SCORES), path_of(out, "scores", shard))
     return Summary(fates.num_rows, similarity is None and encoders.similarity is None)
@@ -161,28 +161,28 @@ def _taken_over(config: ScoreConfig) -> str | None:
     return next((name for name in config.take_over if name.startswith("similarity")), None)
 
 
-def _judge_all(
+def _look_at_all(
     shard: ImageShard,
     wanted: dict[str, str],
     encoders: Encoders,
     features: ImageFeatures | None,
     config: ScoreConfig,
-) -> _Judged:
+) -> _Seen:
     """Look at every picture of the shard; a batch is encoded while the next one is decoded."""
-    judged = _Judged()
+    seen = _Seen()
     unsafe = None if "unsafe" in config.take_over else encoders.unsafe
     with ThreadPoolExecutor(_num_threads(), "decode") as pool:
-        pictures = _pictures(shard, wanted, pool, config, judged.looks)
+        pictures = _pictures(shard, wanted, pool, config, seen.looks)
         while batch := list(islice(pictures, config.batch_size)):
             images = [image for _, image in batch]
-            judged.keys += [key for key, _ in batch]
+            seen.keys += [key for key, _ in batch]
             if features is not None:
-                judged.features.append(np.asarray(features(images), np.float16))
+                seen.features.append(np.asarray(features(images), np.float16))
             if unsafe is not None:
-                judged.unsafe.append(np.asarray(unsafe(images), np.float32))
-    for key in wanted.keys() - judged.looks.keys():
-        judged.looks[key] = _Look(error=f"{DAMAGED}: gone, or not the bytes that were downloaded")
-    return judged
+                seen.unsafe.append(np.asarray(unsafe(images), np.float32))
+    for key in wanted.keys() - seen.looks.keys():
+        seen.looks[key] = _Look(error=f"{DAMAGED}: gone, or not the bytes that were downloaded")
+    return seen
 
 
 def _num_threads() -> int:
@@ -208,15 +208,16 @@ def _pictures(
         if image is not None:
             yield key, image
 
+    with_colours = config.aesthetic == "colourfulness"
     for key, data in originals.whole(shard, wanted):
-        ahead.append((key, pool.submit(_seen, data, config.aesthetic == "colourfulness")))
+        ahead.append((key, pool.submit(_bounded_look, data, with_colours)))
         if len(ahead) > config.batch_size:
             yield from finished()
     while ahead:
         yield from finished()
 
 
-def _seen(data: bytes, colours: bool) -> tuple[_Look, Image.Image | None]:
+def _bounded_look(data: bytes, colours: bool) -> tuple[_Look, Image.Image | None]:
     """What is seen in a picture; in a thread, so encoders need not wait for it.
 
     A JPEG whose header the fetch has read in time takes no more than its pixels and scans allow,
@@ -259,10 +260,10 @@ Columns = dict[str, pa.Array | pa.ChunkedArray]
 
 
 def _of_pixels(
-    fates: pa.Table, judged: _Judged, keys: list[str], encoders: Encoders, config: ScoreConfig
+    fates: pa.Table, seen: _Seen, keys: list[str], encoders: Encoders, config: ScoreConfig
 ) -> Columns:
     """What pictures say, and what the metadata said of them; `keys` are the decodable ones."""
-    looks = [judged.looks[key] for key in fates["key"].to_pylist()]
+    looks = [seen.looks[key] for key in fates["key"].to_pylist()]
     columns: Columns = {
         name: pa.array([getattr(look, name) for look in looks], SCORES.field(name).type)
         for name in ("width", "height", "phash", "miniature", "error")
@@ -270,15 +271,15 @@ def _of_pixels(
     for name in ("key", "url", "caption", "source", "row", "sha256", "asked_from", "asked_until"):
         columns[name] = fates[name]
     columns["listed_phash"] = fates["phash"]
-    places = judged.places(keys)
+    places = seen.places(keys)
     is_seen_N = np.array([look.error is None for look in looks])
     if config.aesthetic == "colourfulness":
         columns["aesthetic"] = pa.array([look.colourfulness for look in looks], pa.float32())
     elif config.aesthetic is not None and encoders.aesthetic is not None and keys:
-        features_ND = np.concatenate(judged.features)[places].astype(np.float32)
+        features_ND = np.concatenate(seen.features)[places].astype(np.float32)
         columns["aesthetic"] = _spread(encoders.aesthetic(features_ND), is_seen_N)
-    if judged.unsafe:
-        columns["unsafe"] = _spread(np.concatenate(judged.unsafe)[places], is_seen_N)
+    if seen.unsafe:
+        columns["unsafe"] = _spread(np.concatenate(seen.unsafe)[places], is_seen_N)
     for name in ("unsafe", "watermark", "aesthetic"):
         if name in config.take_over:
             columns[name] = fates[name]
@@ -306,7 +307,7 @@ def _compare(
     shard: ImageShard,
     out: Path,
     fates: pa.Table,
-    judged: _Judged,
+    seen: _Seen,
     keys: list[str],
     columns: Columns,
     encoders: Encoders,
@@ -319,7 +320,7 @@ def _compare(
     place = {caption: position for position, caption in enumerate(distinct)}
     texts_KE = np.asarray(encoders.text_features(distinct), np.float16)
     texts_NE = texts_KE[[place[caption] for caption in captions]]
-    images_ND = np.concatenate(judged.features)[judged.places(keys)]
+    images_ND = np.concatenate(seen.features)[seen.places(keys)]
     table = {"key": pa.array(keys), "image": _lists(images_ND), "text": _lists(texts_NE)}
     write(pa.table(table), path_of(out, "embeddings", shard))
     if encoders.similarity is None:

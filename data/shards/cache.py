@@ -7,17 +7,17 @@ their sha256, so that none is ever stale, and none that is damaged on the way ge
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from data.shards.manifest import AGAIN, INDEX, Entry, ManifestError
+from gigagan.common.files import filled_aside, sha256_of
+from gigagan.common.retrying import pauses, retry
 
 Result = TypeVar("Result")
 
@@ -27,7 +27,6 @@ PAUSE_S = 0.5
 """Before the second attempt; each further pause is twice as long."""
 FETCHERS = 4
 """Files fetched at once, ahead of their use."""
-CHUNK = 2**20
 
 
 class LostError(Exception):
@@ -208,13 +207,10 @@ class RemoteFolder:
 
     def _fetch(self, name: str, partial: Path, size: int, sha256: str) -> None:
         self._fs.get_file(f"{self._root}/{name}", str(partial))
-        digest = hashlib.sha256()
-        with partial.open("rb") as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-        if partial.stat().st_size != size or digest.hexdigest() != sha256:
+        digest = sha256_of(partial)
+        if partial.stat().st_size != size or digest != sha256:
             raise LostError(
-                f"came as {partial.stat().st_size} bytes of sha256 {digest.hexdigest()[:12]}…, "
+                f"came as {partial.stat().st_size} bytes of sha256 {digest[:12]}…, "
                 f"its index says {size} of {sha256[:12]}…"
             )
 
@@ -234,23 +230,21 @@ class RemoteFolder:
             LostError: it is gone, or still other bytes than the index means.
             RemoteError: the store failed to the last.
         """
-        for attempt in range(ATTEMPTS):
-            try:
-                return ask()
-            except (FileNotFoundError, IsADirectoryError) as error:
-                raise LostError("can no longer be read (no such file)") from error
-            except Exception as error:  # each store has its own kinds
-                if attempt + 1 < ATTEMPTS and not isinstance(error, PermissionError):
-                    time.sleep(PAUSE_S * 2**attempt)
-                    continue
-                if isinstance(error, LostError):
-                    raise
-                raise RemoteError(
-                    f"{self.place(name)} could not be fetched in {attempt + 1} attempts "
-                    f"({type(error).__name__}: {error}): look after the store or the network, and "
-                    "run the same command again"
-                ) from error
-        raise AssertionError("unreachable")
+        hopeless = (FileNotFoundError, IsADirectoryError, PermissionError)
+        waits = pauses(PAUSE_S, attempts=ATTEMPTS)
+        try:
+            return retry(ask, waits, may_help=lambda error: not isinstance(error, hopeless))
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise LostError("can no longer be read (no such file)") from error
+        except LostError:
+            raise
+        except Exception as error:  # each store has its own kinds
+            attempts = 1 if isinstance(error, hopeless) else ATTEMPTS
+            raise RemoteError(
+                f"{self.place(name)} could not be fetched in {attempts} attempts "
+                f"({type(error).__name__}: {error}): look after the store or the network, and "
+                "run the same command again"
+            ) from error
 
 
 class Cache:
@@ -269,12 +263,8 @@ class Cache:
             return os.open(path, os.O_RDONLY)
         with self._locked(sha256):
             if not path.exists():  # another process may have been first
-                partial = self._path / f"{sha256}.partial"
-                try:
+                with filled_aside(path) as partial:
                     fetch(partial)
-                    partial.replace(path)
-                finally:
-                    partial.unlink(missing_ok=True)
             descriptor = os.open(path, os.O_RDONLY)
         self._make_room({*self.keep, sha256})
         return descriptor
