@@ -41,7 +41,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "tests" / "data" / "hostile.py"
 HOSTS = 200
 SHARDS = 100
-"""About as many image shards, whatever the number of rows."""
+"""About as many image shards, whatever the number of rows, unless they were too small."""
+ROWS_PER_SHARD = 10
+"""A shard has at least as many."""
 GOOD = 0.86
 """Share of the rows that name a good page."""
 PLANTED = ("duplicate", "null_size", "small", "unsafe", "wrong_hash", "no_caption")
@@ -225,8 +227,8 @@ def command(store: Path, lists: Path, port: int, rows: int, arguments: Sequence[
         "download.metadata": sources,
         "download.connect_to": hosts,
         "download.contact": "bench@example.org",
-        "download.rows_per_shard": max(10, rows // SHARDS),
-        "download.rows_per_part": max(10, 3 * rows // 10),
+        "download.rows_per_shard": rows_per_shard(rows),
+        "download.rows_per_part": max(ROWS_PER_SHARD, 3 * rows // 10),
         "download.timeout_s": 2,
         "download.total_deadline_s": 6,
         "download.host_connections": 64,
@@ -237,7 +239,7 @@ def command(store: Path, lists: Path, port: int, rows: int, arguments: Sequence[
         "filter.min_similarity": None,
         "filter.min_side": 32,
         "filter.resolutions": [32, 64],
-        "filter.samples_per_shard": max(10, rows // SHARDS),
+        "filter.samples_per_shard": rows_per_shard(rows),
     }
     run = [sys.executable, "-m", "flows", "run", "--preset", "smoke", "--store", str(store)]
     run += ["--stages", *STAGES]
@@ -246,7 +248,14 @@ def command(store: Path, lists: Path, port: int, rows: int, arguments: Sequence[
     return [*run, *arguments]
 
 
-def run_and_kill(argv: Sequence[str], store: Path, log: Path) -> list[dict[str, object]]:
+def rows_per_shard(rows: int) -> int:
+    """Rows of an image shard, and samples of a training shard."""
+    return max(ROWS_PER_SHARD, rows // SHARDS)
+
+
+def run_and_kill(
+    argv: Sequence[str], store: Path, log: Path, shards: int
+) -> list[dict[str, object]]:
     """Begin again after a kill in each stage; what was killed where, and each attempt's peak."""
     attempts: list[dict[str, object]] = []
     for stage in (*STAGES, None):
@@ -256,7 +265,7 @@ def run_and_kill(argv: Sequence[str], store: Path, log: Path) -> list[dict[str, 
             )
         memory, begun = Memory(process.pid), time.monotonic()
         try:
-            while process.poll() is None and not _is_amid(stage, store):
+            while process.poll() is None and not _is_amid(stage, store, shards):
                 time.sleep(0.2)
             was_running = process.poll() is None
             if was_running and stage != "score":  # there only the parent: its children must notice
@@ -283,11 +292,11 @@ MARKS = {
 """Files that a stage writes one after another, below the store."""
 
 
-def _is_amid(stage: str | None, store: Path) -> bool:
+def _is_amid(stage: str | None, store: Path, shards: int) -> bool:
     """Whether a stage has got well under way."""
     if stage is None or (stage == "download" and not store.is_dir()):
         return False
-    return sum(1 for _ in store.glob(MARKS[stage])) >= max(1, AMID[stage] * SHARDS)
+    return sum(1 for _ in store.glob(MARKS[stage])) >= max(1, AMID[stage] * shards)
 
 
 AMID = {"download": 0.3, "score": 0.3, "filter": 0.1}
@@ -381,7 +390,8 @@ def main() -> None:
         write_lists(lists, arguments.rows, arguments.seed)
     argv = command(store, lists, arguments.port, arguments.rows, arguments.settings)
     with serving(arguments.port):
-        attempts = run_and_kill(argv, store, arguments.out / "run.log")
+        shards = arguments.rows // rows_per_shard(arguments.rows)
+        attempts = run_and_kill(argv, store, arguments.out / "run.log", shards)
     result = {"rows": arguments.rows, "attempts": attempts, **account(store, lists)}
     (arguments.out / "result.json").write_text(json.dumps(result, indent=1))
     print(json.dumps(result, indent=1))

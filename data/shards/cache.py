@@ -10,13 +10,14 @@ import fcntl
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from data.shards.manifest import AGAIN, INDEX, Entry, ManifestError
-from gigagan.common.files import filled_aside, sha256_of
+from gigagan.common.files import filled_aside, is_unfinished, sha256_of
 from gigagan.common.retrying import pauses, retry
 
 Result = TypeVar("Result")
@@ -27,6 +28,8 @@ PAUSE_S = 0.5
 """Before the second attempt; each further pause is twice as long."""
 FETCHERS = 4
 """Files fetched at once, ahead of their use."""
+ABANDONED_S = 3600.0
+"""Age at which an unfinished file counts as one that a killed process left."""
 
 
 class LostError(Exception):
@@ -262,10 +265,13 @@ class Cache:
         with suppress(FileNotFoundError):
             return os.open(path, os.O_RDONLY)
         with self._locked(sha256):
-            if not path.exists():  # another process may have been first
+            try:
+                descriptor = os.open(path, os.O_RDONLY)  # another process may have been first
+            except FileNotFoundError:
                 with filled_aside(path) as partial:
                     fetch(partial)
-            descriptor = os.open(path, os.O_RDONLY)
+                    # Now: as soon as it has its name, another process may make room of it.
+                    descriptor = os.open(partial, os.O_RDONLY)
         self._make_room({*self.keep, sha256})
         return descriptor
 
@@ -290,7 +296,7 @@ class Cache:
                     state = file.stat()
                 except FileNotFoundError:  # another process makes room as well
                     continue
-                if file.is_file():
+                if file.is_file() and not _is_being_written(file.name, state.st_mtime):
                     files.append((state.st_mtime, state.st_size, file.path))
         excess = sum(size for _, size, _ in files) - self._max_bytes
         for _, size, path in sorted(files):
@@ -299,3 +305,7 @@ class Cache:
             if Path(path).name not in keep:
                 Path(path).unlink(missing_ok=True)
                 excess -= size
+
+
+def _is_being_written(name: str, changed: float) -> bool:
+    return is_unfinished(name) and time.time() - changed < ABANDONED_S

@@ -564,6 +564,29 @@ def test_a_full_cache_loses_what_was_used_longest_ago_and_training_goes_on(folde
     assert len(fs.asked) > 20
 
 
+def test_a_file_on_its_way_in_is_no_room_to_be_made(tmp_path):
+    """Another process that makes room meanwhile takes neither it nor what has just arrived."""
+    mine, other = cache.Cache(tmp_path, 10), cache.Cache(tmp_path, 10)
+
+    def fetch(partial):
+        partial.write_bytes(b"mine")
+        os.close(other.open("b" * 64, lambda path: path.write_bytes(b"of the other")))
+
+    with os.fdopen(mine.open("a" * 64, fetch), "rb") as file:
+        assert file.read() == b"mine"
+    with os.fdopen(mine.open("c" * 64, lambda path: path.write_bytes(b"a third")), "rb") as file:
+        assert file.read() == b"a third"
+    assert sorted(path.name[0] for path in tmp_path.iterdir() if path.is_file()) == ["c"]
+
+
+def test_what_a_killed_process_left_unfinished_makes_room(tmp_path):
+    left = tmp_path / ("a" * 64 + ".partial")
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    os.close(cache.Cache(tmp_path, 10).open("b" * 64, lambda path: path.write_bytes(b"ten bytes!")))
+    assert not left.exists()
+
+
 def flaky(fs, monkeypatch, faults):
     """Some first attempts of each file fail or bring other bytes."""
     get_file, met = type(fs).get_file, dict.fromkeys(range(0), 0)

@@ -18,7 +18,7 @@ def test_every_row_of_a_hostile_site_ends_in_one_place_through_three_kills(tmp_p
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "bench.hostile", "--rows", "1000", "--port", str(port)]
+    command = [sys.executable, "-m", "bench.hostile", "--rows", "300", "--port", str(port)]
     environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
     done = subprocess.run(
         [*command, "--out", str(tmp_path)],
