@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 COLUMNS = 4
 WIDTH_PX, ROW_PX, DPI = 1400, 235, 100
+HEAD_PX, TITLE_PX, TICKS_PX, EDGE_PX = 50, 22, 30, 20
+LABELS_PX = 55
+"""Left of every panel, for the numbers of its axis."""
 # Okabe and Ito: told apart with any colour vision, and by lightness in grey. The same word has the
 # same colour in every panel.
 COLOURS = {
@@ -205,9 +208,18 @@ def draw_health(
     if not drawn:
         raise ValueError(f"{metrics_jsonl} holds no figure yet: draw it after the first line")
     num_rows = math.ceil(len(drawn) / COLUMNS)
-    height_px = ROW_PX * num_rows + 50
-    figure = Figure(figsize=(WIDTH_PX / DPI, height_px / DPI), dpi=DPI, layout="constrained")
+    height_px = ROW_PX * num_rows + HEAD_PX
+    figure = Figure(figsize=(WIDTH_PX / DPI, height_px / DPI), dpi=DPI)
     FigureCanvasAgg(figure)
+    # Fixed margins: a layout engine draws everything a second time, while training waits.
+    figure.subplots_adjust(
+        left=LABELS_PX / WIDTH_PX,
+        right=1 - EDGE_PX / WIDTH_PX,
+        bottom=TICKS_PX / height_px,
+        top=1 - (HEAD_PX + TITLE_PX) / height_px,
+        wspace=_share(WIDTH_PX - EDGE_PX, COLUMNS, LABELS_PX),
+        hspace=_share(ROW_PX * num_rows, num_rows, TITLE_PX + TICKS_PX),
+    )
     last = max(curve.images[-1] for curve in curves.values())
     rollbacks = rollback_positions(curves)
     for index, panel in enumerate(drawn):
@@ -216,10 +228,15 @@ def draw_health(
         for position in rollbacks:
             axes.axvline(position, color=GREY, linewidth=1, linestyle=":")
         axes.set_xlim(0, last * 1.02 or 1)
-    figure.suptitle(_title(metrics_jsonl.resolve().parent.name, last, curves), fontsize=12)
-    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06, hspace=0.03, wspace=0.02)  # type: ignore[union-attr,call-arg]
+    title = _title(metrics_jsonl.resolve().parent.name, last, curves)
+    figure.suptitle(title, fontsize=12, y=1 - HEAD_PX / 2 / height_px, va="center")
     out_png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out_png)
+
+
+def _share(room: int, count: int, gap: int) -> float:
+    """A gap in front of each of `count` panels, as matplotlib wants it: in panels' sizes."""
+    return gap / (room / count - gap)
 
 
 def read_curves(metrics_jsonl: Path) -> dict[str, Curve]:

@@ -27,6 +27,7 @@ from gigagan.training.phases import Phase, phase_at
 
 from .test_training import BASE, ShadeBatch, draw, players, run
 
+pytestmark = pytest.mark.usefixtures("without_charts")
 WARM = BASE.model_copy(
     update={
         "warm_start": WarmStartConfig(

@@ -22,7 +22,7 @@ from gigagan.models.encoders import TextEncoder, TextFeatures
 from gigagan.models.generator import Generator
 from gigagan.models.upsampler import Upsampler
 from gigagan.training import __main__ as training_main
-from gigagan.training import checkpoint, inputs, loop, step
+from gigagan.training import charts, checkpoint, inputs, logs, loop, step
 from gigagan.training.captions import CaptionFeatures, RecentCaptions
 from gigagan.training.distributed.world import World
 from gigagan.training.ema import Ema
@@ -31,6 +31,7 @@ from gigagan.training.logs import Log
 from gigagan.training.probes import Look
 from gigagan.training.run import Run
 
+pytestmark = pytest.mark.usefixtures("without_charts")
 TEXT = TextConfig(encoder="test:words", encoder_width=11, pooled_width=11, width=16, head_width=8)
 BASE = TrainBaseConfig(
     generator=GeneratorConfig(
@@ -177,8 +178,11 @@ def test_a_run_made_longer_from_where_rates_had_fallen_says_so(tmp_path, capsys)
     assert "learning rates had fallen towards the end at 30" in capsys.readouterr().out
 
 
-def test_a_run_writes_lines_pictures_checkpoints_and_a_snapshot(tmp_path):
+def test_a_run_writes_lines_pictures_charts_checkpoints_and_a_snapshot(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "draw_health", charts.draw_health)
     run(BASE, tmp_path)
+    with Image.open(tmp_path / "health.png") as page:
+        assert page.width == charts.WIDTH_PX
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [x["images"] for x in lines if "d/real" in x] == [8, 16, 24, 32, 40, 48]
     assert any("d/r1" in x for x in lines)

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch._dynamo  # an optimizer imports it when it is made, which takes seconds
 import torch.nn.functional as F
 from PIL import Image
 
@@ -44,7 +45,7 @@ from gigagan.models.encoders import ImageEncoder, ImageFeatures, TextEncoder, Te
 from gigagan.models.generator import Generator
 from gigagan.models.vision import VisionAidedDiscriminator
 from gigagan.training import __main__ as training_main
-from gigagan.training import checkpoint, loop, step
+from gigagan.training import checkpoint, logs, loop, step
 from gigagan.training.augment import Augment
 from gigagan.training.auxiliary import Auxiliary
 from gigagan.training.captions import CaptionFeatures, RecentCaptions
@@ -454,6 +455,7 @@ def wait(pid, seconds):
 def serve():
     """One JSON request per line, one answer per line."""
     torch.set_num_threads(1)
+    logs.draw_health = lambda *_: None  # it takes far longer than the run
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
