@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -28,6 +27,7 @@ from prefect.states import Cancelling
 from flows.safety.slots import GPU_LIMIT
 from flows.serve import services, settings
 from tests.flows.conftest import postgres, s3_server, wait_for  # noqa: F401  # two fixtures
+from tests.once import made_once, prefect_home
 
 MARKER = "OPERATIONS_TEST"
 """Environment variable of all processes of an installation."""
@@ -59,6 +59,9 @@ class Installation:
     marker: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
     server: subprocess.Popen | None = None
     worker: subprocess.Popen | None = None
+
+    def __post_init__(self) -> None:
+        prefect_home(self.folder / "prefect")
 
     @property
     def api(self) -> str:
@@ -94,7 +97,6 @@ class Installation:
         self.start_worker()
 
     def start_server(self) -> None:
-        (self.folder / "prefect").mkdir(parents=True, exist_ok=True)
         module = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
         self.server = self.popen(*module, log="server.log")
         wait_for(lambda: services.answers(f"{self.api}/health"), 120)
@@ -246,24 +248,17 @@ def _flow_run(environment: dict[str, str]) -> uuid.UUID | None:
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory) -> Path:
-    """A folder with a real store up to `filter`, and its MLflow database; made once."""
-    if "DEV_PREPARED" in os.environ:
-        return Path(os.environ["DEV_PREPARED"])
-    base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    folder = base / "prepared"
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "done").exists():
-            _run_here(folder, ["download", "score", "filter"], SMALL)
-            client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
-            pipeline = client.get_experiment_by_name("smoke")
-            for run in client.search_runs([pipeline.experiment_id]):
-                client.delete_run(run.info.run_id)  # tests count their own
-            (folder / "done").touch()
-    return folder
+def prepared() -> Path:
+    """A folder with a real store up to `filter`, and its MLflow database."""
+
+    def prepare(folder: Path) -> None:
+        _run_here(folder, ["download", "score", "filter"], SMALL)
+        client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+        pipeline = client.get_experiment_by_name("smoke")
+        for run in client.search_runs([pipeline.experiment_id]):
+            client.delete_run(run.info.run_id)  # tests count their own
+
+    return made_once("store-up-to-filter", prepare)
 
 
 @pytest.fixture
@@ -277,14 +272,13 @@ def store(prepared, tmp_path) -> Path:
 @pytest.fixture(scope="session")
 def weights(prepared) -> str:
     """sha256 of what the tiny training makes when nobody disturbs it."""
-    folder = prepared / "undisturbed"
-    with (prepared / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            shutil.copytree(prepared / "store", folder / "store")
-            shutil.copy(prepared / "mlflow.db", folder)
-            _run_here(folder, ["train-base"], TINY)
-    store = folder / "store"
+
+    def train(folder: Path) -> None:
+        shutil.copytree(prepared / "store", folder / "store")
+        shutil.copy(prepared / "mlflow.db", folder)
+        _run_here(folder, ["train-base"], TINY)
+
+    store = made_once("undisturbed-training", train) / "store"
     return sha256(output(store) / "snapshot.safetensors")
 
 
@@ -292,7 +286,8 @@ def _run_here(folder: Path, stages: list[str], changes: dict) -> None:
     command = ["flows", "run", "--preset", "smoke", "--store", str(folder / "store")]
     for key, value in changes.items():
         command += ["--set", f"{key}={value}"]
-    environment = {**os.environ, "PREFECT_HOME": str(folder / "prefect"), "OMP_NUM_THREADS": "1"}
+    home = prefect_home(folder / "prefect")
+    environment = {**os.environ, "PREFECT_HOME": str(home), "OMP_NUM_THREADS": "1"}
     for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
         environment.pop(name, None)
     subprocess.run(
@@ -324,15 +319,20 @@ def _nothing_is_left_behind(request):
         wait_for(lambda: site.slots() == 0, 60)
 
 
+def outputs(store: Path) -> list[Path]:
+    """Outputs of train-base in a store."""
+    return [path for path in (store / "train-base").iterdir() if path.is_dir()]
+
+
 def output(store: Path) -> Path:
-    """The only output of train-base in a store."""
-    (folder,) = (path for path in (store / "train-base").iterdir() if path.is_dir())
+    """The only one."""
+    (folder,) = outputs(store)
     return folder
 
 
-def logged(store: Path) -> list[int]:
+def logged(store: Path, folder: Path | None = None) -> list[int]:
     """Positions of the lines of metrics: gaps and repetitions would show."""
-    lines = (output(store) / "metrics.jsonl").read_text().splitlines()
+    lines = ((folder or output(store)) / "metrics.jsonl").read_text().splitlines()
     return [entry["images"] for entry in map(json.loads, lines) if "images_per_second" in entry]
 
 

@@ -6,7 +6,14 @@ import subprocess
 
 import pytest
 
-from tests.faults.installation.conftest import LOGGED, logged, mlflow_states, output, wait_for
+from tests.faults.installation.conftest import (
+    LOGGED,
+    logged,
+    mlflow_states,
+    output,
+    outputs,
+    wait_for,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -29,25 +36,20 @@ def test_cancel_in_mid_training_saves_its_state_and_a_new_run_resumes_from_it(si
     assert child.state.is_final()
 
 
-def test_a_second_training_waits_for_the_gpu_slot_and_says_so(site, store):
+def test_a_second_training_waits_for_the_gpu_slot_and_one_of_the_same_key_for_the_output(
+    site, store
+):
     first = site.submit("train-base/smoke", store)
     site.wait_for_checkpoint(first, store)
-    second = site.submit("train-base/smoke", store, overrides={"train_base.seed": 7})
-    wait_for(lambda: "waiting for the limit 'gpu': 1 of its 1 slots" in site.log(second), 60)
+    other = site.submit("train-base/smoke", store, overrides={"train_base.seed": 7})
+    same = site.submit("train-base/smoke", store)
+    wait_for(lambda: "waiting for the limit 'gpu': 1 of its 1 slots" in site.log(other), 60)
     assert site.slots() == 1
-    site.wait(first, "COMPLETED")
-    site.wait(second, "COMPLETED")
+    assert site.wait(first, "COMPLETED")
+    assert site.wait(same, "COMPLETED").name == "Skipped"
+    site.wait(other, "COMPLETED")
+    assert [logged(store, folder) for folder in outputs(store)] == [LOGGED, LOGGED]
     assert mlflow_states(store)["train-base"] == ["FINISHED", "FINISHED"]
-
-
-def test_a_second_run_of_the_same_key_waits_and_takes_over_the_output(site, store):
-    first = site.submit("train-base/smoke", store)
-    site.wait_for_checkpoint(first, store)
-    second = site.submit("train-base/smoke", store)
-    site.wait(first, "COMPLETED")
-    assert site.wait(second, "COMPLETED").name == "Skipped"
-    assert logged(store) == LOGGED
-    assert mlflow_states(store)["train-base"] == ["FINISHED"]
 
 
 @pytest.fixture

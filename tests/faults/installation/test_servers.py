@@ -102,23 +102,13 @@ def test_sigkill_and_restart_of_the_prefect_server_in_mid_run_cost_nothing(site,
 
 
 def test_a_run_that_is_taken_for_dead_says_that_it_lives(site, store, mlflow):
-    run = site.submit("train-base/smoke", store, overrides={"train_base.total_images": 256})
+    run = site.submit("train-base/smoke", store, overrides={"train_base.total_images": 160})
     site.wait_for_checkpoint(run, store)
     with site.client as client:
         client.set_flow_run_state(run, Crashed(message=f"{SILENT} for 90 s"), force=True)
     alive = site.wait(run, "RUNNING", 60, past=("CRASHED",))
     assert "its process lives" in alive.message
     site.wait(run, "COMPLETED")
-    assert mlflow_states(store)["train-base"] == ["FINISHED"]
-
-
-def test_a_restart_of_the_database_in_mid_run_costs_nothing(site, store, mlflow, postgres):
-    run = site.submit("train-base/smoke", store)
-    site.wait_for_checkpoint(run, store)
-    postgres.stop(signal.SIGINT)
-    postgres.start()
-    site.wait(run, "COMPLETED")
-    assert logged(store) == LOGGED
     assert mlflow_states(store)["train-base"] == ["FINISHED"]
 
 
@@ -133,9 +123,17 @@ def test_sigkill_and_restart_of_the_mlflow_server_in_mid_run_cost_nothing(site, 
     assert mlflow_states(store)["train-base"] == ["FINISHED"]
 
 
-def test_no_secret_of_the_environment_is_recorded_anywhere(site, store, mlflow, postgres):
+def test_a_restart_of_the_database_in_mid_run_costs_nothing_and_no_secret_is_recorded_anywhere(
+    site, store, mlflow, postgres
+):
     run = site.submit("train-base/smoke", store)
+    site.wait_for_checkpoint(run, store)
+    postgres.stop(signal.SIGINT)
+    postgres.start()
     site.wait(run, "COMPLETED")
+    assert logged(store) == LOGGED
+    assert mlflow_states(store)["train-base"] == ["FINISHED"]
+
     dump = subprocess.run(
         [postgres.bin / "pg_dump", postgres.url("broken")], check=True, capture_output=True
     ).stdout
