@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -22,15 +23,22 @@ from flows.config import PipelineConfig  # noqa: E402
 from flows.serve import services  # noqa: E402
 from flows.stage import Context  # noqa: E402
 from flows.stages import download, evaluate, filter, score, train_base, train_upsampler  # noqa: E402
+from tests.once import prefect_home  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def prefect_server():
-    """A temporary Prefect server with a database of its own."""
-    from prefect.testing.utilities import prefect_test_harness
+    """A temporary Prefect server with a database of its own; its API's address."""
+    from prefect.settings import PREFECT_API_URL
+    from prefect.testing import utilities
 
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
+    folder = prefect_home(Path(tempfile.mkdtemp()))  # Prefect deletes it
+    (folder / "prefect.db").rename(folder / "prefect-test.db")
+    with (
+        mock.patch.object(utilities, "mkdtemp", return_value=str(folder)),
+        utilities.prefect_test_harness(server_startup_timeout=120),
+    ):
+        yield PREFECT_API_URL.value()
 
 
 @pytest.fixture(scope="session")

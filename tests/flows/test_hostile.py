@@ -8,18 +8,33 @@ import sys
 from pathlib import Path
 
 import pytest
+from prefect.client.orchestration import SyncPrefectClient
+
+from flows.safety.slots import GPU_LIMIT
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.fixture
+def slots(prefect_server):
+    """More than one: a killed process keeps its own for minutes."""
+    with SyncPrefectClient(prefect_server) as client:
+        client.upsert_global_concurrency_limit_by_name(GPU_LIMIT, 4)
+        yield
+        client.upsert_global_concurrency_limit_by_name(GPU_LIMIT, 1)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_every_row_of_a_hostile_site_ends_in_one_place_through_three_kills(tmp_path):
+@pytest.mark.usefixtures("slots")
+def test_every_row_of_a_hostile_site_ends_in_one_place_through_three_kills(
+    prefect_server, tmp_path
+):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "bench.hostile", "--rows", "300", "--port", str(port)]
-    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
+    environment = {**os.environ, "PREFECT_API_URL": prefect_server}
     done = subprocess.run(
         [*command, "--out", str(tmp_path)],
         cwd=ROOT,

@@ -26,7 +26,12 @@ from prefect.states import Cancelling
 
 from flows.safety.slots import GPU_LIMIT
 from flows.serve import services, settings
-from tests.flows.conftest import postgres, s3_server, wait_for  # noqa: F401  # two fixtures
+from tests.flows.conftest import (  # noqa: F401  # fixtures
+    postgres,
+    prefect_server,
+    s3_server,
+    wait_for,
+)
 from tests.once import made_once, prefect_home
 
 MARKER = "OPERATIONS_TEST"
@@ -248,11 +253,11 @@ def _flow_run(environment: dict[str, str]) -> uuid.UUID | None:
 
 
 @pytest.fixture(scope="session")
-def prepared() -> Path:
+def prepared(prefect_server) -> Path:  # noqa: F811
     """A folder with a real store up to `filter`, and its MLflow database."""
 
     def prepare(folder: Path) -> None:
-        _run_here(folder, ["download", "score", "filter"], SMALL)
+        _run_here(folder, ["download", "score", "filter"], SMALL, prefect_server)
         client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
         pipeline = client.get_experiment_by_name("smoke")
         for run in client.search_runs([pipeline.experiment_id]):
@@ -270,26 +275,24 @@ def store(prepared, tmp_path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def weights(prepared) -> str:
+def weights(prepared, prefect_server) -> str:  # noqa: F811
     """sha256 of what the tiny training makes when nobody disturbs it."""
 
     def train(folder: Path) -> None:
         shutil.copytree(prepared / "store", folder / "store")
         shutil.copy(prepared / "mlflow.db", folder)
-        _run_here(folder, ["train-base"], TINY)
+        _run_here(folder, ["train-base"], TINY, prefect_server)
 
     store = made_once("undisturbed-training", train) / "store"
     return sha256(output(store) / "snapshot.safetensors")
 
 
-def _run_here(folder: Path, stages: list[str], changes: dict) -> None:
+def _run_here(folder: Path, stages: list[str], changes: dict, api: str) -> None:
     command = ["flows", "run", "--preset", "smoke", "--store", str(folder / "store")]
     for key, value in changes.items():
         command += ["--set", f"{key}={value}"]
-    home = prefect_home(folder / "prefect")
-    environment = {**os.environ, "PREFECT_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
-        environment.pop(name, None)
+    environment = {**os.environ, "PREFECT_API_URL": api, "OMP_NUM_THREADS": "1"}
+    environment.pop("MLFLOW_TRACKING_URI", None)
     subprocess.run(
         [sys.executable, "-m", *command, "--stages", *stages],
         env=environment,
