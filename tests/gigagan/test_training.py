@@ -382,8 +382,8 @@ def test_a_tiny_network_learns_which_shade_a_caption_names(tmp_path):
             self.images_BCHW = shades[:, None, None, None].expand(size, 3, side, side).clone()
 
     config = BASE.model_copy(
-        update={"total_images": 6_400, "batch_size": 16, "checkpoint_images": 6_400,
-                "sample_images": 6_400, "log_images": 3_200}
+        update={"total_images": 3_200, "batch_size": 16, "checkpoint_images": 3_200,
+                "sample_images": 3_200, "log_images": 1_600}
     )  # fmt: skip
     made = players(config)
     captions = CaptionFeatures(WordEncoder(), torch.device("cpu"))

@@ -133,9 +133,7 @@ def prefect(request, tmp_path, serve):
     return api
 
 
-def test_prefect_tells_its_health_to_all_and_the_rest_to_who_knows_the_password(
-    prefect, serve, tmp_path
-):
+def assert_tells_its_health_to_all_and_the_rest_to_who_knows_the_password(prefect):
     assert ask(f"{prefect}/health")[0] == 200
     assert ask(f"{prefect}/ready")[0] == 200
     assert ask(f"{prefect}/flows/count", body=b"{}")[0] == 401
@@ -144,6 +142,17 @@ def test_prefect_tells_its_health_to_all_and_the_rest_to_who_knows_the_password(
     # The page finds its server wherever a tunnel ends.
     assert ask(f"{prefect.removesuffix('/api')}/ui-settings")[1]["api_url"] == "/api"
 
+
+@pytest.mark.parametrize("prefect", ["sqlite"], indirect=True)
+def test_prefect_on_sqlite_asks_for_the_password(prefect):
+    assert_tells_its_health_to_all_and_the_rest_to_who_knows_the_password(prefect)
+
+
+@pytest.mark.parametrize("prefect", ["postgres"], indirect=True)
+def test_prefect_on_postgres_lets_definitions_and_a_worker_in_with_the_password(
+    prefect, serve, tmp_path
+):
+    assert_tells_its_health_to_all_and_the_rest_to_who_knows_the_password(prefect)
     client = {"PREFECT_API_URL": prefect, "PREFECT_HOME": str(tmp_path / "client")}
     command = [sys.executable, "-m", "flows", "bootstrap"]
     refused = run(
