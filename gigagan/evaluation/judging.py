@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from gigagan.config import EvaluateConfig
+from gigagan.evaluation import naming
 from gigagan.evaluation.findings import Findings
 from gigagan.evaluation.heldout import Heldout
-from gigagan.evaluation.judges import alignment, naming
+from gigagan.evaluation.judges import alignment
 from gigagan.evaluation.judges.distances import (
     cmmd,
     frechet_distance,
@@ -31,8 +32,8 @@ from gigagan.evaluation.judges.features import (
     square,
     text_vectors,
 )
-from gigagan.evaluation.judges.naming import Drawn
 from gigagan.evaluation.judges.statistics import subsampled
+from gigagan.evaluation.naming import Drawn
 from gigagan.evaluation.setting import INCEPTION, MAX_PAIRS, Setting, Variants, embedded
 from gigagan.models import pretrained
 from gigagan.models.aligner import Aligner

@@ -19,13 +19,12 @@ from typing import Any
 from gigagan.common.files import sha256_of
 from gigagan.common.progress import Progress, silent
 from gigagan.config import EvaluateConfig
-from gigagan.evaluation import drawing, protocol
+from gigagan.evaluation import drawing, naming, protocol
 from gigagan.evaluation.devices import Device
 from gigagan.evaluation.findings import Findings, assemble, describe
 from gigagan.evaluation.heldout import Gallery, Heldout, read_drawn, read_heldout, subset
-from gigagan.evaluation.judges import naming
-from gigagan.evaluation.judges.naming import Drawn
 from gigagan.evaluation.judging import judge_all, measure_diversity
+from gigagan.evaluation.naming import Drawn
 from gigagan.evaluation.report import looks
 from gigagan.evaluation.report.results import write_json
 from gigagan.evaluation.setting import Sample, Setting, setting

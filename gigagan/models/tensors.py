@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gigagan.common.files import filled_aside
+
 
 @contextmanager
 def opened(path: Path, *, framework: str = "pt", device: str = "cpu") -> Iterator[Any]:
@@ -34,16 +36,13 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     Raises:
         OSError: the disk is full, or refuses.
     """
-    partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial.unlink(missing_ok=True)
-    partial.touch()
-    mode = partial.stat().st_mode
-    try:
-        save_file(dict(tensors), partial, metadata=dict(metadata))
-        partial.chmod(mode)
-        partial.replace(path)
-    except SafetensorError as error:  # a full disk, say
-        raise OSError(f"{path} could not be written ({error})") from error
-    finally:
+    with filled_aside(path) as partial:
         partial.unlink(missing_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode
+        try:
+            save_file(dict(tensors), partial, metadata=dict(metadata))
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(f"{path} could not be written ({error})") from error
+        partial.chmod(mode)

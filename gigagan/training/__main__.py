@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from data.shards.loader import CorruptShardsError, ShardLoader
 from gigagan.common.exits import FAILED, HARDWARE, PREEMPTED, STOPPED, tell
+from gigagan.common.files import write_aside
 from gigagan.config import TextConfig, TrainStage
 from gigagan.evaluation.heldout import Heldout, read_heldout
 from gigagan.models import pretrained
@@ -193,9 +194,7 @@ def _write_result(path: Path, result: loop.Result) -> None:
     if "images_per_second" in result.scalars:  # not after a resume at the very end
         figures["images_per_second"] = result.scalars["images_per_second"]
     figures["images_seen"] = float(result.images_seen)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(figures, indent=2))
-    partial.replace(path)
+    write_aside(path, json.dumps(figures, indent=2))
 
 
 def _text_encoder(config: TextConfig | None, world: World) -> TextEncoder:

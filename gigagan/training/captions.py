@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gigagan.common.files import filled_aside
 from gigagan.models.encoders import TextEncoder, TextFeatures
 from gigagan.training.transfer import place
 
@@ -175,14 +176,13 @@ class CaptionFeatures:
 
     def save(self, path: Path) -> None:
         """Keep what is known on disk, for other ranks and later attempts."""
-        partial = path.with_name(path.name + ".partial")
         tokens_NLD, pooled_NP = self._tokens_NLD.cpu(), self._pooled_NP.cpu()
         known = {
             caption: (tokens_NLD[row, : self._length[row]].clone(), pooled_NP[row].clone())
             for caption, row in self._row.items()
         }
-        torch.save({"encoder": self.encoder.name, "features": known}, partial)
-        partial.replace(path)
+        with filled_aside(path) as partial:
+            torch.save({"encoder": self.encoder.name, "features": known}, partial)
 
     def load(self, path: Path) -> None:
         """Know what was saved, if there is a readable file of the same encoder."""

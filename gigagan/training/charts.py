@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from gigagan.common.files import filled_aside
 from gigagan.config import HealthConfig
 
 if TYPE_CHECKING:
@@ -231,7 +232,8 @@ def draw_health(
     title = _title(metrics_jsonl.resolve().parent.name, last, curves)
     figure.suptitle(title, fontsize=12, y=1 - HEAD_PX / 2 / height_px, va="center")
     out_png.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out_png)
+    with filled_aside(out_png) as partial:
+        figure.savefig(partial, format="png")
 
 
 def _share(room: int, count: int, gap: int) -> float:

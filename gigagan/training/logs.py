@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from gigagan.common.exits import PROGRESS, tell
+from gigagan.common.files import filled_aside, write_aside
 from gigagan.config import HealthConfig
 from gigagan.training.charts import draw_health
 from gigagan.training.relay import HEALTH, LINES, SAMPLES, TIME, Relay
@@ -110,9 +111,8 @@ class Log:
         path = self.run_dir / SAMPLES / f"{name}-{images_seen:09d}.png"
         with self.spare("a picture"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")  # the relay must not meet half a picture
-            image.save(partial, format="PNG")
-            partial.replace(path)
+            with filled_aside(path) as partial:  # the relay must not meet half a picture
+                image.save(partial, format="PNG")
         self._wake()
         return path
 
@@ -155,9 +155,7 @@ def _cut(path: Path, images_seen: int) -> int:
     """Keep the lines up to a position; returns the bytes that are left."""
     kept = [line for line in path.read_text().splitlines() if _position(line) <= images_seen]
     text = "".join(line + "\n" for line in kept)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    write_aside(path, text)
     return len(text.encode())
 
 

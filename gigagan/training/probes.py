@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from gigagan.evaluation import enlarge
+from gigagan.evaluation import enlarge, naming
 from gigagan.evaluation.heldout import SPLITS, Gallery, Heldout
-from gigagan.evaluation.judges import alignment, fidelity, naming
+from gigagan.evaluation.judges import alignment, fidelity
 from gigagan.evaluation.judges.features import square
 from gigagan.evaluation.report.results import caption_grid
 from gigagan.models.generator import Generator

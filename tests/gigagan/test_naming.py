@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from gigagan.config import EvaluateConfig
+from gigagan.evaluation import naming
 from gigagan.evaluation.heldout import Gallery, read_gallery, read_heldout, subset
-from gigagan.evaluation.judges import naming
 from gigagan.evaluation.measure import evaluate, score
 from gigagan.evaluation.protocol import differing
 from gigagan.evaluation.setting import TEXT_ENCODER, seed_of

@@ -18,8 +18,8 @@ from gigagan.evaluation.heldout import Heldout, training_pictures
 from gigagan.evaluation.judges.alignment import clip_score_per_picture, similarities
 from gigagan.evaluation.judges.distances import kernel_distance
 from gigagan.evaluation.judges.features import extract, extractor, open_rgb, reference, text_vectors
-from gigagan.evaluation.judges.naming import Drawn
 from gigagan.evaluation.judges.neighbours import Memorisation, memorisation, nearest
+from gigagan.evaluation.naming import Drawn
 from gigagan.evaluation.report import page, sweeps
 from gigagan.evaluation.report.categories import CategoryRow, by_category, categories
 from gigagan.evaluation.report.results import caption_grid
