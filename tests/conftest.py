@@ -11,6 +11,7 @@ from tests import once
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if IS_WORKER:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # img2dataset's import asks the web otherwise
 once.open_run()
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs behind
     signal.signal(signal.SIGINT, signal.default_int_handler)

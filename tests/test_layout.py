@@ -29,3 +29,16 @@ def test_a_line_of_the_layout_names_modules_that_are_there(room):
         for name in names:
             there = [*(ROOT / room).rglob(f"{name}.py"), *(ROOT / room).rglob(name)]
             assert name == "top" or there, f"{room}: {name}"
+
+
+TESTED = {"common": "gigagan/common", "data": "data", "flows": "flows", "gigagan": "gigagan"}
+"""Folder of tests → the room whose modules they are called by."""
+
+
+@pytest.mark.parametrize("folder", TESTED)
+def test_tests_are_called_by_a_module_or_folder_of_their_room(folder):
+    """What spans modules lies in `tests/faults` and `tests/agreement`."""
+    tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / folder).glob("test_*")}
+    room = [path for path in (ROOT / TESTED[folder]).rglob("*") if path.name != "__pycache__"]
+    names = {path.stem.strip("_") for path in room if path.suffix == ".py" or path.is_dir()}
+    assert tests - names == set()

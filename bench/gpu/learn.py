@@ -28,8 +28,8 @@ from bench.gpu import emoji
 from bench.gpu.record import PACK, SIZE, Record, leave
 from gigagan import losses
 from gigagan.config import TrainBaseConfig, TrainStage
-from gigagan.evaluation import enlarge
-from gigagan.evaluation.judges import fidelity, naming
+from gigagan.evaluation import enlarge, naming
+from gigagan.evaluation.judges import fidelity
 from gigagan.evaluation.report.results import caption_grid
 from gigagan.models import snapshot
 from gigagan.models.discriminator import Discriminator

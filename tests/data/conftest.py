@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 
 from data.config import DownloadConfig, EmbeddedConfig
 from data.download import run as download
 from data.score.run import Encoders
-
-# img2dataset's import asks the web otherwise
-os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 
 
 def small_config() -> DownloadConfig:

@@ -46,8 +46,7 @@ from gigagan.training.inputs import Inputs, draw
 from gigagan.training.logs import Log
 from gigagan.training.probes import Look
 from gigagan.training.run import Run
-
-from .narrow import width_scaled
+from tests.gigagan.narrow import width_scaled
 
 T = 16
 TEXT = TextConfig(

@@ -13,7 +13,7 @@ from data.config import FilterConfig, ScoreConfig
 from data.filter import run as filtering
 from data.score import run as score
 
-sys.path.append(str(Path(__file__).parent))  # as in test_score
+sys.path.append(str(Path(__file__).parents[1] / "data"))
 import fake
 import score_tasks as tasks
 

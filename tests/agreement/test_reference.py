@@ -43,7 +43,7 @@ from gigagan.models.vision import VisionAidedDiscriminator
 from gigagan.training import step
 from gigagan.training.auxiliary import Auxiliary
 from gigagan.training.inputs import Inputs
-from tests.gigagan import reference as naive
+from tests.agreement import reference as naive
 
 TEXT = TextConfig(encoder="test:words", encoder_width=11, pooled_width=13, width=16, head_width=8)
 CONDITIONS = {

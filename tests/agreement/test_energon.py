@@ -15,7 +15,7 @@ from data.shards import write as shards
 
 energon = pytest.importorskip("megatron.energon", reason="needs megatron-energon")
 
-sys.path.append(str(Path(__file__).parent))  # several folders are called `tests`
+sys.path.append(str(Path(__file__).parents[1] / "data"))
 from kept_rows import colour, key_at, write_kept  # noqa: E402
 
 NUM_SAMPLES = 23

@@ -6,7 +6,7 @@ from gigagan.config import DiscriminatorConfig, GeneratorConfig
 from gigagan.config.presets import LADDER, ladder, preset
 from studies.initial import measure, pink_images
 
-from .narrow import width_scaled
+from tests.gigagan.narrow import width_scaled
 
 
 def small():

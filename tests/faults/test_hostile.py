@@ -11,12 +11,13 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient
 
 from flows.safety.slots import GPU_LIMIT
+from tests.flows.conftest import prefect_server  # noqa: F401  # a fixture
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def slots(prefect_server):
+def slots(prefect_server):  # noqa: F811
     """More than one: a killed process keeps its own for minutes."""
     with SyncPrefectClient(prefect_server) as client:
         client.upsert_global_concurrency_limit_by_name(GPU_LIMIT, 4)
@@ -28,7 +29,8 @@ def slots(prefect_server):
 @pytest.mark.timeout(1200)
 @pytest.mark.usefixtures("slots")
 def test_every_row_of_a_hostile_site_ends_in_one_place_through_three_kills(
-    prefect_server, tmp_path
+    prefect_server,  # noqa: F811
+    tmp_path,
 ):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
