@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from bench.timing import medians
 from data.config import DownloadConfig
-from data.lists.prefilter import BATCH_ROWS, columns_of, judged, reasons, tidied
+from data.lists.prefilter import BATCH_ROWS, columns_of, reasons, tidied, with_verdicts
 from data.lists.sources import Source, connect
 from data.schema import TYPES
 
@@ -58,7 +58,7 @@ def compare(rows: int = ROWS) -> dict[str, float]:
 
         def ours() -> int:
             with connect([source]) as db:
-                batches = judged(db, source, config)
+                batches = with_verdicts(db, source, config)
                 return sum(
                     pc.sum(pc.equal(batch.column("verdict"), 0)).as_py() for batch in batches
                 )

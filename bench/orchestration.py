@@ -9,7 +9,6 @@ in this process and submitted to a Prefect worker, which adds the start of a pro
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import statistics
@@ -85,15 +84,15 @@ def _bodies() -> Iterator[list[tuple[str, Callable[[Any], None]]]]:
     """Replace what the stages do during the block."""
     from flows.stages import download, evaluate, filter, score, train_base, train_upsampler
 
-    modules = (download, score, filter, train_base, train_upsampler, evaluate)
-    before = [module.STAGE for module in modules]
+    stages = [m.STAGE for m in (download, score, filter, train_base, train_upsampler, evaluate)]
+    before = [stage.run for stage in stages]
     try:
-        for module in modules:
-            module.STAGE = dataclasses.replace(module.STAGE, run=_body(module.STAGE.name))
-        yield [(module.STAGE.name, module.STAGE.run) for module in modules]
+        for stage in stages:
+            vars(stage)["run"] = _body(stage.name)  # frozen; the flow holds this very object
+        yield [(stage.name, stage.run) for stage in stages]
     finally:
-        for module, stage in zip(modules, before, strict=True):
-            module.STAGE = stage
+        for stage, run in zip(stages, before, strict=True):
+            vars(stage)["run"] = run
 
 
 def _body(stage: str) -> Callable[[Any], None]:

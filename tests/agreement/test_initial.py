@@ -5,7 +5,6 @@ import pytest
 from gigagan.config import DiscriminatorConfig, GeneratorConfig
 from gigagan.config.presets import LADDER, ladder, preset
 from studies.initial import measure, pink_images
-
 from tests.gigagan.narrow import width_scaled
 
 
