@@ -24,6 +24,21 @@ def as_real(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return _weighted([F.softplus(-_full(x)).mean() for x in logits], weights)
 
 
+def hinge_real(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Σ_k w_k · mean max(0, 1 − l_k): D's hinge loss on real images (Lim and Ye 2017)."""
+    return _weighted([F.relu(1 - _full(x)).mean() for x in logits], weights)
+
+
+def hinge_fake(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Σ_k w_k · mean max(0, 1 + l_k): D's hinge loss on generated images."""
+    return _weighted([F.relu(1 + _full(x)).mean() for x in logits], weights)
+
+
+def hinge_generator(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """−Σ_k w_k · mean l_k: G's loss beside D's hinge loss; it has no bound."""
+    return _weighted([-_full(x).mean() for x in logits], weights)
+
+
 def _full(x: Tensor) -> Tensor:
     """float32 for what overflows or loses its digits in half precision; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
@@ -66,6 +81,15 @@ def info_nce(images_BE: Tensor, texts_BE: Tensor, *, scale: float) -> Tensor:
     logits_BB = F.normalize(_full(images_BE), dim=1) @ F.normalize(_full(texts_BE), dim=1).T
     target_B = torch.arange(len(logits_BB), device=logits_BB.device)
     return F.cross_entropy(scale * logits_BB, target_B)
+
+
+def squared_angle(images_BE: Tensor, texts_BE: Tensor) -> Tensor:
+    """mean arccos²(cos(image_b, text_b)): CLIP guidance (StyleGAN-T, section 3.4).
+
+    Cosines are kept a millionth away from ±1, where arccos has no finite slope.
+    """
+    cosine_B = F.cosine_similarity(_full(images_BE), _full(texts_BE), dim=1)
+    return cosine_B.clamp(-1 + 1e-6, 1 - 1e-6).arccos().square().mean()
 
 
 def regression(

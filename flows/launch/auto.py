@@ -16,6 +16,7 @@ import psutil
 
 from flows.config import Resources
 from gigagan.config import TrainBaseConfig, TrainUpsamplerConfig
+from gigagan.config.stylegan_t import START, StyleTConfig
 
 CORES = "GIGAGAN_CORES"
 """Variable that gives each rank a core of its own, as in `0,1`; `off` leaves that to the kernel."""
@@ -138,11 +139,14 @@ def _count(number: int, noun: str) -> str:
 
 def multiply_adds(config: TrainBaseConfig | TrainUpsamplerConfig) -> int:
     """Of drawing a picture, roughly: two 3×3 convolutions a block and nothing else."""
-    if isinstance(config, TrainBaseConfig):
-        side, widths, blocks = 4, config.generator.channels, config.generator.blocks
-    else:
+    if isinstance(config, TrainUpsamplerConfig):
         upsampler = config.upsampler
         side, widths, blocks = upsampler.bottom, upsampler.up_channels, upsampler.blocks
+    elif isinstance(generator := config.generator, StyleTConfig):
+        side, widths = START, generator.channels
+        blocks = (generator.blocks,) * len(widths)
+    else:
+        side, widths, blocks = 4, generator.channels, generator.blocks
     levels = enumerate(zip(widths, blocks, strict=True))
     return sum(depth * 2 * 9 * (width * side << i) ** 2 for i, (width, depth) in levels)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from flows.config import PipelineConfig, StageName
 
-PLACED = ("open_clip:", "dinov2:")
+PLACED = ("open_clip:", "dino:", "dinov2:")
 """How names of models begin whose weights no package has."""
 
 

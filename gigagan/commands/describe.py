@@ -52,5 +52,5 @@ def run(args: argparse.Namespace) -> None:
         console.print(table)
     print(
         "Multiply-adds of one image's forward pass: convolutions and matrix products; without the "
-        "frozen text encoder."
+        "frozen encoders."
     )

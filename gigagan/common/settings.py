@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -79,7 +79,7 @@ def described(model: type[BaseModel], section: str) -> str:
     """Every setting of a section with its default and what it means, for people."""
     lines = [f"settings of the section `{section}`, for --set and --config:"]
     for name, field in model.model_fields.items():
-        is_part = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        is_part = isinstance(field.get_default(call_default_factory=True), BaseModel)
         default = "…" if is_part else json.dumps(field.get_default(), ensure_ascii=False)
         text = " ".join((field.description or "").split())
         lines += textwrap.wrap(
@@ -132,13 +132,44 @@ def problems(error: ValidationError, model: type[BaseModel], prefix: str = "") -
 
 
 def _problem(fault: Any, model: type[BaseModel], prefix: str) -> str:
-    key = prefix + ".".join(str(part) for part in fault["loc"])
+    key = prefix + ".".join(_place(fault["loc"], model))
     if fault["type"] == "extra_forbidden":
         return unknown(key, dotted_keys(model, prefix))
+    if fault["type"] == "union_tag_invalid":
+        found, known = fault["ctx"]["tag"], fault["ctx"]["expected_tags"]
+        return f"{key}.kind = {found!r}: choose one of {known}"
     # A validator of ours says what is wrong, and no more where the value may be a secret.
     if fault["type"] != "value_error" and not isinstance(fault["input"], dict):
         return f"{key} = {fault['input']!r}: {fault['msg']}"
     return f"{key}: {fault['msg'].removeprefix('Value error, ')}"
+
+
+def _place(loc: Sequence[int | str], model: type[BaseModel]) -> list[str]:
+    """Where in a model a fault is, without the tags by which pydantic tells a union's parts."""
+    parts: list[str] = []
+    annotations: list[Any] = []
+    models: list[type[BaseModel]] = [model]
+    for part in loc:
+        if part in {tag for annotation in annotations for tag in _tags_in(annotation)}:
+            continue
+        parts.append(str(part))
+        fields = [one.model_fields for one in models]
+        annotations = [some[part].annotation for some in fields if part in some]
+        models = [one for annotation in annotations for one in models_in(annotation)]
+    return parts
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models of a field that is one, of `X | None` the X, of a union all."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in models_in(part)]
+
+
+def _tags_in(annotation: Any) -> list[str]:
+    parts = get_args(annotation)
+    own = [part.tag for part in parts if isinstance(part, Tag)]
+    return own + [tag for part in parts for tag in _tags_in(part)]
 
 
 def unknown(key: str, known: Iterable[str]) -> str:
@@ -160,6 +191,5 @@ def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every key of a model and of its parts, as in `a.b`."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        for kind in (field.annotation, *get_args(field.annotation)):  # of `X | None` the X
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from dotted_keys(kind, f"{prefix}{name}.")
+        for part in models_in(field.annotation):
+            yield from dotted_keys(part, f"{prefix}{name}.")

@@ -9,8 +9,13 @@ from gigagan.config.networks import (
     TextConfig,
     UpsamplerConfig,
 )
+from gigagan.config.projected import ProjectedConfig
+from gigagan.config.stylegan_t import StyleTConfig
 from gigagan.config.training import (
     FREE_TO_CHANGE,
+    GUIDANCE_SIDE,
+    AnyDiscriminator,
+    AnyGenerator,
     AugmentConfig,
     EvaluateConfig,
     HealthConfig,
@@ -26,6 +31,9 @@ from gigagan.config.training import (
 
 __all__ = [
     "FREE_TO_CHANGE",
+    "GUIDANCE_SIDE",
+    "AnyDiscriminator",
+    "AnyGenerator",
     "AugmentConfig",
     "BlockConfig",
     "ClassConfig",
@@ -35,7 +43,9 @@ __all__ = [
     "HealthConfig",
     "LossConfig",
     "OptimizerConfig",
+    "ProjectedConfig",
     "StyleConfig",
+    "StyleTConfig",
     "SystemConfig",
     "TextConfig",
     "TrainBaseConfig",

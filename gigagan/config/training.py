@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from gigagan.common.settings import Frozen
 from gigagan.config.networks import (
@@ -12,7 +12,43 @@ from gigagan.config.networks import (
     GeneratorConfig,
     UpsamplerConfig,
 )
+from gigagan.config.projected import ProjectedConfig
+from gigagan.config.stylegan_t import StyleTConfig
 from gigagan.seeds import LARGEST
+
+
+def _kind_or(usual: str) -> tuple[Discriminator, BeforeValidator]:
+    """Which part of a union of sections is meant: its `kind`, without one the usual.
+
+    The usual ones have no such field: it is dropped.
+    """
+
+    def kind(section: Any) -> str:
+        given = section.get("kind") if isinstance(section, dict) else getattr(section, "kind", None)
+        return str(given or usual)
+
+    def without_usual(section: Any) -> Any:
+        if isinstance(section, dict) and section.get("kind") == usual:
+            return {name: value for name, value in section.items() if name != "kind"}
+        return section
+
+    return Discriminator(kind), BeforeValidator(without_usual)
+
+
+AnyGenerator = Annotated[
+    Annotated[GeneratorConfig, Tag("gigagan")] | Annotated[StyleTConfig, Tag("stylegan-t")],
+    *_kind_or("gigagan"),
+]
+"""The base generator's section: `kind: stylegan-t`, or none for GigaGAN's."""
+AnyDiscriminator = Annotated[
+    Annotated[DiscriminatorConfig, Tag("multi-scale")]
+    | Annotated[ProjectedConfig, Tag("projected")],
+    *_kind_or("multi-scale"),
+]
+"""The discriminator's section: `kind: projected`, or none for GigaGAN's."""
+
+GUIDANCE_SIDE = 64
+"""Largest side in pixels of what guidance looks at (StyleGAN-T); of larger pictures a crop."""
 
 Seed = Annotated[int, Field(ge=0, le=LARGEST)]
 """A field that holds a seed."""
@@ -91,6 +127,9 @@ class WarmStartConfig(Frozen):
 class LossConfig(Frozen):
     """Weights of the losses. Starts are in images seen; a weight ramps up over `ramp_images`."""
 
+    adversarial: Literal["logistic", "hinge"] = "logistic"
+    """What D's logits are for: logistic with a non-saturating G (StyleGAN2, GigaGAN), or the hinge
+    (StyleGAN-T, Projected GAN; of a projected critic alone)."""
     level_weights: tuple[float, ...] = (0.4, 0.3, 0.3)
     """Weight of each pyramid level, from the largest; normalised to sum 1."""
     intermediate: float = Field(0.3, ge=0)
@@ -112,6 +151,10 @@ class LossConfig(Frozen):
     """InfoNCE of generated images against the captions of the batch."""
     contrastive_scale: float = Field(20.0, gt=0)
     """Logit scale of InfoNCE for embedded encoders; an open_clip encoder brings its own."""
+    guidance: float = Field(0.0, ge=0)
+    """Squared angle between generated images and their captions in the joint space of the frozen
+    image encoder (StyleGAN-T's CLIP guidance, which its paper gives 0.2); an embedded encoder's
+    space is that of its aligner."""
     vision: float = Field(0.1, ge=0)
     """Vision-aided loss on the features of a frozen image encoder."""
     vision_encoder: str = "embedded:efficientnet-lite0"
@@ -300,19 +343,22 @@ class TrainBaseConfig(TrainConfig):
 
     kind: Literal["base"] = "base"
     """Which network this section trains."""
-    generator: GeneratorConfig = GeneratorConfig()
+    generator: AnyGenerator = GeneratorConfig()
     """The base generator."""
-    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    discriminator: AnyDiscriminator = DiscriminatorConfig()
     """Its discriminator."""
 
     @property
-    def network(self) -> GeneratorConfig:
+    def network(self) -> GeneratorConfig | StyleTConfig:
         """What draws."""
         return self.generator
 
     @model_validator(mode="after")
     def _networks_agree(self) -> Self:
-        _same_resolution(self.generator.resolution, self.discriminator, self.loss)
+        if isinstance(self.discriminator, ProjectedConfig):
+            _only_what_heads_know(self.loss, self.optimizer)
+        else:
+            _same_resolution(self.generator, self.discriminator, self.loss)
         _same_condition(self.generator, self.discriminator, self.loss)
         _something_to_learn(self.warm_start, self.warm_start.regression)
         return self
@@ -354,30 +400,53 @@ class TrainUpsamplerConfig(TrainConfig):
 
     @model_validator(mode="after")
     def _networks_agree(self) -> Self:
-        _same_resolution(self.upsampler.resolution, self.discriminator, self.loss)
+        _same_resolution(self.upsampler, self.discriminator, self.loss)
         _same_condition(self.upsampler, self.discriminator, self.loss)
         _something_to_learn(self.warm_start, self.warm_start.regression + self.pixel + self.lpips)
-        made = (self.upsampler.resolution // self.upsampler.input_resolution).bit_length()
-        if self.discriminator.levels > made:
-            raise ValueError(
-                f"discriminator.levels={self.discriminator.levels}, but the upsampler makes only "
-                f"{made} levels from its input's resolution upwards"
-            )
         return self
 
 
-def _same_resolution(resolution: int, discriminator: DiscriminatorConfig, loss: LossConfig) -> None:
+def _same_resolution(
+    generator: GeneratorConfig | StyleTConfig | UpsamplerConfig,
+    discriminator: DiscriminatorConfig,
+    loss: LossConfig,
+) -> None:
     """Refuse networks or level weights that do not fit together."""
-    if discriminator.resolution != resolution:
+    if discriminator.resolution != generator.resolution:
         raise ValueError(
-            f"the generator makes {resolution} px but the discriminator's "
+            f"the generator makes {generator.resolution} px but the discriminator's "
             f"{len(discriminator.channels)} resolutions start at {discriminator.resolution} px"
+        )
+    if discriminator.levels > generator.num_images:
+        raise ValueError(
+            f"discriminator.levels = {discriminator.levels}, but the generator makes only "
+            f"{generator.num_images} level{'s' * (generator.num_images > 1)} of a pyramid"
         )
     if len(loss.level_weights) != discriminator.levels:
         raise ValueError(
             f"loss.level_weights has {len(loss.level_weights)} entries for "
             f"{discriminator.levels} discriminator levels"
         )
+    if loss.adversarial == "hinge":
+        raise ValueError(
+            "loss.adversarial = hinge is of a projected critic: set discriminator.kind = "
+            "projected, or loss.adversarial = logistic"
+        )
+
+
+def _only_what_heads_know(loss: LossConfig, optimizer: OptimizerConfig) -> None:
+    """Refuse what a projected critic has not, rather than leave it out without a word."""
+    for name, value in {
+        "optimizer.r1_weight": optimizer.r1_weight,
+        "loss.vision": loss.vision,
+        "loss.contrastive": loss.contrastive,
+        "loss.generator_matching": loss.generator_matching,
+    }.items():
+        if value:
+            raise ValueError(
+                f"{name} = {value}, but the heads of discriminator.kind = projected have no such "
+                "term: set it to 0"
+            )
 
 
 def _something_to_learn(warm_start: WarmStartConfig, weights: float) -> None:
@@ -390,8 +459,8 @@ def _something_to_learn(warm_start: WarmStartConfig, weights: float) -> None:
 
 
 def _same_condition(
-    generator: GeneratorConfig | UpsamplerConfig,
-    discriminator: DiscriminatorConfig,
+    generator: GeneratorConfig | StyleTConfig | UpsamplerConfig,
+    discriminator: DiscriminatorConfig | ProjectedConfig,
     loss: LossConfig,
 ) -> None:
     """Refuse networks that are conditioned on different things, and losses without captions."""
@@ -412,7 +481,7 @@ def _same_condition(
     if g_encoder is None:
         used = [
             name
-            for name in ("matching", "generator_matching", "contrastive")
+            for name in ("matching", "generator_matching", "contrastive", "guidance")
             if getattr(loss, name) > 0
         ]
         if used:
@@ -433,6 +502,7 @@ class EvaluateConfig(Frozen):
         "imagenet-256",
         "upsampler-128-1024",
         "stylegan-t-coco-256",
+        "stylegan-t-coco-64",
     ] = "embedded-heldout"
     """Named rules: counts, crop, resize, judges; `python -m gigagan evaluate --protocols`."""
     captions: str | None = None

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from gigagan.common.files import filled_aside
 from gigagan.models.baking import bake
+from gigagan.models.base import BaseGenerator
 from gigagan.models.encoders import TextEncoder
-from gigagan.models.generator import Generator
 from gigagan.models.text import Text
 from gigagan.models.upsampler import Upsampler
 
@@ -35,7 +35,7 @@ PARITY = 1e-3
 class PromptGenerator(nn.Module):
     """z → the largest image, for one caption that was read once."""
 
-    def __init__(self, network: Generator, text: Text) -> None:
+    def __init__(self, network: BaseGenerator, text: Text) -> None:
         super().__init__()
         self.network = network
         self.register_buffer("local_1LT", text.local_BLT)
@@ -64,7 +64,7 @@ class StyleUpsampler(nn.Module):
 @torch.no_grad()
 def export(
     path: Path,
-    network: Generator | Upsampler,
+    network: BaseGenerator | Upsampler,
     encoder: TextEncoder,
     prompt: str,
     *,
@@ -109,7 +109,7 @@ def _alone(text: Text) -> Text:
 
 
 def _trace(
-    path: Path, network: Generator | Upsampler, module: nn.Module, inputs: tuple[Tensor, ...]
+    path: Path, network: BaseGenerator | Upsampler, module: nn.Module, inputs: tuple[Tensor, ...]
 ) -> None:
     """Write the module as ONNX, as it runs on these inputs."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -140,7 +140,7 @@ def _describe(path: Path, about: Mapping[str, Any]) -> None:
 
 
 def _difference(
-    path: Path, network: Generator | Upsampler, module: nn.Module, inputs: tuple[Tensor, ...]
+    path: Path, network: BaseGenerator | Upsampler, module: nn.Module, inputs: tuple[Tensor, ...]
 ) -> float:
     """The largest difference of a pixel between the file in onnxruntime and the module."""
     import onnxruntime
@@ -163,11 +163,11 @@ def read_about(path: Path) -> dict[str, Any] | None:
 
 
 def _module(
-    network: Generator | Upsampler, text: Text, random: torch.Generator
+    network: BaseGenerator | Upsampler, text: Text, random: torch.Generator
 ) -> tuple[nn.Module, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """What is exported, inputs to trace it by, and others to check it with."""
     Z = network.config.latent_dim
-    if isinstance(network, Generator):
+    if not isinstance(network, Upsampler):
         module: nn.Module = PromptGenerator(network, text)
         first = (torch.randn(1, Z, generator=random),)
         return module.eval(), first, (torch.randn(1, Z, generator=random),)
@@ -181,13 +181,13 @@ def _module(
     return module.eval(), tiles(2), tiles(3)
 
 
-def _names(network: Generator | Upsampler) -> tuple[str, ...]:
+def _names(network: BaseGenerator | Upsampler) -> tuple[str, ...]:
     """What the inputs of the file are called."""
-    return ("z",) if isinstance(network, Generator) else ("image", "noise")
+    return ("image", "noise") if isinstance(network, Upsampler) else ("z",)
 
 
-def _dynamic(network: Generator | Upsampler) -> Any:
+def _dynamic(network: BaseGenerator | Upsampler) -> Any:
     """Any number of tiles; one z at a time, as kernels depend on it."""
-    if isinstance(network, Generator):
+    if not isinstance(network, Upsampler):
         return None
     return ({0: "tiles"}, {0: "tiles"})

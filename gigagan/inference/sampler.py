@@ -18,12 +18,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from gigagan.common.pictures import as_rgb
 from gigagan.config import StyleConfig
+from gigagan.config.stylegan_t import StyleTConfig
 from gigagan.inference import resolver, tiles
 from gigagan.inference.editing import Edit, interpolate
 from gigagan.inference.prompts import check_prompt
 from gigagan.models import pretrained, snapshot
+from gigagan.models.base import BaseGenerator
 from gigagan.models.encoders import TextEncoder, TextFeatures
-from gigagan.models.generator import Generator, Late
+from gigagan.models.generator import Late
 from gigagan.models.pixels import from_uint8, to_uint8
 from gigagan.models.text import Text
 from gigagan.models.upsampler import Upsampler
@@ -31,11 +33,9 @@ from gigagan.seeds import derived
 
 PUBLISHED = Path(__file__).parents[1] / "snapshots"
 """Trained networks that come with the package: emoji, text → 32 px → 128 px."""
-MEAN_LATENTS = 64
-"""Latents over which the mean style of a prompt is taken."""
 MAX_OUTPUT_PIXELS = 2**28
 """Of an enlarged picture: 268 million, 16384 × 16384."""
-_KEPT_MEANS, _KEPT_TEXTS = 1024, 256
+_KEPT_TEXTS = 256
 
 
 def load(
@@ -56,7 +56,7 @@ def load(
     """
     path, upsampler = or_published(path, upsampler)
     base, _ = snapshot.load(path, device=device)
-    if not isinstance(base, Generator):
+    if isinstance(base, Upsampler):
         raise snapshot.SnapshotError(f"{path} is the snapshot of an upsampler: give a base's here")
     larger: Upsampler | None = None
     if upsampler is not None:
@@ -108,7 +108,7 @@ class Sampler:
 
     def __init__(
         self,
-        base: Generator,
+        base: BaseGenerator,
         upsampler: Upsampler | None = None,
         *,
         device: str = "cpu",
@@ -121,7 +121,6 @@ class Sampler:
         """The files that the networks came from, for provenance."""
         self.encoder = _encoder(base.config, self.device)
         """The frozen text encoder of the base."""
-        self._means: OrderedDict[str, Tensor] = OrderedDict()
         self._texts: OrderedDict[tuple[str, str], tuple[Tensor, Tensor]] = OrderedDict()
 
     @property
@@ -202,13 +201,13 @@ class Sampler:
         """Text and style of a batch, changed as asked."""
         features = self._encode(self.encoder, batch)
         text = self.base.read(features)
-        style_BS = self._style(batch, text, z_BZ, truncation)
+        style_BS = self._style(text, z_BZ, truncation)
         if edit is None:
             return Drawing(text, style_BS, None, Finest(features, seed))
         second = batch if edit.prompt is None else [edit.prompt] * len(batch)
         other_features = self._encode(self.encoder, second)
         other_text = self.base.read(other_features)
-        other_BS = self._style(second, other_text, other_BZ, truncation)
+        other_BS = self._style(other_text, other_BZ, truncation)
         if edit.how == "interpolate":
             mixed = interpolate(text, other_text, edit.amount)
             style_BS = style_BS.lerp(other_BS, edit.amount)
@@ -222,9 +221,9 @@ class Sampler:
         )
         return Drawing(text, style_BS, Late(other_BS, tokens, level), finest)
 
-    def _style(self, batch: list[str], text: Text, z_BZ: Tensor, truncation: float) -> Tensor:
+    def _style(self, text: Text, z_BZ: Tensor, truncation: float) -> Tensor:
         style_BS = self.base.style(z_BZ.to(self.device), text)
-        return self._truncate(style_BS, batch, text, truncation) if truncation < 1 else style_BS
+        return self.base.truncate(style_BS, text, truncation) if truncation < 1 else style_BS
 
     def _encode(self, encoder: TextEncoder, prompts: Sequence[str]) -> TextFeatures:
         """Features of the prompts; a prompt that came lately is not encoded again."""
@@ -360,27 +359,6 @@ class Sampler:
         images = upsampler.synthesize(small_BCHW.clamp(-1, 1), noise_BCHW, style_BS, text)
         return _to_pictures(images[0])
 
-    def _truncate(self, style_BS: Tensor, batch: list[str], text: Text, psi: float) -> Tensor:
-        """w' = lerp(w̄, lerp(w̄|c, w, ψ), ψ): towards the prompt's mean, then the global mean."""
-        of_prompt_BS = torch.stack(
-            [self._mean_style(prompt, text, row) for row, prompt in enumerate(batch)]
-        )
-        towards_prompt_BS = of_prompt_BS.lerp(style_BS, psi)
-        return self.base.style_mean.expand_as(style_BS).lerp(towards_prompt_BS, psi)
-
-    def _mean_style(self, prompt: str, text: Text, row: int) -> Tensor:
-        """w̄|c [S], kept for prompts that come again."""
-        own = Text(global_BT=None if text.global_BT is None else text.global_BT[row : row + 1])
-        key = f"{prompt}\0{None if own.global_BT is None else own.global_BT.sum().item()}"
-        if key not in self._means:
-            random = torch.Generator().manual_seed(0)
-            z = torch.randn(MEAN_LATENTS, self.base.config.latent_dim, generator=random)
-            styles = self.base.style(z.to(self.device), own.repeat_interleave(MEAN_LATENTS))
-            self._means[key] = styles.mean(0)
-            if len(self._means) > _KEPT_MEANS:
-                self._means.popitem(last=False)
-        return self._means[key]
-
 
 def _randomness(
     latent_dim: int, shape: Sequence[int], seed: int, index: int
@@ -391,7 +369,7 @@ def _randomness(
     return z_1Z, torch.randn(*shape, generator=random)
 
 
-def _encoder(config: StyleConfig, device: torch.device) -> TextEncoder:
+def _encoder(config: StyleConfig | StyleTConfig, device: torch.device) -> TextEncoder:
     """The frozen text encoder that a network was trained with."""
     if config.text is None:
         raise snapshot.SnapshotError(

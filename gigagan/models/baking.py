@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gigagan.models.attention import CrossAttention, SelfAttention
+from gigagan.models.base import BaseGenerator
 from gigagan.models.generator import Generator
 from gigagan.models.layers import (
     AdaptiveConv,
@@ -25,10 +26,11 @@ from gigagan.models.layers import (
     EqualLinear,
     fold_filter,
 )
+from gigagan.models.stylegan_t import StyleGANT
 from gigagan.models.text import Text
 from gigagan.models.upsampler import Upsampler
 
-Network = TypeVar("Network", Generator, Upsampler)
+Network = TypeVar("Network", bound=BaseGenerator | Upsampler)
 
 
 class BakedConv(nn.Conv2d):
@@ -60,7 +62,7 @@ class Baked(nn.Module):
     local_1LT: Tensor | None
     mask_1L: Tensor | None
 
-    def __init__(self, network: Generator | Upsampler, style_1S: Tensor, text: Text) -> None:
+    def __init__(self, network: BaseGenerator | Upsampler, style_1S: Tensor, text: Text) -> None:
         super().__init__()
         self.network = network
         # Handed through to layers that look at no more than the mask.
@@ -89,6 +91,8 @@ def bake(network: Network, style_S: Tensor, text: Text) -> Baked:
     text = _without_padding(text)
     baked = copy.deepcopy(network).eval().requires_grad_(False)
     baked.mapping, baked.text = nn.Identity(), nn.Identity()  # type: ignore[assignment]
+    if isinstance(baked, StyleGANT):
+        baked.input = Constant(baked.input(style_1S))  # type: ignore[assignment]
     if isinstance(baked, Generator) and baked.style_input is not None:
         baked.style_input = Constant(baked.style_input(style_1S))  # type: ignore[assignment]
     for module in list(baked.modules()):

@@ -6,7 +6,7 @@ Shape letters: B batch, C channels, H W image, D features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,7 +34,10 @@ _GROUPS = (
     _Group(4, 5, 2, 192),
     _Group(1, 3, 1, 320),
 )
-_STAGE_ENDS = (2, 4, 6)  # the last group at strides 8, 16 and 32
+STAGE_ENDS = (2, 4, 6)
+"""Groups behind which stages are: the last at strides 8, 16 and 32."""
+CRITIC_STAGE_ENDS = (1, *STAGE_ENDS)
+"""Those of a critic, which sees stride 4 as well (Projected GAN)."""
 _BN_EPS = 1e-3
 
 
@@ -91,17 +94,23 @@ class _Block(nn.Module):
 
 
 class EfficientNetLite0(ImageEncoder):
-    """Pooled: the 1280 features before the classifier; stages: maps at strides 8, 16 and 32."""
+    """Pooled: the 1280 features before the classifier; stages: maps at strides 8, 16 and 32.
+
+    `stage_ends` are other groups, behind which the stages shall be.
+    """
 
     class_weight: Tensor
     class_bias: Tensor
     name = "embedded:efficientnet-lite0"
     width = 1280
-    stage_channels = tuple(_GROUPS[i].channels for i in _STAGE_ENDS)
     image_size = None
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, weights: Mapping[str, Tensor], stage_ends: Sequence[int] = STAGE_ENDS
+    ) -> None:
         super().__init__()
+        self.stage_ends = tuple(stage_ends)
+        self.stage_channels = tuple(_GROUPS[i].channels for i in self.stage_ends)
         self.stem = _Conv(weights, "_conv_stem", "_bn0", stride=2)
         self.groups = nn.ModuleList()
         index = 0
@@ -128,7 +137,7 @@ class EfficientNetLite0(ImageEncoder):
         stages = []
         for i, group in enumerate(self.groups):
             h_BCHW = group(h_BCHW)
-            if i in _STAGE_ENDS:
+            if i in self.stage_ends:
                 stages.append(h_BCHW)
         pooled_BD = F.relu6(self.head(h_BCHW)).mean(dim=(2, 3))
         return ImageFeatures(pooled_BD, stages)

@@ -46,7 +46,7 @@ class ImageFeatures(NamedTuple):
 
     pooled_BD: Tensor
     stages: list[Tensor]
-    """Feature maps [B, C, H, W], from fine to coarse."""
+    """Feature maps [B, C, H, W], from fine to coarse; or tokens [B, L, C], from the first on."""
 
 
 class ImageEncoder(nn.Module):
@@ -65,3 +65,8 @@ class ImageEncoder(nn.Module):
     def forward(self, x_BCHW: Tensor) -> ImageFeatures:
         """Return the features; never resizes, that is the caller's choice."""
         raise NotImplementedError
+
+
+def with_class_token(tokens_BLC: Tensor) -> Tensor:
+    """Add the class token, the first, to every other one, and drop it (DPT's "add" readout)."""
+    return tokens_BLC[:, 1:] + tokens_BLC[:, :1]

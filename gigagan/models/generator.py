@@ -24,6 +24,9 @@ from gigagan.models.layers import (
 )
 from gigagan.models.text import Features, Text, condition_branch
 
+MEAN_LATENTS = 64
+"""Latents over which the mean style of a caption is taken."""
+
 
 class SynthesisLevel(nn.Module):
     """All layers at one resolution: convolutions, then attention; and `to_rgb`, for its image."""
@@ -132,6 +135,21 @@ class Generator(nn.Module):
         """w = M(z, t_global): B Z → B S."""
         style_BS: Tensor = self.mapping(z_BZ, text.global_BT)
         return style_BS
+
+    def truncate(self, style_BS: Tensor, text: Text, psi: float) -> Tensor:
+        """w' = lerp(w̄, lerp(w̄|c, w, ψ), ψ): towards the caption's mean, then the global one.
+
+        GigaGAN, section 3.6. The caption's mean is over the same latents each time.
+        """
+        random = torch.Generator().manual_seed(0)
+        z_NZ = torch.randn(MEAN_LATENTS, self.config.latent_dim, generator=random)
+        z_NZ = z_NZ.to(style_BS.device)
+        of_caption = []
+        for row in range(len(style_BS)):
+            own = Text(global_BT=None if text.global_BT is None else text.global_BT[row : row + 1])
+            of_caption.append(self.style(z_NZ, own.repeat_interleave(MEAN_LATENTS)).mean(0))
+        towards_caption_BS = torch.stack(of_caption).lerp(style_BS, psi)
+        return self.style_mean.expand_as(style_BS).lerp(towards_caption_BS, psi)
 
     def synthesize(self, style_BS: Tensor, text: Text, late: Late | None = None) -> list[Tensor]:
         """Style and text → images in [−1, 1] (roughly), largest first, down to 4 px."""

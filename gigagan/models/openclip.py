@@ -14,7 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gigagan.models.encoders import ImageEncoder, ImageFeatures, TextEncoder, TextFeatures
+from gigagan.models.encoders import (
+    ImageEncoder,
+    ImageFeatures,
+    TextEncoder,
+    TextFeatures,
+    with_class_token,
+)
 from gigagan.models.precision import has_bfloat16
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -144,12 +150,43 @@ class OpenClipImage(ImageEncoder):
 
     def forward(self, x_BCHW: Tensor) -> ImageFeatures:
         """Return features of images in [-1, 1] of exactly `image_size` pixels."""
+        (model,) = self._model
+        x_BCHW = self._prepared(x_BCHW)
+        with _in_bfloat16(x_BCHW.device, self._bfloat16):
+            features = model.visual.forward_intermediates(x_BCHW, indices=self._depths)
+        return ImageFeatures(features["image_features"], features["image_intermediates"])
+
+    def _prepared(self, x_BCHW: Tensor) -> Tensor:
+        """Normalised as the model was trained, if the size is right."""
         if x_BCHW.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
                 f"{self.name} was given {tuple(x_BCHW.shape)}: resize to {self.image_size} px"
             )
+        return (x_BCHW * 0.5 + 0.5 - self.mean) / self.std
+
+
+class OpenClipTokens(OpenClipImage):
+    """The image tower as a critic sees it: tokens of five depths, the class token added to each.
+
+    These are the patch embedding, as it enters the first block, and the same four blocks; so
+    StyleGAN-T does with DINO.
+    """
+
+    def __init__(self, name: str, model: Any, *, bfloat16: bool = False) -> None:
+        super().__init__(name, model, bfloat16=bfloat16)
+        self.stage_channels = (self.stage_channels[0], *self.stage_channels)
+
+    def forward(self, x_BCHW: Tensor) -> ImageFeatures:
+        """Return features of images in [-1, 1] of exactly `image_size` pixels."""
         (model,) = self._model
-        x_BCHW = (x_BCHW * 0.5 + 0.5 - self.mean) / self.std
+        x_BCHW = self._prepared(x_BCHW)
         with _in_bfloat16(x_BCHW.device, self._bfloat16):
-            features = model.visual.forward_intermediates(x_BCHW, indices=self._depths)
-        return ImageFeatures(features["image_features"], features["image_intermediates"])
+            embedded_BLC = model.visual._embeds(x_BCHW)
+            features = model.visual.forward_intermediates(
+                x_BCHW, indices=self._depths, output_fmt="NLC", output_extra_tokens=True
+            )
+        blocks = zip(
+            features["image_intermediates"], features["image_intermediates_prefix"], strict=True
+        )
+        stages = [with_class_token(embedded_BLC), *(x_BLC + token for x_BLC, token in blocks)]
+        return ImageFeatures(features["image_features"], stages)

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from gigagan.common.files import sha256_of
 from gigagan.models import openclip
 from gigagan.models.aesthetic import AestheticPredictor
-from gigagan.models.efficientnet import EfficientNetLite0
+from gigagan.models.dino import Dino
+from gigagan.models.efficientnet import CRITIC_STAGE_ENDS, STAGE_ENDS, EfficientNetLite0
 from gigagan.models.encoders import ImageEncoder, ImageFeatures, TextEncoder, TextFeatures
 from gigagan.models.minilm import MiniLM
 
@@ -39,6 +40,7 @@ __all__ = [
     "Weights",
     "WrongWeightsError",
     "aesthetic",
+    "critic_encoder",
     "dinov2",
     "image_encoder",
     "inception",
@@ -135,7 +137,8 @@ CATALOGUE = {
         distribution="gigagan-pipeline",
     ),
 }
-"""Every file that a package brings. `open_clip:ARCHITECTURE/TAG` names are files of the user's."""
+"""Every file that a package brings. Names of `open_clip:`, `dino:` and `dinov2:` are files of the
+user's."""
 
 
 # ---- files -------------------------------------------------------------------------------------
@@ -150,7 +153,7 @@ def locate(name: str) -> Path:
     if name.startswith("open_clip:"):
         architecture, tag = _split_open_clip(name)
         return _placed(name, f"{architecture}-{tag}")
-    if name.startswith("dinov2:"):
+    if name.startswith(("dino:", "dinov2:")):
         return _placed(name, name.replace(":", "-"))
     if name not in CATALOGUE:
         raise ValueError(
@@ -261,7 +264,7 @@ def image_encoder(
 @functools.cache
 def _image_encoder(name: str, device: torch.device, bfloat16: bool) -> ImageEncoder:
     if name == "embedded:efficientnet-lite0":
-        return _efficientnet(name, device)
+        return _efficientnet(name, device, STAGE_ENDS)
     if name.startswith("open_clip:"):
         model = _open_clip(name, device)
         return openclip.OpenClipImage(name, model, bfloat16=bfloat16).to(device).eval()
@@ -271,10 +274,38 @@ def _image_encoder(name: str, device: torch.device, bfloat16: bool) -> ImageEnco
     )
 
 
+def critic_encoder(
+    name: str, device: torch.device | str = "cpu", *, precision: openclip.Precision = "float32"
+) -> ImageEncoder:
+    """The encoders of `config.projected`, with the stages on which a critic's heads are.
+
+    `embedded:efficientnet-lite0` gives maps at strides 4 to 32; `dino:vits16` and open_clip models
+    give tokens of five depths. `precision` is as in `image_encoder`.
+    """
+    device = torch.device(device)
+    return _critic_encoder(name, device, openclip.uses_bfloat16(precision, device))
+
+
 @functools.cache
-def _efficientnet(name: str, device: torch.device) -> ImageEncoder:
+def _critic_encoder(name: str, device: torch.device, bfloat16: bool) -> ImageEncoder:
+    if name == "embedded:efficientnet-lite0":
+        return _efficientnet(name, device, CRITIC_STAGE_ENDS)
+    if name.startswith("open_clip:"):
+        model = _open_clip(name, device)
+        return openclip.OpenClipTokens(name, model, bfloat16=bfloat16).to(device).eval()
+    if name == "dino:vits16":
+        model = _timm(name, "vit_small_patch16_224.dino", device, dynamic_img_size=True)
+        return Dino(name, model).to(device).eval()
+    raise ValueError(
+        f"{name!r} is not a critic's encoder: choose embedded:efficientnet-lite0, dino:vits16 or "
+        "open_clip:ARCHITECTURE/TAG"
+    )
+
+
+@functools.cache
+def _efficientnet(name: str, device: torch.device, stage_ends: tuple[int, ...]) -> ImageEncoder:
     weights = torch.load(locate(name), map_location="cpu", weights_only=True)
-    return EfficientNetLite0(weights).to(device).eval()
+    return EfficientNetLite0(weights, stage_ends).to(device).eval()
 
 
 @functools.cache
@@ -325,16 +356,19 @@ def dinov2(name: str, device: torch.device | str = "cpu") -> Any:
 
 @functools.cache
 def _dinov2(name: str, device: torch.device) -> Any:
-    import timm
-    from timm.models import load_checkpoint
-
     variant = name.removeprefix("dinov2:")
     if variant not in _DINOV2:
         raise ValueError(f"{name!r}: choose dinov2: and one of {', '.join(_DINOV2)}")
+    return _timm(name, _DINOV2[variant], device, img_size=224, global_pool="token")
+
+
+def _timm(name: str, architecture: str, device: torch.device, **settings: Any) -> Any:
+    """A transformer of timm without its classifier, filled from the file that the user placed."""
+    import timm
+    from timm.models import load_checkpoint
+
     path = locate(name)
-    model = timm.create_model(
-        _DINOV2[variant], pretrained=False, num_classes=0, img_size=224, global_pool="token"
-    )
+    model = timm.create_model(architecture, pretrained=False, num_classes=0, **settings)
     load_checkpoint(model, str(path))
     return model.to(device).eval().requires_grad_(False)
 

@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from gigagan.config import GeneratorConfig, UpsamplerConfig
+from gigagan.config.stylegan_t import StyleTConfig
 from gigagan.models import tensors
-from gigagan.models.generator import Generator
+from gigagan.models.base import BaseGenerator, base_generator
 from gigagan.models.upsampler import Upsampler
 
 FORMAT = "gigagan-snapshot-1"
@@ -28,7 +29,7 @@ class SnapshotError(ValueError):
 
 def save(
     path: Path,
-    network: Generator | Upsampler,
+    network: BaseGenerator | Upsampler,
     about: Mapping[str, object],
     *,
     dtype: torch.dtype | None = None,
@@ -39,7 +40,7 @@ def save(
     """
     described = {
         "format": FORMAT,
-        "kind": "base" if isinstance(network, Generator) else "upsampler",
+        "kind": "upsampler" if isinstance(network, Upsampler) else "base",
         "config": network.config.model_dump(mode="json"),
         "about": dict(about),
     }
@@ -61,7 +62,7 @@ def read_about(path: Path) -> dict[str, object] | None:
         return None
 
 
-def load(path: Path, *, device: str = "cpu") -> tuple[Generator | Upsampler, dict[str, object]]:
+def load(path: Path, *, device: str = "cpu") -> tuple[BaseGenerator | Upsampler, dict[str, object]]:
     """The frozen network in evaluation mode, and what `save` was told about it.
 
     Raises:
@@ -82,10 +83,12 @@ def load(path: Path, *, device: str = "cpu") -> tuple[Generator | Upsampler, dic
             f"{path}: format {found!r} in its metadata, expected {FORMAT!r}"
             + ("; it was written by a newer version: upgrade gigagan" if is_ours else "")
         )
-    network: Generator | Upsampler
+    network: BaseGenerator | Upsampler
     try:
         if described["kind"] == "base":
-            network = Generator(GeneratorConfig.model_validate(described["config"]))
+            is_t = described["config"].get("kind") == "stylegan-t"
+            section = StyleTConfig if is_t else GeneratorConfig
+            network = base_generator(section.model_validate(described["config"]))
         else:
             network = Upsampler(UpsamplerConfig.model_validate(described["config"]))
         network.load_state_dict(weights)

@@ -13,16 +13,23 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gigagan.config import BlockConfig, DiscriminatorConfig, GeneratorConfig, UpsamplerConfig
+from gigagan.config.projected import ProjectedConfig
+from gigagan.config.stylegan_t import StyleTConfig
+from gigagan.models.base import base_generator
 from gigagan.models.discriminator import Discriminator, Stage
 from gigagan.models.encoders import TextFeatures
 from gigagan.models.generator import Generator, SynthesisLevel
+from gigagan.models.heads import ProjectedHeads
+from gigagan.models.stylegan_t import StyleGANT, SynthesisBlock
 from gigagan.models.text import Features, TextBranch
 from gigagan.models.upsampler import Upsampler
 
 NUM_TOKENS = 77
 """Tokens of a caption where multiply-adds are counted: CLIP's context."""
 
-CONTAINERS = (nn.ModuleList, nn.ModuleDict, SynthesisLevel, Stage, TextBranch)
+Section = GeneratorConfig | StyleTConfig | DiscriminatorConfig | ProjectedConfig | UpsamplerConfig
+"""What a network is built from."""
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, SynthesisLevel, SynthesisBlock, Stage, TextBranch)
 """Modules whose parts get a row each."""
 
 
@@ -54,7 +61,7 @@ class Summary(NamedTuple):
 
 
 @torch.no_grad()
-def summarize(config: GeneratorConfig | DiscriminatorConfig | UpsamplerConfig) -> Summary:
+def summarize(config: Section) -> Summary:
     """Build the network without storage, run one image through it, and count.
 
     Counted are convolutions and matrix products, attention's included; not normalisation,
@@ -90,12 +97,15 @@ def summarize(config: GeneratorConfig | DiscriminatorConfig | UpsamplerConfig) -
 
 
 def _build(
-    config: GeneratorConfig | DiscriminatorConfig | UpsamplerConfig,
-) -> tuple[Generator | Discriminator | Upsampler, tuple[object, ...]]:
+    config: Section,
+) -> tuple[Generator | StyleGANT | Discriminator | ProjectedHeads | Upsampler, tuple[object, ...]]:
     """The network and the inputs of one image."""
+    if isinstance(config, ProjectedConfig):
+        text = torch.empty(1, config.condition_width) if config.text else None
+        return ProjectedHeads(config), (_stages(config), text)
     features = _features(config)
-    if isinstance(config, GeneratorConfig):
-        return Generator(config), (torch.empty(1, config.latent_dim), features)
+    if isinstance(config, GeneratorConfig | StyleTConfig):
+        return base_generator(config), (torch.empty(1, config.latent_dim), features)
     if isinstance(config, UpsamplerConfig):
         small = torch.empty(1, 3, config.input_resolution, config.input_resolution)
         return Upsampler(config), (small, small, torch.empty(1, config.latent_dim), features)
@@ -103,7 +113,17 @@ def _build(
     return Discriminator(config), ([torch.empty(1, 3, s, s) for s in sides], features)
 
 
-def _features(config: BlockConfig) -> Features:
+def _stages(config: ProjectedConfig) -> list[torch.Tensor]:
+    """What the frozen encoder makes of one image."""
+    kind, channels, multiple, _ = config.stages
+    last = config.side // multiple  # stages of maps halve their sides down to it
+    if kind == "tokens":
+        return [torch.empty(1, last**2, width) for width in channels]
+    sides = [last << i for i in reversed(range(len(channels)))]
+    return [torch.empty(1, width, side, side) for width, side in zip(channels, sides, strict=True)]
+
+
+def _features(config: BlockConfig | StyleTConfig) -> Features:
     if config.text is not None:
         return TextFeatures(
             torch.empty(1, NUM_TOKENS - 1, config.text.encoder_width),

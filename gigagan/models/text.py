@@ -113,6 +113,19 @@ class TextBranch(nn.Module):
         return Text(local_BLT=x[:, 1:], mask_BL=mask_BL, global_BT=x[:, 0])
 
 
+class PooledText(TextBranch):
+    """The pooled vector of a frozen encoder, centred if asked for, at unit rms. Learns nothing.
+
+    What StyleGAN-T's networks see of a caption. Its published code takes CLIP's joint-space vector
+    at unit norm, and so gives it a T-th of this energy: less than 2 % of what the first styles have
+    of z.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__(config, attends=False)
+        self.from_pooled = nn.Identity()  # type: ignore[assignment]
+
+
 class ClassBranch(nn.Module):
     """A learned vector for each class."""
 

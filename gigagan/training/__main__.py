@@ -125,6 +125,7 @@ def run(
 
     # Networks: the same initial weights on every rank.
     task = task_of(config)
+    encoder = task.encoder(world.device)
     torch.manual_seed(config.seed)
     generator = task.generator().to(world.device)
     discriminator = task.discriminator().to(world.device)
@@ -144,6 +145,7 @@ def run(
         auxiliary,
         task.perceptual(world.device),
         Augment(config.augment),
+        encoder,
     )
     probe = task.probe(captions, loader, heldout)
     result = loop.train(

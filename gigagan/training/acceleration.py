@@ -20,11 +20,16 @@ from gigagan.config import SystemConfig
 from gigagan.models.attention import AttentionBlock
 from gigagan.models.discriminator import DownConv, Predictor, Reduce, Stage
 from gigagan.models.generator import SynthesisLevel
+from gigagan.models.heads import Head
 from gigagan.models.layers import AdaptiveBlock, DownBlock, ResidualBlock
 from gigagan.models.precision import has_bfloat16
+from gigagan.models.stylegan_t import ResidualLayer, SynthesisBlock, SynthesisLayer
 
-_LEVELS = (SynthesisLevel, Stage, DownBlock)
-_COMPILED = (AdaptiveBlock, AttentionBlock, ResidualBlock, DownBlock, DownConv, Reduce, Predictor)
+_LEVELS = (SynthesisLevel, SynthesisBlock, Stage, DownBlock)
+_COMPILED = (
+    *(AdaptiveBlock, AttentionBlock, ResidualBlock, DownBlock, DownConv, Reduce, Predictor),
+    *(SynthesisLayer, ResidualLayer, Head),
+)
 
 
 def autocast(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gigagan import losses
-from gigagan.config import LossConfig, TrainStage
+from gigagan.config import GUIDANCE_SIDE, LossConfig, ProjectedConfig, TrainStage
 from gigagan.models import pretrained
 from gigagan.models.aligner import Aligner, fit_aligner
 from gigagan.models.encoders import ImageEncoder, ImageFeatures, TextFeatures
@@ -33,13 +33,18 @@ from gigagan.training.logs import Log
 ALIGNER_PICTURES = 2_048
 
 
-def see(encoder: ImageEncoder, images_BCHW: Tensor, *, side: int) -> ImageFeatures:
-    """Bring images in [−1, 1] to the encoder's side and encode them."""
+def see(
+    encoder: ImageEncoder, images_BCHW: Tensor, *, side: int, clamps: bool = True
+) -> ImageFeatures:
+    """Bring images in [−1, 1] to the encoder's side and encode them.
+
+    Beyond that range a clamped image has no gradient.
+    """
     if images_BCHW.shape[-1] != side:
         images_BCHW = F.interpolate(
             images_BCHW, size=(side, side), mode="bilinear", align_corners=False, antialias=True
         )
-    features: ImageFeatures = encoder(images_BCHW.clamp(-1, 1))
+    features: ImageFeatures = encoder(images_BCHW.clamp(-1, 1) if clamps else images_BCHW)
     return features
 
 
@@ -152,6 +157,22 @@ class Auxiliary:
         )
         return vision, contrastive
 
+    def guidance(
+        self,
+        fake_BCHW: Tensor,
+        crop: tuple[int, int],
+        captions: Sequence[str],
+        text: TextFeatures,
+    ) -> Tensor:
+        """Mean squared angle between images and captions (StyleGAN-T, section 3.4).
+
+        Of images larger than `GUIDANCE_SIDE` the crop at these pixels is looked at.
+        """
+        (top, left), side = crop, GUIDANCE_SIDE
+        seen = self.see(fake_BCHW[:, :, top : top + side, left : left + side])
+        images_BE = self.space.embed_images(seen.pooled_BD)
+        return losses.squared_angle(images_BE, self.space.embed_captions(captions, text))
+
 
 def auxiliary_losses(
     config: TrainStage,
@@ -164,8 +185,10 @@ def auxiliary_losses(
     """The frozen image encoder, its joint space with text, and the heads that are trained on it."""
     name = config.loss.vision_encoder
     encoder = pretrained.image_encoder(name, world.device)
+    is_projected = isinstance(config.discriminator, ProjectedConfig)  # has heads of its own
+    stage_channels = () if is_projected else encoder.stage_channels
     heads = VisionAidedDiscriminator(
-        encoder.stage_channels, text_width=config.discriminator.condition_width
+        stage_channels, text_width=config.discriminator.condition_width
     ).to(world.device)
     if name.startswith("open_clip:"):
         tower = pretrained.text_encoder(name, world.device)

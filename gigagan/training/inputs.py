@@ -1,6 +1,6 @@
 """What a step is given: a batch, and everything random of it, drawn from (seed, position).
 
-Shape letters: B batch (of all ranks where said so), C colour, H W image, Z latent.
+Shape letters: B batch (of all ranks where said so), C colour, H W image, Z latent, N noise inputs.
 """
 
 from __future__ import annotations
@@ -74,8 +74,10 @@ class Inputs(NamedTuple):
     chooses rows by it without waiting for the device."""
     given: tuple[Tensor, ...] = ()
     """What G starts from besides, each B C H W: the upsampler's input and its noise."""
+    noise_BN: Tensor | None = None
+    """What a generator with noise inputs takes in them."""
     crop: tuple[int, int] = (0, 0)
-    """Top and left corner of the crop on which LPIPS is measured."""
+    """Top and left corner of the crop on which LPIPS, or guidance, is measured."""
     draws: tuple[Draws | None, ...] = (None, None, None)
     """Augmentation of real and generated images in D's step, and of generated ones in G's."""
     images_seen: int = 0
@@ -153,6 +155,7 @@ def draw(
         other_text=other_text,
         has_other_B=has_other_B,
         given=given.images,
+        noise_BN=given.noise_BN,
         crop=given.crop,
         draws=tuple(draws),
         images_seen=images_seen,
@@ -187,6 +190,7 @@ def _rows(inputs: Inputs, rows: slice) -> Inputs:
         other_text=TextFeatures(*(x[rows] for x in inputs.other_text)),
         has_other_B=inputs.has_other_B[rows],
         given=tuple(x[rows] for x in inputs.given),
+        noise_BN=None if inputs.noise_BN is None else inputs.noise_BN[rows],
         draws=tuple(d and d.shared(lambda x: x[rows]) for d in inputs.draws),
         in_second_half_B=None if inputs.in_second_half_B is None else inputs.in_second_half_B[rows],
     )

@@ -22,7 +22,7 @@ from gigagan.evaluation.heldout import SPLITS, Gallery, Heldout
 from gigagan.evaluation.judges import alignment, fidelity
 from gigagan.evaluation.judges.features import square
 from gigagan.evaluation.report.results import caption_grid
-from gigagan.models.generator import Generator
+from gigagan.models.base import BaseGenerator
 from gigagan.models.pixels import from_uint8, to_uint8
 from gigagan.models.upsampler import Upsampler
 from gigagan.training.captions import CaptionFeatures
@@ -74,7 +74,7 @@ class BaseProbe:
         self.real = _read(self.heldout_pictures, resolution) if self.heldout_pictures else None
 
     @torch.no_grad()
-    def look(self, generator: Generator) -> Look:
+    def look(self, generator: BaseGenerator) -> Look:
         """Draw and measure with a generator in evaluation mode."""
         scalars: dict[str, float] = {}
         if self.real is not None and len(self.heldout_captions) > 1:
@@ -101,7 +101,7 @@ class BaseProbe:
         return Look(self._grid(pictures), scalars)
 
     def _named(
-        self, generator: Generator, gallery: Gallery, heldout_NHWC: np.ndarray
+        self, generator: BaseGenerator, gallery: Gallery, heldout_NHWC: np.ndarray
     ) -> dict[str, float]:
         """R@1 by pixels of every split; held-out captions are drawn already."""
         anyway, beside = naming.plan(gallery, self.heldout_captions)
@@ -139,7 +139,7 @@ class BaseProbe:
         title = "fixed prompts, four latents each" + (", the real picture last" if has_real else "")
         return caption_grid(rows, title=title, cell_px=max(96, self.resolution), columns=2)
 
-    def _draw(self, generator: Generator, prompts: Sequence[str], *, seed: int) -> np.ndarray:
+    def _draw(self, generator: BaseGenerator, prompts: Sequence[str], *, seed: int) -> np.ndarray:
         random = torch.Generator().manual_seed(seed)
         z = torch.randn(len(prompts), generator.config.latent_dim, generator=random)
         parts = []

@@ -1,47 +1,42 @@
 """The losses of one step of each network. The maths of a run is here; the loop goes backward.
 
-Shape letters: B batch, C colour, H W image, Z latent, T text width.
+Shape letters: B batch, C colour, H W image, Z latent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gigagan import losses
-from gigagan.config import AugmentConfig, TrainStage
-from gigagan.models.discriminator import Discriminator
-from gigagan.models.encoders import TextFeatures
-from gigagan.models.generator import Generator
-from gigagan.models.layers import full_precision
+from gigagan.config import TrainStage
+from gigagan.models.base import BaseGenerator
+from gigagan.models.heads import ProjectedHeads
 from gigagan.models.upsampler import Upsampler
-from gigagan.training.augment import Augment, mean_sign
-from gigagan.training.auxiliary import Auxiliary
+from gigagan.training.critic import Critic, Drawn, Players
 from gigagan.training.inputs import Inputs
+from gigagan.training.multi_scale import MultiScaleCritic
 from gigagan.training.phases import Phase
+from gigagan.training.projected import ProjectedCritic
 from gigagan.training.tasks import Loss, Metrics, task_of
-from gigagan.training.transfer import place
+
+__all__ = [
+    "Drawn",
+    "Inputs",
+    "Loss",
+    "Metrics",
+    "Players",
+    "add",
+    "critic_of",
+    "discriminator_loss",
+    "generator_loss",
+    "r1_loss",
+    "synthesize",
+]
 
 ADVERSARIAL = Phase()
-
-
-@dataclass(frozen=True)
-class Players:
-    """The networks of a run and how their predictions are weighted."""
-
-    generator: Generator | Upsampler
-    discriminator: Discriminator
-    weights: list[float]
-    """Of the predictions (i, j), in the discriminator's order; sum 1."""
-    auxiliary: Auxiliary | None
-    perceptual: nn.Module | None
-    """What the task's own loss compares pictures by, if it does."""
-    augment: Augment = field(default_factory=lambda: Augment(AugmentConfig()))
-    """What is done to all images that D sees; nothing by default."""
 
 
 def add(metrics: Metrics, terms: Metrics, share: float) -> None:
@@ -50,9 +45,16 @@ def add(metrics: Metrics, terms: Metrics, share: float) -> None:
         metrics[name] = metrics.get(name, torch.zeros_like(value)) + share * value
 
 
-def synthesize(generator: Generator | Upsampler, inputs: Inputs) -> list[Tensor]:
+def synthesize(generator: BaseGenerator | Upsampler, inputs: Inputs) -> Drawn:
     """The generated pyramid, largest first."""
-    return generator(*inputs.given, inputs.z_BZ, inputs.text)
+    noise = () if inputs.noise_BN is None else (inputs.noise_BN,)
+    return Drawn(generator(*inputs.given, inputs.z_BZ, inputs.text, *noise))
+
+
+def critic_of(players: Players) -> Critic:
+    """Whose losses a run's discriminator has."""
+    is_projected = isinstance(players.discriminator, ProjectedHeads)
+    return ProjectedCritic(players) if is_projected else MultiScaleCritic(players)
 
 
 def discriminator_loss(
@@ -63,89 +65,13 @@ def discriminator_loss(
     *,
     auxiliary_strength: float,
 ) -> Loss:
-    """D's loss: real, generated, and images beside another caption.
-
-    Real and generated images share one pass of the trunk, and so do an image's two captions.
-    """
-    d, weights = players.discriminator, players.weights
-    B = len(inputs.z_BZ)
-    levels = d.config.levels
-    augment, seen = players.augment, inputs.images_seen
-    reals = augment.apply(inputs.real[:levels], inputs.draws[0], seen)
-    drawn = augment.apply([x.detach() for x in fakes[:levels]], inputs.draws[1], seen)
-    both = [torch.cat(pair) for pair in zip(reals, drawn, strict=True)]
-    text_BT = _read(d, inputs.text)
-    features = d.trunk(both, num_sets=2)
-    logits = d.predict(features, text_BT.repeat(2, 1))
-    real_logits, fake_logits = [x[:B] for x in logits], [x[B:] for x in logits]
-    loss_real = losses.as_real(real_logits, weights)
-    loss_fake = losses.as_fake(fake_logits, weights)
-    loss = loss_real + loss_fake
-    metrics = {
-        "d/real": loss_real.detach(),
-        "d/fake": loss_fake.detach(),
-        "d/logit_real": _mean_logit(real_logits, weights),
-        "d/logit_fake": _mean_logit(fake_logits, weights),
-        "d/sign_real": mean_sign(real_logits, weights),
-    }
-
-    # Matching-aware: images with the caption of another count as fake.
-    rows, samples = mismatched_rows(
-        config.loss.matching_images, inputs.has_other_B, inputs.in_second_half_B
-    )
-    if config.loss.matching > 0:  # ranks average these: each has them, whatever its captions are
-        metrics |= dict.fromkeys(("d/mismatch", "d/logit_mismatch"), loss_real.new_zeros(()))
-    if config.loss.matching > 0 and rows:
-        chosen = place(torch.tensor([rows, samples], device="cpu"), text_BT.device)
-        picked = [f._replace(maps_BCHW=f.maps_BCHW.index_select(0, chosen[0])) for f in features]
-        mismatched = d.predict(picked, _read(d, inputs.other_text).index_select(0, chosen[1]))
-        # The mean over all samples: one without another caption adds nothing. So parts of a
-        # batch, and ranks, have the mean of the whole.
-        loss_match = len(rows) / B * losses.as_fake(mismatched, weights)
-        loss = loss + config.loss.matching * loss_match
-        metrics["d/mismatch"] = loss_match.detach()
-        metrics["d/logit_mismatch"] = _mean_logit(mismatched, weights)
-
-    # Vision-aided: the heads on the frozen encoder.
-    if players.auxiliary is not None and auxiliary_strength > 0:
-        loss_vision = players.auxiliary.discriminator_loss(reals[0], drawn[0], text_BT.detach())
-        loss = loss + loss_vision
-        metrics["d/vision"] = loss_vision.detach()
-    return Loss(loss, metrics)
-
-
-def mismatched_rows(
-    images: Literal["real", "half", "both"],
-    has_other_B: Sequence[bool],
-    in_second_half_B: Sequence[bool] | None = None,
-) -> tuple[list[int], list[int]]:
-    """Which of the 2 B images (real, then generated) meet whose other caption: rows, samples.
-
-    Samples without another caption take no part. Of `half`, the generated images are those of the
-    second half of the global batch, so that ranks and parts choose as one process would.
-    """
-    B = len(has_other_B)
-    second_B = in_second_half_B or [sample >= B // 2 for sample in range(B)]
-    pairs = {
-        "real": [(sample, sample) for sample in range(B)],
-        "half": [(sample + B * second_B[sample], sample) for sample in range(B)],
-        "both": [(sample + start, sample) for start in (0, B) for sample in range(B)],
-    }[images]
-    kept = [(row, sample) for row, sample in pairs if has_other_B[sample]]
-    return [row for row, _ in kept], [sample for _, sample in kept]
+    """D's loss: real, generated, and images beside another caption."""
+    return critic_of(players).discriminator_loss(config, inputs, fakes, auxiliary_strength)
 
 
 def r1_loss(players: Players, inputs: Inputs) -> Loss:
-    """R1 of D on the real pyramid with its captions, in float32.
-
-    With respect to the images before their augmentation (StyleGAN2-ADA).
-    """
-    d = players.discriminator
-    real = [full_precision(x.detach()).requires_grad_() for x in inputs.real[: d.config.levels]]
-    seen = players.augment.apply(real, inputs.draws[0], inputs.images_seen)
-    logits = d(seen, inputs.text, double_backward=True)
-    penalty = losses.r1_penalty(logits, players.weights, real)
-    return Loss(penalty, {"d/r1": penalty.detach()})
+    """R1 of D on the real pyramid with its captions, in float32."""
+    return critic_of(players).penalty(inputs)
 
 
 def generator_loss(
@@ -164,8 +90,14 @@ def generator_loss(
     terms: list[Tensor] = []
     metrics: Metrics = {}
     if phase.adversarial > 0:
-        loss, metrics = _adversarial(players, config, inputs, fakes, auxiliary_strength)
+        critic = critic_of(players)
+        loss, metrics = critic.generator_loss(config, inputs, fakes, auxiliary_strength)
         terms.append(phase.adversarial * loss)
+    auxiliary = players.auxiliary
+    if phase.adversarial > 0 and auxiliary and auxiliary_strength > 0 and config.loss.guidance:
+        angle = auxiliary.guidance(fakes[0], inputs.crop, inputs.captions, inputs.text)
+        terms.append(phase.adversarial * auxiliary_strength * config.loss.guidance * angle)
+        metrics["g/guidance"] = angle.detach()
     if phase.regression > 0:
         gradients = config.warm_start.gradients
         loss = losses.regression(fakes, inputs.real[: len(fakes)], gradients=gradients)
@@ -176,56 +108,3 @@ def generator_loss(
         terms.append(own.loss)
         metrics |= own.metrics
     return Loss(torch.stack(terms).sum(), metrics)
-
-
-def _adversarial(
-    players: Players,
-    config: TrainStage,
-    inputs: Inputs,
-    fakes: Sequence[Tensor],
-    auxiliary_strength: float,
-) -> tuple[Tensor, Metrics]:
-    """What reaches G through D and the frozen image encoder."""
-    d = players.discriminator
-    with torch.no_grad():
-        text_BT = _read(d, inputs.text)
-    seen = players.augment.apply(
-        list(fakes[: d.config.levels]), inputs.draws[2], inputs.images_seen
-    )
-    features = d.trunk(seen)
-    loss_adversarial = losses.as_real(d.predict(features, text_BT), players.weights)
-    loss = loss_adversarial
-    metrics = {"g/adversarial": loss_adversarial.detach()}
-    if config.loss.generator_matching > 0:
-        metrics["g/mismatch"] = loss_adversarial.new_zeros(())
-    if config.loss.generator_matching > 0 and any(inputs.has_other_B):
-        there = [row for row, has_other in enumerate(inputs.has_other_B) if has_other]
-        rows = place(torch.tensor(there, device="cpu"), text_BT.device)
-        picked = [f._replace(maps_BCHW=f.maps_BCHW.index_select(0, rows)) for f in features]
-        with torch.no_grad():
-            other_BT = _read(d, inputs.other_text).index_select(0, rows)
-        present = len(other_BT) / len(inputs.has_other_B)
-        loss_match = present * losses.as_fake(d.predict(picked, other_BT), players.weights)
-        loss = loss + config.loss.generator_matching * loss_match
-        metrics["g/mismatch"] = loss_match.detach()
-    if players.auxiliary is not None and auxiliary_strength > 0:
-        vision, contrastive = players.auxiliary.generator_losses(
-            seen[0], fakes[0], text_BT, inputs.captions, inputs.text
-        )
-        extra = config.loss.vision * vision + config.loss.contrastive * contrastive
-        loss = loss + auxiliary_strength * extra
-        metrics |= {"g/vision": vision.detach(), "g/contrastive": contrastive.detach()}
-    return loss, metrics
-
-
-def _read(d: Discriminator, text: TextFeatures) -> Tensor:
-    """t_D: what is trained here has a text branch."""
-    text_BT = d.read(text)
-    assert text_BT is not None
-    return text_BT
-
-
-def _mean_logit(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    return torch.stack(
-        [w * full_precision(x.detach()).mean() for w, x in zip(weights, logits, strict=True)]
-    ).sum()

@@ -17,12 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from gigagan import losses
-from gigagan.config import TrainBaseConfig, TrainStage, TrainUpsamplerConfig
+from gigagan.config import (
+    GUIDANCE_SIDE,
+    ProjectedConfig,
+    StyleTConfig,
+    TrainBaseConfig,
+    TrainStage,
+    TrainUpsamplerConfig,
+)
 from gigagan.evaluation.heldout import Heldout
 from gigagan.models import pretrained
+from gigagan.models.base import base_generator
 from gigagan.models.discriminator import Discriminator
+from gigagan.models.encoders import ImageEncoder
 from gigagan.models.generator import Generator
+from gigagan.models.heads import ProjectedHeads
 from gigagan.models.layers import full_precision, without_autocast
+from gigagan.models.stylegan_t import StyleGANT
 from gigagan.models.upsampler import Upsampler, shrink
 from gigagan.training.captions import CaptionFeatures
 from gigagan.training.distributed.world import World
@@ -33,7 +44,7 @@ if TYPE_CHECKING:
 
 MEAN_STYLE_CAPTIONS, MEAN_STYLE_BATCH = 512, 64
 Config = TypeVar("Config", bound=TrainStage)
-Network = TypeVar("Network", bound=Generator | Upsampler)
+Network = TypeVar("Network", bound=Generator | StyleGANT | Upsampler)
 Metrics = dict[str, Tensor]
 """Detached and still on the device: the loop decides when to read them."""
 
@@ -51,7 +62,9 @@ class Given(NamedTuple):
     images: tuple[Tensor, ...] = ()
     """What G starts from, each B C H W; nothing where latent and caption are all."""
     crop: tuple[int, int] = (0, 0)
-    """Top and left corner of the crop on which LPIPS is measured."""
+    """Top and left corner of the crop on which LPIPS, or guidance, is measured."""
+    noise_BN: Tensor | None = None
+    """What a generator with noise inputs takes in them."""
 
 
 class Task(ABC, Generic[Config, Network]):
@@ -64,12 +77,25 @@ class Task(ABC, Generic[Config, Network]):
     def generator(self) -> Network:
         """A new G, with weights from torch's own random state."""
 
-    def discriminator(self) -> Discriminator:
-        """A new D, likewise."""
-        return Discriminator(self.config.discriminator)
+    def encoder(self, device: torch.device) -> ImageEncoder | None:
+        """The frozen encoder on whose features D's heads are, if D is that kind."""
+        config = self.config.discriminator
+        if isinstance(config, ProjectedConfig):
+            return pretrained.critic_encoder(config.encoder, device)
+        return None
 
-    def prediction_weights(self, discriminator: Discriminator) -> list[float]:
+    def discriminator(self) -> Discriminator | ProjectedHeads:
+        """A new D, likewise."""
+        config = self.config.discriminator
+        if isinstance(config, ProjectedConfig):
+            return ProjectedHeads(config)
+        return Discriminator(config)
+
+    def prediction_weights(self, discriminator: Discriminator | ProjectedHeads) -> list[float]:
         """Weights of D's predictions, in the order in which it gives them."""
+        if isinstance(discriminator, ProjectedHeads):
+            number = len(discriminator.heads)
+            return [1 / number] * number
         loss = self.config.loss
         pairs = discriminator.config.pairs
         return losses.prediction_weights(pairs, loss.level_weights, intermediate=loss.intermediate)
@@ -101,17 +127,32 @@ class Task(ABC, Generic[Config, Network]):
         """Put into an averaged generator what its users want and training does not."""
 
 
-class BaseTask(Task[TrainBaseConfig, Generator]):
+class BaseTask(Task[TrainBaseConfig, Generator | StyleGANT]):
     """The base generator: pictures from captions."""
 
-    def generator(self) -> Generator:
+    def generator(self) -> Generator | StyleGANT:
         """A new G."""
-        return Generator(self.config.generator)
+        return base_generator(self.config.generator)
 
     @property
     def has_auxiliary(self) -> bool:
-        """Whether the vision-aided or the contrastive loss has a weight."""
-        return bool(self.config.loss.vision or self.config.loss.contrastive)
+        """Whether the vision-aided or the contrastive loss, or guidance, has a weight."""
+        loss = self.config.loss
+        return bool(loss.vision or loss.contrastive or loss.guidance)
+
+    def given(self, real_BCHW: Tensor, random: torch.Generator, world: World) -> Given:
+        """The noise inputs of a generator that has them, and where guidance looks."""
+        config, noise_BN, crop = self.config, None, (0, 0)
+        if isinstance(config.generator, StyleTConfig):
+            seed = int(torch.randint(2**62, (), generator=random))
+            on_device = torch.Generator(world.device).manual_seed(seed)
+            shape = config.batch_size, config.generator.noise_dim
+            noise_BN = world.share(torch.randn(shape, generator=on_device, device=world.device))
+        if config.loss.guidance:
+            room = max(config.generator.resolution - GUIDANCE_SIDE, 0) + 1
+            top, left = torch.randint(room, (2,), generator=random).tolist()
+            crop = top, left
+        return Given(noise_BN=noise_BN, crop=crop)
 
     def probe(self, captions: CaptionFeatures, samples: Samples, heldout: Heldout | None) -> Probe:
         """Pictures of fixed prompts, and figures of held-out captions."""
@@ -128,8 +169,15 @@ class BaseTask(Task[TrainBaseConfig, Generator]):
         )
 
     @torch.no_grad()
-    def complete(self, averaged: Generator, captions: CaptionFeatures, loader: Loader) -> None:
-        """w̄ for truncation: over the first captions of the training set, one latent each."""
+    def complete(
+        self, averaged: Generator | StyleGANT, captions: CaptionFeatures, loader: Loader
+    ) -> None:
+        """w̄ for truncation: over the first captions of the training set, one latent each.
+
+        StyleGAN-T's has followed training already.
+        """
+        if isinstance(averaged, StyleGANT):
+            return
         random = torch.Generator().manual_seed(0)
         styles = []
         for start in range(0, MEAN_STYLE_CAPTIONS, MEAN_STYLE_BATCH):

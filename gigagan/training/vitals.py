@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from gigagan.evaluation.judges.alignment import z_sensitivity
 from gigagan.models.attention import SelfAttention
-from gigagan.models.discriminator import Discriminator
+from gigagan.models.base import BaseGenerator
 from gigagan.models.encoders import TextFeatures
-from gigagan.models.generator import Generator
 from gigagan.models.layers import AdaptiveConv, full_precision
 from gigagan.models.pixels import to_uint8
 from gigagan.models.text import Features
@@ -29,8 +28,8 @@ NUM_IMAGES = 8
 
 @torch.no_grad()
 def vital_signs(
-    generator: Generator | Upsampler,
-    discriminator: Discriminator,
+    generator: BaseGenerator | Upsampler,
+    discriminator: nn.Module,
     z_BZ: Tensor,
     features: Features,
     real: Sequence[Tensor],
@@ -52,10 +51,11 @@ def vital_signs(
             generator(*given, z_BZ, rows)
         _note(found, "health/selection_entropy", entropies)
         _note(found, "health/attention_self_g", self_weights)
-        self_weights = []
-        with _watching(discriminator, [], self_weights):
-            discriminator([level[:count] for level in real], rows)
-        _note(found, "health/attention_self_d", self_weights)
+        if any(isinstance(module, SelfAttention) for module in discriminator.modules()):
+            self_weights = []
+            with _watching(discriminator, [], self_weights):
+                discriminator([level[:count] for level in real], rows)
+            _note(found, "health/attention_self_d", self_weights)
         if count > 1:
             # One prompt (and one small picture) with every latent.
             fixed = [x_BCHW[:1].expand_as(x_BCHW) for x_BCHW in given]

@@ -1,4 +1,7 @@
+from typing import Annotated, Literal
+
 import pytest
+from pydantic import Discriminator, Tag
 
 from gigagan.common.settings import Frozen, SettingsError, dotted_keys, load, nearest, unknown
 
@@ -66,3 +69,36 @@ def test_every_key_of_parts_is_known_also_of_those_that_may_be_absent():
 def test_what_is_like_nothing_has_no_hint():
     assert nearest("qqq", ["side"]) == ""
     assert unknown("qqq", ["side"]) == "unknown setting 'qqq'"
+
+
+class Round(Frozen):
+    kind: Literal["round"]
+    radius: int = 1
+
+
+def kind_of(section):
+    return section.get("kind", "part") if isinstance(section, dict) else "part"
+
+
+class WithUnion(Frozen):
+    shape: Annotated[
+        Annotated[Part, Tag("part")] | Annotated[Round, Tag("round")], Discriminator(kind_of)
+    ] = Part()
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("shape.sede=1", "unknown setting 'score.shape.sede', did you mean 'score.shape.seed'?"),
+        ("shape.seed=x", "score.shape.seed = 'x': Input should be a valid integer"),
+        ("shape={kind: round, radius: x}", "score.shape.radius = 'x': Input should be a valid"),
+        ("shape.kind=oval", "score.shape.kind = 'oval': choose one of 'part', 'round'"),
+    ],
+)
+def test_a_section_of_several_kinds_is_named_without_pydantics_tags(assignment, message):
+    with pytest.raises(SettingsError) as error:
+        load(WithUnion, "score", None, [assignment])
+    assert message in str(error.value)
+    assert list(dotted_keys(WithUnion)) == [
+        *("shape", "shape.seed", "shape.kind", "shape.radius"),
+    ]

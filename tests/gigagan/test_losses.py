@@ -38,3 +38,29 @@ def test_r1_of_linear_predictions_is_the_squared_weighted_sum_over_every_level()
     penalty = losses.r1_penalty(logits, [0.7, 0.3], [x0, x1])
     expected = (0.7 * w0).square().sum() + (0.3 * w1).square().sum()
     torch.testing.assert_close(penalty, expected)
+
+
+def test_hinge_losses_are_their_formula_weighted_over_predictions():
+    logits = [torch.tensor([[-3.0, 0.5], [1.0, 2.5]]), torch.tensor([[0.25], [-0.75]])]
+    weights = [0.6, 0.4]
+    real, fake, drawn = (
+        [sum(of(x) for x in part.flatten().tolist()) / part.numel() for part in logits]
+        for of in (lambda x: max(0, 1 - x), lambda x: max(0, 1 + x), lambda x: -x)
+    )
+    for loss, expected in (
+        (losses.hinge_real, real),
+        (losses.hinge_fake, fake),
+        (losses.hinge_generator, drawn),
+    ):
+        total = sum(w * value for w, value in zip(weights, expected, strict=True))
+        assert loss(logits, weights).item() == pytest.approx(total)
+        assert loss([x.bfloat16() for x in logits], weights).dtype == torch.float32
+
+
+def test_beyond_the_margin_the_hinge_gives_d_no_gradient_and_g_a_constant_one():
+    x = torch.tensor([[5.0, 0.5]], requires_grad=True)
+    losses.hinge_real([x], [1.0]).backward()
+    assert x.grad.tolist() == [[0, -0.5]]
+    x.grad = None
+    losses.hinge_generator([x], [1.0]).backward()
+    assert x.grad.tolist() == [[-0.5, -0.5]]

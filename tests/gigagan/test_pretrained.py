@@ -12,6 +12,7 @@ from gigagan.evaluation.judges.alignment import clip_score_per_picture
 from gigagan.inference.prompts import PromptError, check_prompt
 from gigagan.models import pretrained
 from gigagan.models.aesthetic import AestheticPredictor, collapse
+from gigagan.models.dino import BLOCKS
 from gigagan.models.openclip import uses_bfloat16
 from gigagan.models.pretrained import (
     CATALOGUE,
@@ -20,6 +21,7 @@ from gigagan.models.pretrained import (
     Weights,
     WrongWeightsError,
     aesthetic,
+    critic_encoder,
     image_encoder,
     inception,
     lpips,
@@ -60,7 +62,9 @@ def test_another_file_in_the_place_of_the_weights_is_refused(monkeypatch):
         pretrained.locate("embedded:wrong")
 
 
-@pytest.mark.parametrize("load", [pretrained.locate, text_encoder, image_encoder, nsfw])
+@pytest.mark.parametrize(
+    "load", [pretrained.locate, text_encoder, image_encoder, critic_encoder, nsfw]
+)
 def test_an_unknown_name_is_answered_with_the_known_ones(load):
     with pytest.raises(ValueError, match="embedded:"):
         load("embedded:nothing")
@@ -168,6 +172,17 @@ def test_image_features_are_frozen_and_differentiable_in_the_image():
     assert not encoder.state_dict()
 
 
+@pytest.mark.parametrize("px", [64, 70])
+def test_a_critic_sees_stride_4_beside_the_very_stages_that_all_others_see(px):
+    name = "embedded:efficientnet-lite0"
+    x = torch.rand(2, 3, px, px, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    finest, *rest = critic_encoder(name)(x).stages
+    assert critic_encoder(name).stage_channels == (24, *image_encoder(name).stage_channels)
+    assert finest.shape == (2, 24, -(-px // 4), -(-px // 4))
+    for mine, known in zip(rest, image_encoder(name)(x).stages, strict=True):
+        assert torch.equal(mine, known)
+
+
 def test_images_below_32_px_are_refused():
     with pytest.raises(ValueError, match="32 px or more"):
         image_encoder("embedded:efficientnet-lite0")(torch.zeros(1, 3, 31, 64))
@@ -272,6 +287,76 @@ def test_embeddings_of_another_model_have_no_aesthetic_score():
         aesthetic("laion-v1")
 
 
+def outputs_of(modules, run):
+    """What the modules gave, in their order, while something ran."""
+    found = {}
+    hooks = [
+        module.register_forward_hook(lambda _, __, y, i=i: found.update({i: y}))
+        for i, module in enumerate(modules)
+    ]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return [found[i] for i in range(len(modules))]
+
+
+# ---- DINO, with random weights in a file
+
+
+@pytest.fixture
+def dino(tmp_path, monkeypatch):
+    """timm's own network; its weights lie where the encoder looks for them."""
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    network = timm.create_model("vit_small_patch16_224.dino", num_classes=0).eval()
+    monkeypatch.setenv(WEIGHTS_VARIABLE, str(tmp_path))
+    save_file(network.state_dict(), tmp_path / "dino-vits16.safetensors")
+    pretrained._critic_encoder.cache_clear()
+    yield network
+    pretrained._critic_encoder.cache_clear()
+
+
+def test_dino_weights_that_are_not_there_are_named_by_file(monkeypatch, tmp_path):
+    pretrained._critic_encoder.cache_clear()
+    monkeypatch.delenv(WEIGHTS_VARIABLE, raising=False)
+    with pytest.raises(MissingWeightsError, match=r"GIGAGAN_WEIGHTS.*dino-vits16.safetensors"):
+        critic_encoder("dino:vits16")
+    monkeypatch.setenv(WEIGHTS_VARIABLE, str(tmp_path))
+    with pytest.raises(MissingWeightsError, match=str(tmp_path / "dino-vits16.safetensors")):
+        critic_encoder("dino:vits16")
+
+
+def test_dino_tokens_are_those_of_timms_own_pass_with_the_class_token_added(dino):
+    encoder = critic_encoder("dino:vits16")
+    x = (torch.rand(2, 3, 224, 224) * 2 - 1).requires_grad_()
+    mean, std = (torch.tensor(dino.pretrained_cfg[k]).view(3, 1, 1) for k in ("mean", "std"))
+    watched = [dino.pos_drop, *(dino.blocks[i] for i in BLOCKS)]
+    pooled = []
+    with torch.no_grad():
+        expected = outputs_of(
+            watched, lambda: pooled.append(dino((x.detach() / 2 + 0.5 - mean) / std))
+        )
+    features = encoder(x)
+    torch.testing.assert_close(features.pooled_BD, pooled[0], atol=1e-5, rtol=1e-5)
+    assert encoder.stage_channels == (encoder.width,) * 5 == (384,) * 5
+    for stage, tokens in zip(features.stages, expected, strict=True):
+        assert stage.shape == (2, 196, 384)
+        torch.testing.assert_close(stage, tokens[:, 1:] + tokens[:, :1], atol=1e-5, rtol=1e-5)
+    features.stages[-1].sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert list(encoder.parameters()) == []
+    assert not encoder.state_dict()
+
+
+def test_dino_takes_any_multiple_of_its_patch_and_says_so(dino):
+    encoder = critic_encoder("dino:vits16")
+    assert {s.shape for s in encoder(torch.zeros(2, 3, 32, 48)).stages} == {(2, 6, 384)}
+    with pytest.raises(ValueError, match=r"dino:vits16 was given .*70.*multiple of 16 px"):
+        encoder(torch.zeros(1, 3, 64, 70))
+
+
 # ---- open_clip, with a small architecture and random weights in a file
 
 CLIP = "open_clip:ViT-S-32-alt/random"
@@ -345,6 +430,26 @@ def test_open_clip_image_features_are_those_of_encode_image(clip):
     assert not encoder.state_dict()
     with pytest.raises(ValueError, match="224 px"):
         encoder(x[..., :64, :64])
+
+
+def test_a_critic_sees_clips_tokens_of_five_depths_with_the_class_token_added(clip):
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in (clip.visual.image_mean, clip.visual.image_std)
+    )
+    x = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    blocks = clip.visual.transformer.resblocks
+    watched = [clip.visual.ln_pre, *(blocks[i] for i in (2, 5, 8, 11))]
+    with torch.no_grad():
+        expected = outputs_of(watched, lambda: clip.visual((x / 2 + 0.5 - mean) / std))
+        features = critic_encoder(CLIP)(x)
+    assert critic_encoder(CLIP).stage_channels == (384,) * 5
+    for stage, tokens in zip(features.stages, expected, strict=True):
+        assert stage.shape == (2, 49, 384)
+        torch.testing.assert_close(stage, tokens[:, 1:] + tokens[:, :1], atol=1e-4, rtol=1e-4)
+    known = image_encoder(CLIP)(x)
+    assert torch.equal(features.pooled_BD, known.pooled_BD)
+    for tokens, maps in zip(expected[1:], known.stages, strict=True):
+        torch.testing.assert_close(tokens[:, 1:].mT, maps.flatten(2), atol=1e-4, rtol=1e-4)
 
 
 def test_a_clip_score_is_that_of_the_models_own_preparation(clip):

@@ -1,0 +1,164 @@
+"""The critic of GigaGAN: the multi-scale discriminator (section 3.4), with R1.
+
+Beside it, where their weights are set, the heads on a frozen encoder (vision-aided) and the
+contrastive loss.
+
+Shape letters: B batch, C colour, H W image, T text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gigagan import losses
+from gigagan.config import TrainStage
+from gigagan.models.discriminator import Discriminator, LevelMaps
+from gigagan.models.encoders import TextFeatures
+from gigagan.models.layers import full_precision
+from gigagan.training.augment import mean_sign
+from gigagan.training.critic import Critic, mean_logit
+from gigagan.training.inputs import Inputs
+from gigagan.training.tasks import Loss, Metrics
+from gigagan.training.transfer import place
+
+
+class MultiScaleCritic(Critic):
+    """Predictions (i, j) of pyramid level i after stage j."""
+
+    @property
+    def network(self) -> Discriminator:
+        """D."""
+        network = self.players.discriminator
+        assert isinstance(network, Discriminator)
+        return network
+
+    def discriminator_loss(
+        self, config: TrainStage, inputs: Inputs, fakes: Sequence[Tensor], strength: float
+    ) -> Loss:
+        """Real and generated images share one pass of the trunk, and an image's two captions do."""
+        players, d, weights = self.players, self.network, self.players.weights
+        B = len(inputs.z_BZ)
+        levels = d.config.levels
+        augment, seen = players.augment, inputs.images_seen
+        reals = augment.apply(inputs.real[:levels], inputs.draws[0], seen)
+        drawn = augment.apply([x.detach() for x in fakes[:levels]], inputs.draws[1], seen)
+        both = [torch.cat(pair) for pair in zip(reals, drawn, strict=True)]
+        text_BT = _read(d, inputs.text)
+        features = d.trunk(both, num_sets=2)
+        logits = d.predict(features, text_BT.repeat(2, 1))
+        real_logits, fake_logits = [x[:B] for x in logits], [x[B:] for x in logits]
+        loss_real = losses.as_real(real_logits, weights)
+        loss_fake = losses.as_fake(fake_logits, weights)
+        loss = loss_real + loss_fake
+        metrics = {
+            "d/real": loss_real.detach(),
+            "d/fake": loss_fake.detach(),
+            "d/logit_real": mean_logit(real_logits, weights),
+            "d/logit_fake": mean_logit(fake_logits, weights),
+            "d/sign_real": mean_sign(real_logits, weights),
+        }
+
+        # Matching-aware: images with the caption of another count as fake.
+        rows, samples = mismatched_rows(
+            config.loss.matching_images, inputs.has_other_B, inputs.in_second_half_B
+        )
+        if config.loss.matching > 0:  # ranks average these: each has them, whatever its captions
+            metrics |= dict.fromkeys(("d/mismatch", "d/logit_mismatch"), loss_real.new_zeros(()))
+        if config.loss.matching > 0 and rows:
+            chosen = place(torch.tensor([rows, samples], device="cpu"), text_BT.device)
+            picked = _rows(features, chosen[0])
+            mismatched = d.predict(picked, _read(d, inputs.other_text).index_select(0, chosen[1]))
+            # The mean over all samples: one without another caption adds nothing. So parts of a
+            # batch, and ranks, have the mean of the whole.
+            loss_match = len(rows) / B * losses.as_fake(mismatched, weights)
+            loss = loss + config.loss.matching * loss_match
+            metrics["d/mismatch"] = loss_match.detach()
+            metrics["d/logit_mismatch"] = mean_logit(mismatched, weights)
+
+        # Vision-aided: the heads on the frozen encoder.
+        if players.auxiliary is not None and strength > 0:
+            loss_vision = players.auxiliary.discriminator_loss(reals[0], drawn[0], text_BT.detach())
+            loss = loss + loss_vision
+            metrics["d/vision"] = loss_vision.detach()
+        return Loss(loss, metrics)
+
+    def generator_loss(
+        self, config: TrainStage, inputs: Inputs, fakes: Sequence[Tensor], strength: float
+    ) -> tuple[Tensor, Metrics]:
+        """Through D, beside its caption and another, and through the frozen image encoder."""
+        players, d = self.players, self.network
+        with torch.no_grad():
+            text_BT = _read(d, inputs.text)
+        seen = players.augment.apply(
+            list(fakes[: d.config.levels]), inputs.draws[2], inputs.images_seen
+        )
+        features = d.trunk(seen)
+        loss_adversarial = losses.as_real(d.predict(features, text_BT), players.weights)
+        loss = loss_adversarial
+        metrics = {"g/adversarial": loss_adversarial.detach()}
+        if config.loss.generator_matching > 0:
+            metrics["g/mismatch"] = loss_adversarial.new_zeros(())
+        if config.loss.generator_matching > 0 and any(inputs.has_other_B):
+            there = [row for row, has_other in enumerate(inputs.has_other_B) if has_other]
+            rows = place(torch.tensor(there, device="cpu"), text_BT.device)
+            picked = _rows(features, rows)
+            with torch.no_grad():
+                other_BT = _read(d, inputs.other_text).index_select(0, rows)
+            present = len(other_BT) / len(inputs.has_other_B)
+            loss_match = present * losses.as_fake(d.predict(picked, other_BT), players.weights)
+            loss = loss + config.loss.generator_matching * loss_match
+            metrics["g/mismatch"] = loss_match.detach()
+        if players.auxiliary is not None and strength > 0:
+            vision, contrastive = players.auxiliary.generator_losses(
+                seen[0], fakes[0], text_BT, inputs.captions, inputs.text
+            )
+            extra = config.loss.vision * vision + config.loss.contrastive * contrastive
+            loss = loss + strength * extra
+            metrics |= {"g/vision": vision.detach(), "g/contrastive": contrastive.detach()}
+        return loss, metrics
+
+    def penalty(self, inputs: Inputs) -> Loss:
+        """R1 with respect to the images before their augmentation (StyleGAN2-ADA)."""
+        players, d = self.players, self.network
+        real = [full_precision(x.detach()).requires_grad_() for x in inputs.real[: d.config.levels]]
+        seen = players.augment.apply(real, inputs.draws[0], inputs.images_seen)
+        logits = d(seen, inputs.text, double_backward=True)
+        penalty = losses.r1_penalty(logits, players.weights, real)
+        return Loss(penalty, {"d/r1": penalty.detach()})
+
+
+def mismatched_rows(
+    images: Literal["real", "half", "both"],
+    has_other_B: Sequence[bool],
+    in_second_half_B: Sequence[bool] | None = None,
+) -> tuple[list[int], list[int]]:
+    """Which of the 2 B images (real, then generated) meet whose other caption: rows, samples.
+
+    Samples without another caption take no part. Of `half`, the generated images are those of the
+    second half of the global batch, so that ranks and parts choose as one process would.
+    """
+    B = len(has_other_B)
+    second_B = in_second_half_B or [sample >= B // 2 for sample in range(B)]
+    pairs = {
+        "real": [(sample, sample) for sample in range(B)],
+        "half": [(sample + B * second_B[sample], sample) for sample in range(B)],
+        "both": [(sample + start, sample) for start in (0, B) for sample in range(B)],
+    }[images]
+    kept = [(row, sample) for row, sample in pairs if has_other_B[sample]]
+    return [row for row, _ in kept], [sample for _, sample in kept]
+
+
+def _rows(features: Sequence[LevelMaps], rows: Tensor) -> list[LevelMaps]:
+    """Some pictures of what the trunk gave."""
+    return [f._replace(maps_BCHW=f.maps_BCHW.index_select(0, rows)) for f in features]
+
+
+def _read(d: Discriminator, text: TextFeatures) -> Tensor:
+    """t_D: what is trained here has a text branch."""
+    text_BT = d.read(text)
+    assert text_BT is not None
+    return text_BT

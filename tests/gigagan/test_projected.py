@@ -1,0 +1,184 @@
+"""Training with heads on a frozen encoder, and with StyleGAN-T's generator."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gigagan.config import ProjectedConfig, StyleTConfig, TextConfig, TrainBaseConfig
+from gigagan.models import pretrained, snapshot
+from gigagan.models.stylegan_t import StyleGANT
+from gigagan.training import inputs, loop, step
+from gigagan.training.augment import Augment
+from gigagan.training.captions import CaptionFeatures, RecentCaptions
+from gigagan.training.distributed.world import World
+from gigagan.training.logs import Log
+from gigagan.training.tasks import task_of
+
+from .small import WordEncoder
+from .test_training import NoProbe, ShadeBatch, ShadeLoader
+
+pytestmark = pytest.mark.usefixtures("without_charts")
+
+TEXT = TextConfig(encoder="test:words", encoder_width=11, pooled_width=11, width=11, depth=0)
+CONFIG = TrainBaseConfig.model_validate(
+    {
+        "generator": StyleTConfig(channels=(8, 8), latent_dim=5, text=TEXT),
+        "discriminator": ProjectedConfig(side=32, maps=4, virtual_batch=4, text=TEXT),
+        "loss": {
+            "adversarial": "hinge", "vision": 0, "contrastive": 0, "matching": 0.5,
+            "hard_mismatches": 0, "matching_images": "both",
+        },
+        "optimizer": {"r1_weight": 0, "warmup_images": 8, "ema_half_life_images": 20},
+        "augment": {"diffaugment": ("translation", "cutout")},
+        "total_images": 32, "batch_size": 8, "checkpoint_images": 16, "sample_images": 16,
+        "log_images": 16,
+    }
+)  # fmt: skip
+
+
+def players(config):
+    task = task_of(config)
+    encoder = task.encoder(torch.device("cpu"))
+    torch.manual_seed(config.seed)
+    g, d = task.generator(), task.discriminator()
+    weights = task.prediction_weights(d)
+    return step.Players(g, d, weights, None, None, Augment(config.augment), encoder)
+
+
+def drawn_inputs(config, made):
+    captions = CaptionFeatures(WordEncoder(), torch.device("cpu"))
+    batch = ShadeBatch(0, config.batch_size, config.network.resolution)
+    recent = RecentCaptions(9)
+    return inputs.draw(config, made.augment, captions, recent, batch, 0, World())
+
+
+def run(config, run_dir):
+    made = players(config)
+    run_dir.mkdir(exist_ok=True)
+    captions = CaptionFeatures(WordEncoder(), torch.device("cpu"))
+    log = Log(run_dir, config.total_images)
+    loader = ShadeLoader(16, size=config.batch_size)
+    loop.train(config, made, captions, loader, NoProbe(), run_dir, log, World())
+    return made
+
+
+def gradients(*modules):
+    parameters = itertools.chain(*(module.parameters() for module in modules))
+    return [p.grad.clone() for p in parameters if p.grad is not None]
+
+
+def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path):
+    whole = run(CONFIG, tmp_path / "whole")
+    run(CONFIG.model_copy(update={"total_images": 16}), tmp_path / "parts")
+    again = run(CONFIG, tmp_path / "parts")
+    for a, b in ((whole.generator, again.generator), (whole.discriminator, again.discriminator)):
+        assert any("_u" in name for name in whole.discriminator.state_dict())  # spectral norm's
+        for name, value in a.state_dict().items():
+            assert torch.equal(value, b.state_dict()[name]), name
+    network, _ = snapshot.load(tmp_path / "parts/snapshot.safetensors")
+    assert isinstance(network, StyleGANT)
+    assert network.style_mean[:5].abs().sum() > 0
+
+
+def test_one_pass_of_the_encoder_serves_both_steps(monkeypatch):
+    made = players(CONFIG)
+    given = drawn_inputs(CONFIG, made)
+    seen = []
+    made.encoder.register_forward_hook(lambda _, images, __: seen.append(len(images[0])))
+    fakes = step.synthesize(made.generator, given)
+    settings = {"auxiliary_strength": 0.0}
+    step.discriminator_loss(made, CONFIG, given, fakes, **settings).loss.backward()
+    assert seen == [8, 8]  # real and generated
+    assert all(p.grad is None for p in made.generator.parameters())
+    made.discriminator.requires_grad_(False)
+    step.generator_loss(made, CONFIG, given, fakes, **settings).loss.backward()
+    assert len(seen) == 2
+    found = gradients(made.generator)
+
+    made.generator.zero_grad()
+    made.discriminator.eval()  # the power method's vectors stay
+    again = list(step.synthesize(made.generator, given))  # a list knows of no features
+    made.discriminator.train()
+    step.generator_loss(made, CONFIG, given, again, **settings).loss.backward()
+    assert len(seen) == 3
+    for a, b in zip(found, gradients(made.generator), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_the_losses_are_those_of_the_formula():
+    made = players(CONFIG)
+    made.discriminator.eval()
+    given = drawn_inputs(CONFIG, made)
+    fakes = step.synthesize(made.generator, given)
+    found = step.discriminator_loss(made, CONFIG, given, fakes, auxiliary_strength=0.0)
+
+    def stages(images, draws):
+        (seen,) = made.augment.apply([images], draws, 0)
+        large = F.interpolate(seen, size=32, mode="bilinear", align_corners=False, antialias=True)
+        return [x.detach() for x in made.encoder(large).stages]
+
+    heads = made.discriminator
+    real, drawn = stages(given.real[0], given.draws[0]), stages(fakes[0], given.draws[1])
+    own, other = heads.read(given.text), heads.read(given.other_text)
+    expected = 0.0
+    for images, sign in ((real, 1), (drawn, -1)):
+        expected += sum(F.relu(1 - sign * x).mean() for x in heads(images, own)) / 4
+    assert all(given.has_other_B)
+    for images in (real, drawn):
+        rows = sum(F.relu(1 + x).mean() for x in heads(images, other)) / 4
+        expected += CONFIG.loss.matching * rows  # two batches of B, over B
+    torch.testing.assert_close(found.loss, expected, rtol=1e-4, atol=1e-5)
+
+    found = step.generator_loss(made, CONFIG, given, fakes, auxiliary_strength=0.0)
+    expected = -sum(x.mean() for x in heads(drawn, own)) / 4
+    torch.testing.assert_close(found.loss, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_parts_of_a_batch_have_the_gradient_of_the_whole():
+    """As ranks have: parts of a multiple of the virtual batch share its statistics."""
+    made = players(CONFIG)
+    made.discriminator.eval()
+    whole = drawn_inputs(CONFIG, made)
+    settings = {"auxiliary_strength": 0.0}
+
+    def both(part, share):
+        fakes = step.synthesize(made.generator, part)
+        d = step.discriminator_loss(made, CONFIG, part, fakes, **settings).loss
+        g = step.generator_loss(made, CONFIG, part, fakes, **settings).loss
+        (share * d).backward(retain_graph=True)
+        d_gradients = gradients(made.discriminator)
+        (share * g).backward()
+        return d_gradients
+
+    both(whole, 1.0)
+    expected = gradients(made.generator)
+    made.generator.zero_grad()
+    for part in inputs.split(whole, 2):
+        both(part, 0.5)
+    for a, b in zip(expected, gradients(made.generator), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_noise_is_drawn_from_seed_and_position():
+    made = players(CONFIG)
+    one, again = drawn_inputs(CONFIG, made), drawn_inputs(CONFIG, made)
+    assert one.noise_BN.shape == (8, CONFIG.generator.noise_dim)
+    assert torch.equal(one.noise_BN, again.noise_BN)
+    assert abs(float(one.noise_BN.std()) - 1) < 0.05
+    part = inputs.split(one, 2)[1]
+    assert torch.equal(part.noise_BN, one.noise_BN[4:])
+
+
+def test_there_is_no_r1():
+    made = players(CONFIG)
+    with pytest.raises(TypeError, match="R1 is not defined"):
+        step.r1_loss(made, drawn_inputs(CONFIG, made))
+
+
+def test_the_encoder_is_not_trained_and_not_saved():
+    made = players(CONFIG)
+    assert not any(p.requires_grad for p in made.encoder.parameters())
+    assert sum(x.numel() for x in made.discriminator.state_dict().values()) < 10_000
+    assert made.encoder is pretrained.critic_encoder("embedded:efficientnet-lite0")
