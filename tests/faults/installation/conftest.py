@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -40,17 +41,17 @@ ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 SMALL = {"download.embedded.max_concepts": 24, "download.embedded.heldout_pictures": 8}
 TINY = {
     **SMALL,
-    "train_base.total_images": 96,
+    "train_base.total_images": 192,
     "train_base.checkpoint_images": 32,
     "train_base.log_images": 32,
-    "train_base.sample_images": 96,
+    "train_base.sample_images": 192,
     "train_base.num_probe_captions": 4,
     "train_base.loss.vision": 0,
     "train_base.loss.contrastive": 0,
     "resources.train_base.backend": "inline",
 }
-"""Some ten seconds of training in one process, with three checkpoints."""
-LOGGED = [32, 64, 96]
+"""Some ten seconds of training in one process, with six checkpoints."""
+LOGGED = [32, 64, 96, 128, 160, 192]
 """Its lines of metrics."""
 
 
@@ -181,11 +182,11 @@ class Installation:
         return wait_for(ended, seconds, 1.0)
 
     def wait_for_checkpoint(self, run: uuid.UUID, store: Path) -> None:
-        """Training has a checkpoint and goes on."""
-
+        """Training has a checkpoint that it did not have, and goes on."""
+        known = checkpoints(store)
         for _ in range(120):
             with contextlib.suppress(AssertionError):
-                wait_for(lambda: list((store / "train-base").glob("*/checkpoints/*.json")), 2, 0.1)
+                wait_for(lambda: checkpoints(store) - known, 2, 0.1)
                 return
             state = self.state(run)
             assert state.type.value not in ENDED, f"{state!r}\n{self.log(run)}"
@@ -266,25 +267,11 @@ def prepared(prefect_server) -> Path:  # noqa: F811
     return made_once("store-up-to-filter", prepare)
 
 
-@pytest.fixture
-def store(prepared, tmp_path) -> Path:
-    """A store of one's own, filled up to `filter`."""
-    shutil.copytree(prepared / "store", tmp_path / "store")
-    shutil.copy(prepared / "mlflow.db", tmp_path)
-    return tmp_path / "store"
-
-
-@pytest.fixture(scope="session")
-def weights(prepared, prefect_server) -> str:  # noqa: F811
-    """sha256 of what the tiny training makes when nobody disturbs it."""
-
-    def train(folder: Path) -> None:
-        shutil.copytree(prepared / "store", folder / "store")
-        shutil.copy(prepared / "mlflow.db", folder)
-        _run_here(folder, ["train-base"], TINY, prefect_server)
-
-    store = made_once("undisturbed-training", train) / "store"
-    return sha256(output(store) / "snapshot.safetensors")
+def stocked(folder: Path, prepared: Path) -> Path:
+    """A store of one's own in a folder, filled up to `filter`, with its MLflow database beside."""
+    shutil.copytree(prepared / "store", folder / "store")
+    shutil.copy(prepared / "mlflow.db", folder)
+    return folder / "store"
 
 
 def _run_here(folder: Path, stages: list[str], changes: dict, api: str) -> None:
@@ -301,10 +288,10 @@ def _run_here(folder: Path, stages: list[str], changes: dict, api: str) -> None:
     )
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
+@contextlib.contextmanager
+def installed(folder: Path, extra: dict[str, str] | None = None) -> Iterator[Installation]:
     """An installation for the tests of a file; those that break server or worker mend it."""
-    installation = Installation(tmp_path_factory.mktemp("site"))
+    installation = Installation(folder, extra or {})
     try:
         installation.start()
         yield installation
@@ -324,18 +311,17 @@ def _nothing_is_left_behind(request):
 
 def outputs(store: Path) -> list[Path]:
     """Outputs of train-base in a store."""
-    return [path for path in (store / "train-base").iterdir() if path.is_dir()]
+    return [path for path in (store / "train-base").glob("*") if path.is_dir()]
 
 
-def output(store: Path) -> Path:
-    """The only one."""
-    (folder,) = outputs(store)
-    return folder
+def checkpoints(store: Path) -> set[Path]:
+    """Complete ones of all trainings in a store."""
+    return {path for folder in outputs(store) for path in folder.glob("checkpoints/*.json")}
 
 
-def logged(store: Path, folder: Path | None = None) -> list[int]:
-    """Positions of the lines of metrics: gaps and repetitions would show."""
-    lines = ((folder or output(store)) / "metrics.jsonl").read_text().splitlines()
+def logged(folder: Path) -> list[int]:
+    """Positions of the lines of metrics of an output: gaps and repetitions would show."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [entry["images"] for entry in map(json.loads, lines) if "images_per_second" in entry]
 
 
@@ -343,9 +329,9 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def mlflow_states(store: Path) -> dict[str, list[str]]:
-    """States of the runs of train-base and of the pipeline in the store's MLflow database."""
-    client = MlflowClient(f"sqlite:///{store.parent / 'mlflow.db'}")
+def mlflow_states(folder: Path) -> dict[str, list[str]]:
+    """States of the runs of train-base and of the pipeline in a folder's MLflow database."""
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     found = {}
     for experiment in client.search_experiments():
         runs = client.search_runs([experiment.experiment_id])

@@ -1,27 +1,35 @@
 """Servers go away in the middle of training and come back; nothing they keep is a secret.
 
-Prefect on PostgreSQL and with a password, MLflow as a server: a shared installation.
+Prefect on PostgreSQL and with a password, MLflow as a server, the store on S3: a shared
+installation. Tests of `run` break the same run one after another; each can be run alone as well.
 """
 
 import signal
 import subprocess
+import time
 
+import psutil
 import pytest
+import s3fs
 from prefect.states import Crashed
 
+from flows.config import PipelineConfig
 from flows.safety.aftermath import SILENT
 from flows.serve import services
 from tests.faults.installation.conftest import (
     LOGGED,
-    Installation,
+    installed,
     kill,
     logged,
     mlflow_states,
+    outputs,
     wait_for,
 )
+from tests.flows.gate import gate_to
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
+BUCKET = "broken/outputs"
 SECRETS = {
     "PREFECT_API_AUTH_STRING": "admin:pw-of-prefect-61b2",
     "MLFLOW_TRACKING_USERNAME": "someone",
@@ -29,6 +37,22 @@ SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "key-of-aws-07fa",
 }
 NEVER = ("pw-of-prefect-61b2", "pw-of-mlflow-93d1", "key-of-aws-07fa")
+LONGER = {"train_base.total_images": 320, "save_every_s": 1}
+
+
+@pytest.fixture(scope="module")
+def gate(s3_server):
+    with gate_to(s3_server.port) as gate:
+        yield gate
+
+
+@pytest.fixture(scope="module")
+def bucket(s3_server, prepared):
+    """A store on S3, filled up to `filter`."""
+    fs = s3fs.S3FileSystem(**s3_server.options, use_listings_cache=False)
+    fs.mkdir("broken")
+    fs.put(f"{prepared}/store/", f"{BUCKET}/", recursive=True)
+    return fs
 
 
 @pytest.fixture(scope="module")
@@ -37,110 +61,133 @@ def mlflow_port():
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory, postgres, mlflow_port):
+def site(tmp_path_factory, postgres, s3_server, gate, mlflow_port):
     postgres.sql("create database broken")
     database = postgres.url("broken", "postgresql+asyncpg")
+    folder = tmp_path_factory.mktemp("shared")
     extra = {
+        **s3_server.environment,
         **SECRETS,
+        "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{gate.port}",
+        "GIGAGAN_STORE_CACHE": str(folder / "mirrors"),
         "PREFECT_SERVER_API_AUTH_STRING": SECRETS["PREFECT_API_AUTH_STRING"],
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": database,
         "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{mlflow_port}",
     }
-    installation = Installation(tmp_path_factory.mktemp("shared"), extra)
-    try:
-        installation.start()
-        yield installation
-    finally:
-        installation.stop()
+    with installed(folder, extra) as site:
+        yield site
+
+
+@pytest.fixture
+def mirror(site, bucket, monkeypatch):
+    """The local copy of the store."""
+    monkeypatch.setenv("GIGAGAN_STORE_CACHE", site.extra["GIGAGAN_STORE_CACHE"])
+    return PipelineConfig(store=f"s3://{BUCKET}").store_path
 
 
 class Mlflow:
-    """An MLflow server on the database beside a store."""
+    """An MLflow server on the database of a folder."""
 
-    def __init__(self, site, store, port):
-        self.site, self.store, self.port = site, store, port
+    def __init__(self, site, folder, port):
+        self.site, self.folder, self.port = site, folder, port
         self.start()
 
     def start(self):
         module = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        module += [
-            "--workers",
-            "1",
-            "--backend-store-uri",
-            f"sqlite:///{self.store.parent}/mlflow.db",
-        ]
-        module += ["--artifacts-destination", str(self.store.parent / "mlartifacts")]
+        module += ["--workers", "1"]
+        module += ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
+        module += ["--artifacts-destination", str(self.folder / "mlartifacts")]
         self.process = self.site.popen(*module, log="mlflow.log")
         wait_for(lambda: services.answers(f"http://127.0.0.1:{self.port}/health"), 120)
 
     def kill(self):
-        import psutil
-
         family = [*psutil.Process(self.process.pid).children(recursive=True), self.process]
         kill(*family)
         self.process.wait()
 
 
-@pytest.fixture
-def mlflow(site, store, mlflow_port):
-    server = Mlflow(site, store, mlflow_port)
+@pytest.fixture(scope="module")
+def mlflow(site, mlflow_port):
+    server = Mlflow(site, site.folder, mlflow_port)
     yield server
     server.kill()
 
 
-def test_sigkill_and_restart_of_the_prefect_server_in_mid_run_cost_nothing(site, store, mlflow):
-    run = site.submit("train-base/smoke", store)
-    site.wait_for_checkpoint(run, store)
-    kill(site.server)
-    site.server.wait()
-    wait_for(lambda: logged(store) == LOGGED, 90)  # training neither sees nor minds it
-    site.start_server()
-    # The server has seen no heartbeats, and may say so before it hears of the run.
-    site.wait(run, "COMPLETED", past=("CRASHED",))
-    assert logged(store) == LOGGED
-    assert mlflow_states(store)["train-base"] == ["FINISHED"]
+@pytest.fixture(scope="module")
+def runs():
+    """Runs by name: each is started once."""
+    return {}
 
 
-def test_a_run_that_is_taken_for_dead_says_that_it_lives(site, store, mlflow):
-    run = site.submit("train-base/smoke", store, overrides={"train_base.total_images": 160})
-    site.wait_for_checkpoint(run, store)
+@pytest.fixture
+def run(site, mlflow, mirror, runs):
+    """A run in mid-training; the next test goes on with it."""
+    if "run" not in runs:
+        runs["run"] = site.submit("train-base/smoke", f"s3://{BUCKET}", overrides=LONGER)
+        site.wait_for_checkpoint(runs["run"], mirror)
+    return runs["run"]
+
+
+def assert_complete(site, bucket, mirror, images: list[int]) -> None:
+    """An output with these positions is in the mirror and the bucket, and MLflow knows of it."""
+    found = [folder for folder in outputs(mirror) if logged(folder) == images]
+    (folder,) = found
+    output = f"{BUCKET}/train-base/{folder.name}"
+    assert bucket.exists(f"{output}/manifest.json")
+    assert bucket.exists(f"{output}/snapshot.safetensors")
+    assert {*mlflow_states(site.folder)["train-base"]} == {"FINISHED"}
+
+
+def test_a_restart_of_the_database_in_mid_run_costs_nothing(site, run, postgres):
+    postgres.stop(signal.SIGINT)
+    postgres.start()
+    wait_for(lambda: site.state(run).type.value == "RUNNING", 60)
+
+
+def test_a_run_that_is_taken_for_dead_says_that_it_lives(site, run):
     with site.client as client:
         client.set_flow_run_state(run, Crashed(message=f"{SILENT} for 90 s"), force=True)
     alive = site.wait(run, "RUNNING", 60, past=("CRASHED",))
     assert "its process lives" in alive.message
+
+
+def test_an_object_store_that_refuses_for_a_minute_costs_nothing(site, run, gate, bucket, mirror):
+    gate.shut()
+    time.sleep(60)
+    gate.open()
     site.wait(run, "COMPLETED")
-    assert mlflow_states(store)["train-base"] == ["FINISHED"]
+    assert "does not answer" in site.log(run)
+    assert_complete(site, bucket, mirror, list(range(32, 321, 32)))
 
 
-def test_sigkill_and_restart_of_the_mlflow_server_in_mid_run_cost_nothing(site, store, mlflow):
-    run = site.submit("train-base/smoke", store)
-    site.wait_for_checkpoint(run, store)
-    mlflow.kill()
-    wait_for(lambda: logged(store) == LOGGED, 90)
-    mlflow.start()
-    site.wait(run, "COMPLETED")
-    assert logged(store) == LOGGED
-    assert mlflow_states(store)["train-base"] == ["FINISHED"]
-
-
-def test_a_restart_of_the_database_in_mid_run_costs_nothing_and_no_secret_is_recorded_anywhere(
-    site, store, mlflow, postgres
+def test_sigkill_and_restart_of_the_prefect_and_mlflow_servers_in_mid_run_cost_nothing(
+    site, mlflow, bucket, mirror
 ):
-    run = site.submit("train-base/smoke", store)
-    site.wait_for_checkpoint(run, store)
-    postgres.stop(signal.SIGINT)
-    postgres.start()
-    site.wait(run, "COMPLETED")
-    assert logged(store) == LOGGED
-    assert mlflow_states(store)["train-base"] == ["FINISHED"]
+    run = site.submit("train-base/smoke", f"s3://{BUCKET}")
+    site.wait_for_checkpoint(run, mirror)
+    kill(site.server)
+    mlflow.kill()
+    site.server.wait()
+    # Training neither sees nor minds it.
+    wait_for(lambda: LOGGED in map(logged, outputs(mirror)), 120)
+    mlflow.start()
+    site.start_server()
+    # The server has seen no heartbeats, and may say so before it hears of the run.
+    site.wait(run, "COMPLETED", past=("CRASHED",))
+    assert_complete(site, bucket, mirror, LOGGED)
 
+
+def test_no_secret_of_the_environment_is_recorded_anywhere(site, run, bucket, postgres):
+    site.wait(run, "COMPLETED")
     dump = subprocess.run(
         [postgres.bin / "pg_dump", postgres.url("broken")], check=True, capture_output=True
     ).stdout
-    folders = [store.parent, site.folder]
-    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     assert str(run).encode() in dump
+    files = [path for path in site.folder.rglob("*") if path.is_file()]
     assert any(path.name == "output.log" for path in files)
+    stored = {name: bucket.cat_file(name) for name in bucket.find(BUCKET)}
+    assert any(name.endswith("output.log") for name in stored)
     for secret in NEVER:
         assert secret.encode() not in dump
         assert [path for path in files if secret.encode() in path.read_bytes()] == []
+        assert [name for name, content in stored.items() if secret.encode() in content] == []
