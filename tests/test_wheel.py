@@ -47,26 +47,6 @@ def python(tmp_path_factory):
     return python
 
 
-@pytest.fixture
-def run(python, tmp_path):
-    """Run a module in an empty folder."""
-
-    def run(*words):
-        kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-        done = subprocess.run(
-            [python, "-m", *words],
-            cwd=tmp_path,
-            env={"OMP_NUM_THREADS": "1", "COLUMNS": "400", **kept},  # folds no path
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return run
-
-
 def commands():
     """`PACKAGE COMMAND` of every command line in README."""
     text = (ROOT / "README.md").read_text()
@@ -74,45 +54,84 @@ def commands():
     return sorted({f"{package} {command}" for package, command in found})
 
 
-def test_every_command_of_readme_is_there(python, tmp_path):
-    code = """
-import sys
+LOADS = """
+import contextlib, io, json, sys
 from importlib import import_module
-for line in sys.argv[1:]:
-    package, command = line.split()
-    sys.argv = [package, command, "--help"]
-    try:
-        getattr(import_module(f"{package}.__main__"), "main")([command, "--help"])
-    except SystemExit as end:
-        assert not end.code, line
+
+def said(package, *words):
+    text = io.StringIO()
+    sys.argv = [package, *words]
+    with contextlib.redirect_stdout(text):
+        try:
+            status = getattr(import_module(f"{package}.__main__"), "main")([*words])
+        except SystemExit as end:
+            status = end.code
+    return status, text.getvalue()
+
+helps = {line: said(*line.split(), "--help")[0] for line in sys.argv[1:]}
 import data, flows, gigagan
-print(*(package.__file__ for package in (data, flows, gigagan)), sep="\\n")
-"""
-    done = subprocess.run(
-        [python, "-c", code, *commands()], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert all("site-packages" in line for line in done.stdout.splitlines()[-3:])
-
-
-def test_the_package_draws_a_picture(run, tmp_path):
-    told = json.loads(run("gigagan", "sample", "a red apple", "--out", "out", "--no-upscale"))
-    assert (tmp_path / told["path"]).stat().st_size > 500
-
-
-def test_a_preset_is_planned_in_runs_of_the_current_folder(run, tmp_path):
-    plan = run("flows", "run", "--preset", "smoke", "--dry-run")
-    assert f"Plan in {tmp_path}/runs/store" in plan
-
-
-def test_every_entry_point_of_a_deployment_loads_and_the_list_of_things_is_there(python, tmp_path):
-    code = """
-from importlib import import_module
 from data import concepts
 from flows.serve import bootstrap
-assert concepts.LIST.is_file()
+loaded = {}
 for deployment in bootstrap.deployments():
     module, _, name = deployment["entrypoint"].rpartition(".")
-    assert callable(getattr(import_module(module), name))
+    loaded[deployment["entrypoint"]] = callable(getattr(import_module(module), name))
+print(json.dumps({
+    "helps": helps,
+    "files": [package.__file__ for package in (data, flows, gigagan)],
+    "list": concepts.LIST.is_file(),
+    "loaded": loaded,
+    "plan": said("flows", "run", "--preset", "smoke", "--dry-run"),
+}))
 """
-    subprocess.run([python, "-c", code], cwd=tmp_path, check=True)
+
+
+def start(python, folder, *words):
+    """What a process of that interpreter prints in an empty folder."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    done = subprocess.run(
+        [python, *words],
+        cwd=folder,
+        env={"OMP_NUM_THREADS": "1", "COLUMNS": "400", **kept},  # folds no path
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An empty folder, the current one of what is started."""
+    return tmp_path_factory.mktemp("current")
+
+
+@pytest.fixture(scope="module")
+def found(python, folder):
+    """What one process finds in the environment; each costs seconds of imports."""
+    return json.loads(start(python, folder, "-c", LOADS, *commands()).splitlines()[-1])
+
+
+def test_every_command_of_readme_is_there(found):
+    assert [line for line, status in found["helps"].items() if status] == []
+    assert sorted(found["helps"]) == commands()
+    assert all("site-packages" in line for line in found["files"])
+
+
+def test_a_preset_is_planned_in_runs_of_the_current_folder(found, folder):
+    status, plan = found["plan"]
+    assert status == 0
+    assert f"Plan in {folder}/runs/store" in plan
+
+
+def test_every_entry_point_of_a_deployment_loads_and_the_list_of_things_is_there(found):
+    assert len(found["loaded"]) > 5
+    assert all(found["loaded"].values())
+    assert found["list"]
+
+
+def test_the_package_draws_a_picture(python, folder):
+    words = ["gigagan", "sample", "a red apple", "--out", "out", "--no-upscale"]
+    told = json.loads(start(python, folder, "-m", *words))
+    assert (folder / told["path"]).stat().st_size > 500

@@ -10,6 +10,8 @@ is patched here; tests/data/test_collect.py holds it against the installed versi
                                    fetch in its place wherever it arrives
     WebDatasetSampleWriter.write   overridden in `PictureWriter`: else captions and JSON stand in
                                    the tars a second time
+    main.LoggerProcess             replaced by `ThreadLogger`: a process of its own, only to print
+                                   a speed now and then, imports all of this once more
     LocalFileSystem.glob           for the part's folder only, whose name may look like a pattern
     large packages                 empty or absent while it is imported (`_without`), which saves
                                    time and memory in every process
@@ -41,6 +43,15 @@ from data.web.addresses import RefusedError
 from data.web.fetch import Fetcher, FetchSettings
 
 
+class _NoPandas:
+    """Says that pandas is not installed, or pyarrow would import it for its first array."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError("pandas is not needed here", name=name)
+
+
 @contextmanager
 def _without(names: list[str]) -> Iterator[None]:
     """Import what is imported inside as if these packages were not installed, or empty.
@@ -57,10 +68,12 @@ def _without(names: list[str]) -> Iterator[None]:
     finally:
         for name in absent:
             del sys.modules[name]
+        if "pandas" in absent:
+            sys.meta_path.insert(0, _NoPandas)
 
 
 with _without(os.environ.get(WITHOUT, "").split()):
-    from img2dataset import downloader, writer
+    from img2dataset import downloader, logger, writer
 
 Fetched = tuple[int, io.BytesIO | None, str | None]
 """What img2dataset expects of a fetch: row, stream or None, error or None."""
@@ -76,6 +89,24 @@ class PictureWriter(writer.WebDatasetSampleWriter):
         if img_str is not None:
             self.tarwriter.write({"__key__": key, self.encode_format: img_str})
         self.buffered_parquet_writer.write(meta)
+
+
+class ThreadLogger(logger.LoggerProcess):
+    """img2dataset's log of its speed, written by a thread of the process that begins it."""
+
+    def start(self) -> None:
+        """Begin to look for finished shards."""
+        self._thread = threading.Thread(target=self.run, daemon=True)
+        self._thread.start()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Let it say the last, and wait for that."""
+        self.q.put("stop")
+        self._thread.join(timeout)
+        self.q.close()
+
+    def terminate(self) -> None:
+        """Nothing: it ends with the process."""
 
 
 class VettedDownloader(downloader.Downloader):
@@ -150,6 +181,7 @@ def main(path: str) -> None:
     # The package's attribute `main` is a function that hides the module.
     module: Any = importlib.import_module("img2dataset.main")
     module.Downloader = _downloader_of(job)
+    module.LoggerProcess = ThreadLogger
     module.download(**_arguments(job))
 
 

@@ -36,7 +36,7 @@ QUIET = {
 """Environment of every process of a download."""
 WITHOUT = "DATA_COLLECT_WITHOUT"
 """Environment variable with the packages that a download's processes need not import."""
-UNUSED = ("albumentations", "ray", "torch", "wandb")
+UNUSED = ("albumentations", "pandas", "ray", "torch", "wandb")
 PULSE_S = 0.5
 """A worker shows life at most this often."""
 STARTUP_S = 300.0

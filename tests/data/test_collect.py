@@ -46,7 +46,8 @@ def test_what_is_replaced_takes_what_it_took(function):
 
 def test_what_is_replaced_is_looked_up_when_it_is_called():
     retry, download = downloader.download_image_with_retry, main.download
-    for function, names in ((retry, {"download_image"}), (download, {"Downloader", "glob"})):
+    called = {"Downloader", "LoggerProcess", "glob"}
+    for function, names in ((retry, {"download_image"}), (download, called)):
         absent = names - {*function.__code__.co_names}
         assert not absent, CHANGED.format(f"{function.__qualname__} calls no {absent}")
     assert main.Downloader is downloader.Downloader, CHANGED.format("it has two downloaders")
@@ -59,6 +60,12 @@ def test_a_writer_has_what_ours_writes_to():
     source = inspect.getsource(writer.WebDatasetSampleWriter.__init__)
     for name in ("tarwriter", "buffered_parquet_writer", "encode_format"):
         assert f"self.{name} = " in source, CHANGED.format(f"a writer has no {name}")
+
+
+def test_a_logger_has_what_our_thread_runs_and_tells():
+    source = inspect.getsource(collect.logger.LoggerProcess)
+    for part in ("def run(self)", "self.q.get(False)", 'self.q.put("stop")'):
+        assert part in source, CHANGED.format(f"its logger has no {part}")
 
 
 def test_it_takes_every_argument_that_it_is_given(tmp_path):

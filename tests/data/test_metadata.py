@@ -4,9 +4,6 @@ import csv
 import gzip
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 import unicodedata
 from collections import Counter
@@ -25,6 +22,7 @@ from data.config import DownloadConfig
 from data.lists import metadata, prefilter, scatter
 from data.lists.sources import find
 from data.schema import LIST, MetadataError, resolve
+from tests.data import forks
 
 LAION = ["URL", "TEXT", "WIDTH", "HEIGHT", "similarity", "hash", "punsafe", "pwatermark"]
 RELAION = [
@@ -726,46 +724,32 @@ def test_lists_are_the_same_to_the_byte_wherever_a_run_is_ended(tmp_path, monkey
     assert snapshot(out) == snapshot(tmp_path / "whole")
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-from data.lists import metadata
-from data.config import DownloadConfig
-if __name__ == "__main__":
-    config = DownloadConfig.model_validate_json(sys.argv[2])
-    workers = int(sys.argv[3])
-    metadata.prepare(tuple(sys.argv[4:]), Path(sys.argv[1]), config, workers=workers)
-"""
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_lists_are_the_same_to_the_byte_after_sigkills(tmp_path, workers):
+def test_lists_are_the_same_to_the_byte_after_sigkills(tmp_path):
     files = many(tmp_path)
     metadata.prepare(files, tmp_path / "whole", KILLED)
-    out, script = tmp_path / "killed", tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    command = [sys.executable, script, out, KILLED.model_dump_json(), str(workers), *files]
+    out = tmp_path / "killed"
 
     def done() -> int:  # os.walk, as folders vanish meanwhile
         names = [name for _, _, files in os.walk(out) for name in files]
         return sum(name.endswith((".json", ".parquet")) for name in names)
 
-    kills = 0
+    kills = Counter()
     while not (out / "lists" / "index.json").exists():
-        before = done()
-        process = subprocess.Popen(command, start_new_session=True)
-        while process.poll() is None and done() < before + 4:
+        before, workers = done(), 1 + kills.total() % 2
+        run = forks.context.Process(
+            target=metadata.prepare, args=(files, out, KILLED), kwargs={"workers": workers}
+        )
+        run.start()
+        while run.is_alive() and done() < before + 3:
             time.sleep(0.001)
-        if process.poll() is None:
-            kills += 1
+        if run.is_alive():
+            kills[workers] += 1
         else:
-            assert process.returncode == 0
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert kills >= 3
-    subprocess.run(command, check=True)
+            assert run.exitcode == 0
+        forks.kill(run)
+    assert min(kills[1], kills[2]) >= 2
+    metadata.prepare(files, out, KILLED, workers=2)
     assert snapshot(out) == snapshot(tmp_path / "whole")
 
 

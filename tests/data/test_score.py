@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
 import time
@@ -24,9 +23,9 @@ from data.score import run as score
 from data.score.language import language
 from data.score.shard import colourfulness
 from gigagan.common import decoders
+from tests.data import forks
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 sys.path.append(str(HERE))  # workers import by name, and other packages are called `tests`
 import bombs  # noqa: E402
 import fake  # noqa: E402
@@ -215,22 +214,14 @@ def test_workers_batches_and_a_killed_worker_change_no_byte(scored, downloaded, 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_goes_on_where_it_stopped(scored, downloaded, tmp_path, workers):
     out, report = scored
-    script = (
-        "from pathlib import Path; from data.score import run as score\n"
-        "import score_tasks as tasks\n"
-        "from data.config import ScoreConfig\n"
-        f"slow = tasks.Slow(Path(r'{tmp_path}/mark'))\n"
-        f"config = ScoreConfig(batch_size=3)\n"
-        f"score.run(Path(r'{tmp_path}/out'), Path(r'{downloaded}'), config, slow, "
-        f"workers={workers})"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)])}
-    run = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=environment)
+    arguments = (tmp_path / "out", downloaded, CONFIG, tasks.Slow(tmp_path / "mark"))
+    run = forks.context.Process(target=score.run, args=arguments, kwargs={"workers": workers})
+    run.start()
     while not list((tmp_path / "out").glob("scores/*/*.parquet")):
-        assert run.poll() is None
+        assert run.is_alive()
         time.sleep(0.02)
     run.kill()
-    run.wait()
+    run.join()
     time.sleep(0.2)  # its workers end with it
     done = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("embeddings/*/*.parquet")}
     assert len(done) < len(list((out / "embeddings").rglob("*.parquet")))

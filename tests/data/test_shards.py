@@ -5,7 +5,6 @@ import io
 import json
 import os
 import pickle
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -22,9 +21,11 @@ from data.schema import SCORES
 from data.shards import write as shards
 from data.shards.write import ShardError, ShardJob
 from gigagan.common.pictures import decode, square
+from tests.data import forks
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE))  # several folders are called `tests`
+import shard_worker  # noqa: E402
 from kept_rows import key_at, member, noisy, row, shard_at, write_kept  # noqa: E402
 
 NUM = 44
@@ -161,10 +162,11 @@ def test_each_shard_can_be_written_alone_in_any_order(source, whole, tmp_path):
 )
 def test_after_a_kill_the_same_call_ends_with_the_same_bytes(source, whole, tmp_path, kill_at):
     root = source[0].parent
-    command = [sys.executable, str(HERE / "shard_worker.py"), str(root), str(tmp_path)]
-    env = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
-    ended = subprocess.run([*command, CONFIG.model_dump_json(), kill_at], env=env)
-    assert ended.returncode == -9
+    arguments = (root, tmp_path, CONFIG, kill_at)
+    run = forks.context.Process(target=shard_worker.write, args=arguments)
+    run.start()
+    run.join()
+    assert run.exitcode == -9
     assert not (tmp_path / "005" / "index.json").exists()
     shards.write(*source, tmp_path, CONFIG)
     assert contents(tmp_path) == contents(whole)

@@ -35,10 +35,11 @@ def test_every_row_of_a_hostile_site_ends_in_one_place_through_three_kills(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "bench.hostile", "--rows", "300", "--port", str(port)]
+    command = [sys.executable, "-m", "bench.hostile", "--rows", "150", "--port", str(port)]
+    parts = ["--", "--set", "download.rows_per_part=80"]  # two: each starts its own processes
     environment = {**os.environ, "PREFECT_API_URL": prefect_server}
     done = subprocess.run(
-        [*command, "--out", str(tmp_path)],
+        [*command, "--out", str(tmp_path), *parts],
         cwd=ROOT,
         env=environment,
         capture_output=True,

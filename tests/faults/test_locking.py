@@ -152,7 +152,7 @@ def test_commands_that_write_one_file_hold_it(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_downloads_into_one_folder_both_end_well(tmp_path):
     out = tmp_path / "out"
-    small = "{max_concepts: 30, pictures_per_style: 3, size_px: 96, unseen_concepts: 9}"
+    small = "{max_concepts: 12, pictures_per_style: 1, size_px: 64, unseen_concepts: 3}"
     words = ["--set", f"embedded={small}", "--set", "rows_per_shard=70"]
     start = [sys.executable, "-m", "data", "download", str(out), *words]
     first = subprocess.Popen(start, cwd=ROOT, stderr=subprocess.PIPE, text=True)

@@ -83,9 +83,22 @@ def test_servers_come_without_torch_and_conductors_without_cuda_and_none_with_te
 
 
 def test_the_training_image_can_start_what_launchers_start():
-    for module in ("gigagan.training", "torch.distributed.run"):
-        done = run([sys.executable, "-m", module, "--help"])
-        assert done.returncode == 0, done.stderr
+    modules = ["gigagan.training", "torch.distributed.run"]
+    code = """
+import runpy, sys
+modules, sys.argv = sys.argv[1:], ["module", "--help"]
+for module in modules:
+    status = 0
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        status = end.code
+    print(module, status, flush=True)
+"""
+    done = run([sys.executable, "-c", code, *modules], cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: ") == 2
+    assert {f"{module} 0" for module in modules} <= {*done.stdout.splitlines()}
 
 
 def with_secrets(folder, env, *command):

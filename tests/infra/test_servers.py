@@ -3,9 +3,11 @@
 import base64
 import contextlib
 import json
+import runpy
 import sys
 import urllib.error
 import urllib.request
+from itertools import groupby
 
 import boto3
 import mlflow
@@ -14,8 +16,10 @@ import psycopg2
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-from flows.serve import services
+from flows.__main__ import main
+from flows.serve import bootstrap, services
 from tests.infra.conftest import DOCKER, run, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.flow]
@@ -98,29 +102,16 @@ def ask(url, auth=None, body=None):
         return error.code, None
 
 
-def test_migrating_a_second_time_changes_nothing(postgres, make_databases, tmp_path):
-    address = f"mlflow@127.0.0.1:{postgres.port}"
-    env = {"MLFLOW_BACKEND_STORE_URI": f"postgresql+psycopg2://{address}/mlflow"}
-    env |= {"PGPASSWORD": PASSWORDS["MLFLOW_DB_PASSWORD"]}
-    versions = []
-    for _ in range(2):
-        script("migrate", "mlflow", env=env)
-        versions.append(postgres.sql("select version_num from alembic_version", "mlflow"))
-    assert versions[0] == versions[1] != ""
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def prefect(request, tmp_path, serve):
+@pytest.fixture
+def prefect(postgres, make_databases, tmp_path, serve):
     """A Prefect server with a password, on a database that was migrated before it started."""
-    database = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{tmp_path}/p.db"}
-    if request.param == "postgres":
-        request.getfixturevalue("make_databases")
-        address = f"127.0.0.1:{request.getfixturevalue('postgres').port}"
-        database = {
-            "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"postgresql+asyncpg://prefect@{address}/prefect",
-            "PGPASSWORD": PASSWORDS["PREFECT_DB_PASSWORD"],
-        }
-    database["PREFECT_HOME"] = str(tmp_path / "prefect")
+    database = {
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": (
+            f"postgresql+asyncpg://prefect@127.0.0.1:{postgres.port}/prefect"
+        ),
+        "PGPASSWORD": PASSWORDS["PREFECT_DB_PASSWORD"],
+        "PREFECT_HOME": str(tmp_path / "prefect"),
+    }
     script("migrate", "prefect", env=database)
     port = services.free_port()
     api = f"http://127.0.0.1:{port}/api"
@@ -143,26 +134,30 @@ def assert_tells_its_health_to_all_and_the_rest_to_who_knows_the_password(prefec
     assert ask(f"{prefect.removesuffix('/api')}/ui-settings")[1]["api_url"] == "/api"
 
 
-@pytest.mark.parametrize("prefect", ["sqlite"], indirect=True)
-def test_prefect_on_sqlite_asks_for_the_password(prefect):
-    assert_tells_its_health_to_all_and_the_rest_to_who_knows_the_password(prefect)
+def bootstrapped(prefect, password):
+    """The status of `flows bootstrap` with a password."""
+    with temporary_settings({PREFECT_API_URL: prefect, PREFECT_API_AUTH_STRING: password}):
+        return main(["bootstrap"])
 
 
-@pytest.mark.parametrize("prefect", ["postgres"], indirect=True)
-def test_prefect_on_postgres_lets_definitions_and_a_worker_in_with_the_password(
-    prefect, serve, tmp_path
+def test_prefect_lets_definitions_and_a_worker_in_with_the_password(
+    prefect, serve, tmp_path, monkeypatch, capsys
 ):
     assert_tells_its_health_to_all_and_the_rest_to_who_knows_the_password(prefect)
-    client = {"PREFECT_API_URL": prefect, "PREFECT_HOME": str(tmp_path / "client")}
-    command = [sys.executable, "-m", "flows", "bootstrap"]
-    refused = run(
-        command, client | {"PREFECT_API_AUTH_STRING": "admin:wrong"}, cwd=DOCKER.parents[1]
-    )
-    assert refused.returncode == 1
-    assert "401" in refused.stderr
-    done = run(command, client | {"PREFECT_API_AUTH_STRING": AUTH}, cwd=DOCKER.parents[1])
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("PREFECT_API_URL", prefect)
+    monkeypatch.setenv("PREFECT_UI_URL", prefect)  # which a command sets
+    every = bootstrap.deployments()
+    of_flow = [list(of) for _, of in groupby(every, lambda one: one["entrypoint"])]
+    chosen = [of[place % len(of)] for place, of in enumerate(of_flow)]
+    assert len(chosen) == len({one["entrypoint"] for one in every})
+    assert all(any(one["parameters"] == other["parameters"] for one in chosen) for other in every)
+    monkeypatch.setattr(bootstrap, "deployments", lambda: chosen)
+    assert bootstrapped(prefect, "admin:wrong") == 1
+    assert "401" in capsys.readouterr().err
+    assert bootstrapped(prefect, AUTH) == 0
+    assert ask(f"{prefect}/deployments/count", AUTH, b"{}") == (200, len(chosen))
 
+    client = {"PREFECT_API_URL": prefect, "PREFECT_HOME": str(tmp_path / "client")}
     port = str(services.free_port())
     serve(
         [
@@ -183,44 +178,64 @@ def test_prefect_on_postgres_lets_definitions_and_a_worker_in_with_the_password(
     assert [worker["status"] for worker in online] == ["ONLINE"]
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
-def mlflow_server(request, tmp_path, serve, monkeypatch):
-    """An MLflow server with users: SQLite and a folder, or Postgres and S3 as in compose.yaml."""
+@pytest.fixture(scope="module")
+def mlflow_env(postgres, make_databases, s3_server, tmp_path_factory):
+    """Variables of an MLflow server with users on Postgres and S3, whose databases are migrated."""
     pytest.importorskip("flask_wtf", reason="`--app-name basic-auth` needs mlflow[auth]")
+    folder = tmp_path_factory.mktemp("mlflow")
+    address = f"mlflow@127.0.0.1:{postgres.port}"
     ini = (DOCKER / "mlflow-auth.ini").read_text()
-    env = {"MLFLOW_BACKEND_STORE_URI": f"sqlite:///{tmp_path}/mlflow.db"}
-    users, artifacts = f"sqlite:///{tmp_path}/users.db", str(tmp_path / "artifacts")
-    bucket = None
-    if request.param == "postgres":
-        request.getfixturevalue("make_databases")
-        s3 = request.getfixturevalue("s3_server")
-        bucket, artifacts = "mlflow", "s3://mlflow"
-        script("make-buckets", bucket, env=s3.environment)
-        address = (
-            f"postgresql+psycopg2://mlflow@127.0.0.1:{request.getfixturevalue('postgres').port}"
-        )
-        env = {"MLFLOW_BACKEND_STORE_URI": f"{address}/mlflow", **s3.environment}
-        env["PGPASSWORD"] = PASSWORDS["MLFLOW_DB_PASSWORD"]
-        users = f"{address}/mlflow_users"
-    (tmp_path / "auth.ini").write_text(
-        ini.replace("postgresql+psycopg2://mlflow@postgres:5432/mlflow_users", users)
-    )
-    env["MLFLOW_AUTH_CONFIG_PATH"] = str(tmp_path / "auth.ini")
+    assert "mlflow@postgres:5432" in ini
+    (folder / "auth.ini").write_text(ini.replace("mlflow@postgres:5432", address))
+    env = {
+        **s3_server.environment,
+        "MLFLOW_BACKEND_STORE_URI": f"postgresql+psycopg2://{address}/mlflow",
+        "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
+        "PGPASSWORD": PASSWORDS["MLFLOW_DB_PASSWORD"],
+    }
     script("migrate", "mlflow", env=env)
+    return env
+
+
+@pytest.mark.parametrize("has_users", [True, False])
+def test_migrating_a_second_time_changes_nothing(postgres, mlflow_env, monkeypatch, has_users):
+    def tables():
+        versions = "select version_num from alembic_version"
+        users = "select version_num from alembic_version_auth"
+        return postgres.sql(versions, "mlflow"), postgres.sql(users, "mlflow_users")
+
+    before = tables()
+    assert "" not in before
+    for name, value in mlflow_env.items():
+        monkeypatch.setenv(name, value)
+    if not has_users:
+        monkeypatch.delenv("MLFLOW_AUTH_CONFIG_PATH")
+    monkeypatch.setattr(sys, "argv", ["migrate", "mlflow"])
+    runpy.run_path(str(DOCKER / "migrate"), run_name="__main__")
+    assert tables() == before
+
+
+@pytest.fixture
+def mlflow_server(mlflow_env, s3_server, serve, monkeypatch):
+    """An MLflow server with users, on Postgres and S3 as in compose.yaml, and its bucket."""
+    bucket = "mlflow"
+    script("make-buckets", bucket, env=s3_server.environment)
     port = services.free_port()
     page = f"http://127.0.0.1:{port}"
     argv = ["mlflow", "server", "--app-name=basic-auth", "--workers=1", f"--port={port}"]
-    argv += [f"--artifacts-destination={artifacts}", "--allowed-hosts=127.0.0.1:*"]
-    env["MLFLOW_AUTH_ADMIN_PASSWORD"] = ADMIN["MLFLOW_TRACKING_PASSWORD"]
-    env["MLFLOW_FLASK_SERVER_SECRET_KEY"] = "a key that signs sessions"
-    serve(argv, env, f"{page}/health")
+    argv += [f"--artifacts-destination=s3://{bucket}", "--allowed-hosts=127.0.0.1:*"]
+    secrets = {
+        "MLFLOW_AUTH_ADMIN_PASSWORD": ADMIN["MLFLOW_TRACKING_PASSWORD"],
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "a key that signs sessions",
+    }
+    serve(argv, mlflow_env | secrets, f"{page}/health")
     for name, value in ADMIN.items():
         monkeypatch.setenv(name, value)
     return page, bucket
 
 
 def test_mlflow_takes_pictures_from_who_knows_the_password_and_refuses_strangers(
-    mlflow_server, request, tmp_path, monkeypatch
+    mlflow_server, s3_server, tmp_path, monkeypatch
 ):
     page, bucket = mlflow_server
     client = MlflowClient(page)
@@ -232,17 +247,15 @@ def test_mlflow_takes_pictures_from_who_knows_the_password_and_refuses_strangers
     names = [found.path for found in client.list_artifacts(run_id, "images")]
     assert any(name.endswith(".png") for name in names)
     assert client.download_artifacts(run_id, names[0], str(tmp_path))
-    if bucket:
-        s3 = request.getfixturevalue("s3_server")
-        store = boto3.client(
-            "s3",
-            endpoint_url=s3.endpoint,
-            aws_access_key_id="testing",
-            aws_secret_access_key="testing",
-            region_name="us-east-1",
-        )
-        keys = [item["Key"] for item in store.list_objects_v2(Bucket=bucket)["Contents"]]
-        assert any(run_id in key and key.endswith(".png") for key in keys)
+    store = boto3.client(
+        "s3",
+        endpoint_url=s3_server.endpoint,
+        aws_access_key_id="testing",
+        aws_secret_access_key="testing",
+        region_name="us-east-1",
+    )
+    keys = [item["Key"] for item in store.list_objects_v2(Bucket=bucket)["Contents"]]
+    assert any(run_id in key and key.endswith(".png") for key in keys)
 
     assert services.answers(f"{page}/health")
     search = f"{page}/api/2.0/mlflow/experiments/search"

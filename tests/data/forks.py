@@ -1,0 +1,19 @@
+"""Processes that tests kill, forked from one that has imported what they need."""
+
+import contextlib
+import multiprocessing
+
+import psutil
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["data.lists.metadata", "data.score.run", "data.shards.write"])
+
+
+def kill(process) -> None:
+    """End a process and all its descendants by SIGKILL."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        found = psutil.Process(process.pid)
+        for one in [*found.children(recursive=True), found]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    process.join()
