@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from copy import copy
+from functools import update_wrapper
 from typing import Any
 
 from prefect import Flow, flow, get_run_logger
@@ -18,6 +21,7 @@ from prefect.artifacts import (
 )
 from prefect.runtime import flow_run
 from prefect.states import Completed, State
+from prefect.utilities.callables import parameter_docstrings
 from prefect.utilities.urls import url_for
 
 from flows import progress
@@ -98,7 +102,35 @@ def stage_flow(
         config: all settings; the deployment comes with those of its preset
     """
     run.__name__ = run.__qualname__ = stage.section
-    return flow(name=stage.name, persist_result=True)(run)
+    if _made:
+        made = _like(_made[0], run, stage.name)
+    else:
+        made = flow(name=stage.name, persist_result=True)(run)
+    _made.append(made)
+    return made
+
+
+_made: list[Flow[..., Outcome]] = []
+"""The flows of stages."""
+
+
+def _like(first: Flow[..., Outcome], run: Callable[..., Outcome], name: str) -> Flow[..., Outcome]:
+    """What `flow(…)` makes of a function with the signature of the first flow's.
+
+    Prefect takes a third of a second to derive the form of all settings, and every process that
+    runs something makes the flows of all stages. Their forms differ in what is said of parameters.
+    """
+    made = copy(first)
+    update_wrapper(made, run)
+    made.fn, made.name, made.description = run, name, inspect.getdoc(run)
+    made._entrypoint = f"{run.__module__}:{run.__qualname__}"
+    said = parameter_docstrings(made.description)
+    described = {
+        parameter: {**schema, "description": said[parameter]}
+        for parameter, schema in first.parameters.properties.items()
+    }
+    made.parameters = first.parameters.model_copy(update={"properties": described})
+    return made
 
 
 class _Attempt:

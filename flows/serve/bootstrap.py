@@ -21,7 +21,6 @@ from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
 from prefect.flows import Flow, load_flow_from_entrypoint
-from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import from_qualified_name
 from prefect.utilities.templating import apply_values
 from rich.console import Console
@@ -155,7 +154,7 @@ def deploy(
             entrypoint = deployment["entrypoint"]
             if entrypoint not in flows:
                 flow: Flow[..., Any] = load_flow_from_entrypoint(entrypoint)
-                form = parameter_schema(flow).model_dump_for_openapi()
+                form = flow.parameters.model_dump_for_openapi()
                 flows[entrypoint] = client.create_flow(flow), form, about(flow)
             flow_id, form, description = flows[entrypoint]
             client.create_deployment(

@@ -10,9 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.parse
+import urllib.request
+import uuid
 from pathlib import Path
 from unittest import mock
 
+import psutil
 import pytest
 
 from flows.serve import settings
@@ -20,31 +24,73 @@ from flows.serve import settings
 settings.apply()
 
 from flows.config import PipelineConfig  # noqa: E402
+from flows.record.tracking import Tracker  # noqa: E402
 from flows.serve import services  # noqa: E402
 from flows.stage import Context  # noqa: E402
 from flows.stages import download, evaluate, filter, score, train_base, train_upsampler  # noqa: E402
-from tests.once import prefect_home  # noqa: E402
+from tests.once import made_once, prefect_home  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def prefect_server():
-    """A temporary Prefect server with a database of its own; its API's address."""
-    from prefect.settings import PREFECT_API_URL
-    from prefect.testing import utilities
+    """A temporary Prefect server with a database of its own; its API's address.
 
-    folder = prefect_home(Path(tempfile.mkdtemp()))  # Prefect deletes it
-    (folder / "prefect.db").rename(folder / "prefect-test.db")
+    Prefect's harness for tests does the same, and imports all of the server into this process.
+    """
+    from prefect.context import _temporary_global_settings_context, get_settings_context
+    from prefect.logging.handlers import APILogWorker
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    port = services.free_port()
+    api = f"http://127.0.0.1:{port}/api"
     with (
-        mock.patch.object(utilities, "mkdtemp", return_value=str(folder)),
-        utilities.prefect_test_harness(server_startup_timeout=120),
+        tempfile.TemporaryDirectory() as folder,
+        temporary_settings({PREFECT_API_URL: api}),
+        _temporary_global_settings_context(get_settings_context()),
     ):
-        yield PREFECT_API_URL.value()
+        server = _start_prefect(prefect_home(Path(folder)), port)
+        try:
+            wait_for(lambda: services.answers(f"{api}/health"), 300)
+            yield api
+            APILogWorker.instance().drain()
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def _start_prefect(home: Path, port: int) -> subprocess.Popen:
+    """Only what answers requests: no pages, no services that look after schedules and events."""
+    environment = {
+        **{name: value for name, value in os.environ.items() if "DATABASE" not in name},
+        "PREFECT_HOME": str(home),
+        "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
+        "PREFECT__SERVER_EPHEMERAL": "1",
+        "PREFECT__SERVER_FINAL": "1",
+    }
+    factory = ["uvicorn", "--factory", "prefect.server.api.server:create_app"]
+    where = ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
+    return subprocess.Popen([sys.executable, "-m", *factory, *where], env=environment)
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """A folder for a store and a tracking database, whose schema takes seconds to make."""
-    return tmp_path_factory.mktemp("runs")
+    """A folder for a store and a tracking database."""
+    folder = tmp_path_factory.mktemp("runs")
+    new_record(folder / "mlflow.db")
+    return folder
+
+
+def new_record(file: Path) -> None:
+    """MLflow's database as a first command leaves it; its tables take seconds to make."""
+
+    def make(home: Path) -> None:
+        Tracker("new", home / "store")
+
+    with mock.patch.dict(os.environ):
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+        made = made_once("mlflow", make)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(made / "mlflow.db", file)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +111,13 @@ class S3:
     def options(self) -> dict:
         """Keyword arguments of s3fs."""
         return {"endpoint_url": self.endpoint, "key": "testing", "secret": "testing"}
+
+    def bucket(self) -> str:
+        """A new bucket's name; made without a client, whose session takes half a second."""
+        name = f"bucket-{uuid.uuid4().hex}"
+        request = urllib.request.Request(f"{self.endpoint}/{name}", method="PUT")
+        urllib.request.urlopen(request).close()
+        return name
 
 
 @contextlib.contextmanager
@@ -182,6 +235,13 @@ def postgres():
 def _unprivileged() -> dict:
     """Options of subprocess for what refuses to run as root."""
     return {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+
+
+def listening_on(url: str) -> set[str]:
+    """Addresses at which the port of this URL takes connections."""
+    port = urllib.parse.urlsplit(url).port
+    connections = psutil.net_connections("tcp")
+    return {c.laddr.ip for c in connections if c.status == "LISTEN" and c.laddr.port == port}
 
 
 def wait_for(claim, seconds: float, every: float = 0.2):

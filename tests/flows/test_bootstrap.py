@@ -2,7 +2,6 @@
 
 import pytest
 from prefect.flows import Flow, load_flow_from_entrypoint
-from prefect.utilities.callables import parameter_schema
 
 from flows.config import PipelineConfig, StageName, presets
 from flows.serve.bootstrap import about, deployments
@@ -32,11 +31,17 @@ def test_every_entrypoint_is_a_module_and_loads(deployment):
     flow = load_flow_from_entrypoint(deployment["entrypoint"])
     assert isinstance(flow, Flow)
     assert flow.persist_result
-    schema = parameter_schema(flow).model_dump_for_openapi()["properties"]
+    schema = flow.parameters.model_dump_for_openapi()["properties"]
     names = ["overrides", "stages", "force", "upstream", "config"]
     assert list(schema) == [name for name in names if name in schema]
     assert all(parameter.get("description") for parameter in schema.values())
     assert "Args" not in about(flow)
+
+
+@pytest.mark.parametrize("entrypoint", sorted({one["entrypoint"] for one in DEPLOYMENTS}))
+def test_every_flow_with_its_form_is_what_prefect_makes_of_its_function(entrypoint):
+    flow = load_flow_from_entrypoint(entrypoint)
+    assert vars(flow) == vars(Flow(flow.fn, name=flow.name, persist_result=True))
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=NAMES)

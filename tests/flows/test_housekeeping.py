@@ -24,8 +24,7 @@ from flows.storage.housekeeping import (
 from flows.storage.store import Store
 from flows.storage.upstream import UpstreamError, locate
 
-from .conftest import write
-from .test_lease import bucket
+from .conftest import new_record, write
 
 
 def _download(context: Context) -> None:
@@ -41,13 +40,18 @@ DOWNLOAD = Stage("download", 1, _download, vouched=("images",))
 FILTER = Stage("filter", 1, _filter, lambda config: {"fates": Need(DOWNLOAD, "fates")})
 
 
+def url_of(server) -> str:
+    """A new store's."""
+    return f"s3://{server.bucket()}/store"
+
+
 @pytest.fixture(params=["folder", "s3"])
 def store(request, tmp_path, monkeypatch):
     """A store of each kind."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("GIGAGAN_STORE_CACHE", str(tmp_path / "cache"))
     is_folder = request.param == "folder"
-    where = str(tmp_path / "store") if is_folder else bucket(request.getfixturevalue("s3"))
+    where = str(tmp_path / "store") if is_folder else url_of(request.getfixturevalue("s3"))
     return Store.of(PipelineConfig(store=where))
 
 
@@ -77,6 +81,12 @@ def named(found, name: str):
 
 def record(referred=None, runs=(), keys=()) -> Record:
     return Record("the record", referred or {}, runs, keys)
+
+
+def tracking(name: str, store: Store) -> Tracker:
+    """A tracker on a new record beside a store."""
+    new_record(store.root.parent / "mlflow.db")
+    return Tracker(name, store.root)
 
 
 def command(store: Store, *arguments: str) -> int:
@@ -269,7 +279,7 @@ def test_an_output_that_changed_since_it_was_looked_at_is_not_deleted(folder):
 
 @pytest.mark.slow
 def test_gc_is_a_dry_run_until_yes_and_asks_mlflow(store, capsys):
-    tracker = Tracker("gc", store.root)
+    tracker = tracking("gc", store)
     loose = make(store, DOWNLOAD, seed=1)
     referred = make(store, DOWNLOAD, seed=2)
     registered = make(store, DOWNLOAD, seed=3)
@@ -318,6 +328,7 @@ def test_gc_deletes_nothing_by_a_record_that_holds_no_run(folder, capsys, monkey
 def test_gc_by_another_record_keeps_what_that_one_does_not_know(folder, capsys, monkeypatch):
     facts = {"parent": None, "fresh": True, "tags": {}}
     right = f"sqlite:///{folder.root.parent}/right.db"
+    new_record(folder.root.parent / "right.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", right)
     tracker = Tracker("gc", folder.root)
     key = folder.resolve(DOWNLOAD, PipelineConfig()).key
@@ -326,7 +337,7 @@ def test_gc_by_another_record_keeps_what_that_one_does_not_know(folder, capsys, 
     tracker.client.delete_run(run_id)
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    Tracker("gc", folder.root).start_stage(DOWNLOAD, "b" * 64, {}, **facts)
+    tracking("gc", folder).start_stage(DOWNLOAD, "b" * 64, {}, **facts)
     assert command(folder, "gc", "--yes", "--unfinished") == 0
     assert f"does not know its MLflow run {run_id}" in capsys.readouterr().out
     assert output.path.is_dir()
@@ -343,7 +354,7 @@ def test_an_output_whose_run_is_forgotten_goes_when_it_is_named(folder, capsys, 
     other = make(folder, DOWNLOAD, seed=1)  # of no run: gc would delete it
     if has_record:
         facts = {"parent": None, "fresh": True, "tags": {}}
-        Tracker("rm", folder.root).start_stage(DOWNLOAD, "b" * 64, {}, **facts)
+        tracking("rm", folder).start_stage(DOWNLOAD, "b" * 64, {}, **facts)
         assert command(folder, "gc") == 0
         assert "(`store rm` deletes it)" in capsys.readouterr().out
     assert command(folder, "rm", output.key[:9]) == 0
@@ -361,7 +372,7 @@ def test_what_is_named_stays_while_something_needs_it(folder, capsys, monkeypatc
     with folder.lease("filter", kept.key):
         assert command(folder, "rm", "--yes", kept.key, download.key) == 1
     assert "in use by" in capsys.readouterr().out
-    tracker = Tracker("rm", folder.root)
+    tracker = tracking("rm", folder)
     facts = {"parent": None, "fresh": True, "tags": {}}
     run_id = tracker.start_stage(FILTER, kept.key, {}, **facts)
     assert command(folder, "rm", "--yes", kept.key, download.key) == 1
@@ -403,7 +414,7 @@ def test_gc_refuses_when_mlflow_cannot_be_asked(folder, monkeypatch, capsys):
 
 
 def test_a_stage_reads_the_output_that_was_named_by_key_run_or_folder(folder, tmp_path):
-    tracker = Tracker("upstream", folder.root)
+    tracker = tracking("upstream", folder)
     own, other = make(folder, DOWNLOAD, seed=0), make(folder, DOWNLOAD, seed=1)
     facts = {"parent": None, "fresh": True, "tags": {}}
     run_id = tracker.start_stage(DOWNLOAD, other.key, {}, **facts)
@@ -426,7 +437,7 @@ def test_a_stage_reads_the_output_that_was_named_by_key_run_or_folder(folder, tm
 
 def test_an_output_of_another_store_is_fetched_from_its_url(s3, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("GIGAGAN_STORE_CACHE", str(tmp_path / "cache"))
-    far = Store.of(PipelineConfig(store=bucket(s3)))
+    far = Store.of(PipelineConfig(store=url_of(s3)))
     output = make(far, DOWNLOAD, seed=4)
     found = locate(folder, {"download": output.url}, lambda run: ("", ""))
     resolved = folder.resolve(FILTER, PipelineConfig(), upstream=found, check=True)
@@ -439,10 +450,11 @@ def test_an_upstream_that_is_unknown_unfinished_or_of_another_stage_is_refused(f
     output = make(folder, DOWNLOAD)
     unfinished = folder.place("download", "e" * 64)
     unfinished.resume()
+    tracker = tracking("upstream", folder)
 
     def refused(stage: str, where: str, message: str) -> None:
         with pytest.raises(StageError, match=message):
-            locate(folder, {stage: where}, Tracker("upstream", folder.root).output_of)
+            locate(folder, {stage: where}, tracker.output_of)
 
     refused("download", "e" * 8, "not complete")
     refused("filter", str(output.path), "is one of download")

@@ -199,10 +199,13 @@ def test_under_torchrun_too_a_training_that_saved_is_not_called_a_failure(module
         launch(child, Resources(backend="torchrun"), log_file=tmp_path / "log", log=stop)
 
 
-@pytest.mark.parametrize("package", ["kubernetes", "torch", "ray"])
-def test_a_backend_is_imported_when_it_is_used(package):
-    code = f"import flows.launch, flows.launch.slurm, sys; sys.exit({package!r} in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_a_backend_is_imported_when_it_is_used():
+    code = (
+        "import flows.launch, flows.launch.slurm, sys;"
+        "print([name for name in ('kubernetes', 'torch', 'ray') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.slow

@@ -1,15 +1,14 @@
 """One writer at a time: on a folder and on S3, between threads and processes that are killed."""
 
 import json
+import multiprocessing
 import os
 import random
-import signal
+import re
 import subprocess
 import sys
-import textwrap
 import threading
 import time
-import uuid
 
 import psutil
 import pytest
@@ -18,6 +17,7 @@ from flows.safety import processes
 from flows.stage import BusyError
 from flows.storage.lease import Holder, Lease, LocalBoard, holder
 from flows.storage.objects import Remote, RemoteBoard
+from tests.flows.conftest import wait_for
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -25,16 +25,8 @@ def board(request, tmp_path):
     """The files of a lease, on each kind of store."""
     if request.param == "folder":
         return LocalBoard(tmp_path / "lease")
-    return RemoteBoard(Remote(bucket(request.getfixturevalue("s3"))).below("lease"))
-
-
-def bucket(server) -> str:
-    """A new bucket's URL."""
-    import s3fs
-
-    name = f"lease-{uuid.uuid4().hex}"
-    s3fs.S3FileSystem(**server.options, skip_instance_cache=True).mkdir(name)
-    return f"s3://{name}/store"
+    url = f"s3://{request.getfixturevalue('s3').bucket()}/store"
+    return RemoteBoard(Remote(url).below("lease"))
 
 
 def other(**changes) -> Holder:
@@ -217,48 +209,48 @@ def test_a_creation_whose_answer_was_lost_is_known_as_ones_own(board, monkeypatc
     lease.release()
 
 
-CONTENDER = textwrap.dedent(
-    """
-    import fcntl, random, sys, time
-    from pathlib import Path
-    from flows.storage import lease
-    from flows.safety import processes
-    from flows.storage.lease import Lease, LocalBoard
-    from flows.storage.objects import Remote, RemoteBoard
+CONTENDER = """
+import fcntl, os, random, sys, time
+from pathlib import Path
+from flows.storage import lease
+from flows.safety import processes
+from flows.storage.lease import Lease, LocalBoard
+from flows.storage.objects import Remote, RemoteBoard
 
-    where, witness, rounds, stranger, seed = sys.argv[1:]
-    random.seed(int(seed))
-    if stranger == "1":  # nobody can see whether we live: silence must tell
-        processes.here = lambda: f"machine of {seed}"
-    if "://" in where:
-        board = RemoteBoard(Remote(where))
-    else:
-        board = LocalBoard(Path(where))
-    for _ in range(int(rounds)):
-        # A busy machine silences who lives: only strangers have nothing else to go by.
-        held = Lease(board, "x", stale_s=4.0 if stranger == "1" else 12.0)
-        try:
-            held.acquire()
-            with open(witness + ".lock", "w") as lock, open(witness, "a") as log:
-                try:  # the kernel knows who is inside, and lets go of it on death
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    log.write("two\\n")
-                    log.flush()
-                log.write("in\\n")
+os.environ.update(environment)
+random.seed(seed)
+if stranger:  # nobody can see whether we live: silence must tell
+    processes.here = lambda: f"machine of {seed}"
+if "://" in where:
+    board = RemoteBoard(Remote(where))
+else:
+    board = LocalBoard(Path(where))
+for _ in range(rounds):
+    # A busy machine silences who lives: only strangers have nothing else to go by.
+    held = Lease(board, "x", stale_s=4.0 if stranger else 12.0)
+    try:
+        held.acquire()
+        with open(witness + ".lock", "w") as lock, open(witness, "a") as log:
+            try:  # the kernel knows who is inside, and lets go of it on death
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.write("two\\n")
                 log.flush()
-                time.sleep(random.uniform(0.0, 0.3))
-                held.check()
-                log.write("out\\n")
-        finally:
-            held.release()
-        time.sleep(random.uniform(0, 2))  # let others in
-    """
-)
+            log.write(f"in {os.getpid()}\\n")
+            log.flush()
+            time.sleep(random.uniform(0.0, 0.3))
+            held.check()
+            log.write("out\\n")
+    finally:
+        held.release()
+    time.sleep(random.uniform(0, 2))  # let others in
+"""
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["flows.storage.lease", "flows.storage.objects", "s3fs"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stranger", [0, 1], ids=["on one host", "on machines of their own"])
+@pytest.mark.parametrize("stranger", [False, True], ids=["on one host", "on machines of their own"])
 def test_of_processes_that_are_killed_at_random_never_two_hold_it_and_all_get_on(
     board, tmp_path, stranger
 ):
@@ -267,31 +259,40 @@ def test_of_processes_that_are_killed_at_random_never_two_hold_it_and_all_get_on
     luck = random.Random(7)
     seeds = iter(range(1000))
 
-    def start(rounds: int) -> subprocess.Popen:
-        arguments = [where, str(witness), str(rounds), str(stranger), str(next(seeds))]
-        return subprocess.Popen([sys.executable, "-c", CONTENDER, *arguments])
+    def start(rounds: int) -> multiprocessing.process.BaseProcess:
+        names = {"where": where, "witness": str(witness), "stranger": stranger}
+        names |= {"rounds": rounds, "seed": next(seeds), "environment": dict(os.environ)}
+        process = FORKED.Process(target=exec, args=(CONTENDER, names))
+        process.start()
+        return process
 
-    def entered() -> int:
-        return witness.read_text().count("in\n") if witness.exists() else 0
+    def entered() -> list[int]:
+        """Who went in, one after the other."""
+        found = re.findall(r"^in (\d+)\n", witness.read_text(), re.MULTILINE)
+        return [int(pid) for pid in found]
 
-    running = [start(10**6) for _ in range(4)]
+    witness.touch()
+
+    running = [start(10**6) for _ in range(3)]
     try:
-        for _ in range(4 if stranger else 8):
-            before, deadline = entered(), time.monotonic() + 60
-            while entered() < before + 3:
-                assert time.monotonic() < deadline, "nobody gets on"
-                time.sleep(0.05)
-            time.sleep(luck.uniform(0, 0.3))
-            victim = luck.randrange(len(running))
-            running[victim].send_signal(signal.SIGKILL)
-            running[victim].wait()
+        for kill in range(4):
+            enough = len(entered()) + 3
+            wait_for(lambda enough=enough: len(entered()) >= enough, 60, every=0.05)
+            if kill % 2:
+                time.sleep(luck.uniform(0, 0.3))
+                victim = luck.randrange(len(running))
+            else:  # who went in last is likely to be there still
+                victim = [process.pid for process in running].index(entered()[-1])
+            running[victim].kill()
+            running[victim].join()
             running[victim] = start(10**6)
         last = start(2)
-        assert last.wait(120) == 0
+        last.join(120)
+        assert last.exitcode == 0
     finally:
         for process in running:
             process.kill()
-            process.wait()
+            process.join()
     text = witness.read_text()
     assert "two" not in text
     assert text.count("out") >= 10

@@ -12,6 +12,7 @@ from flows.__main__ import explain, main
 from flows.commands.pipeline import _show_results, pictures
 from flows.config import PipelineConfig
 from flows.record import compare
+from tests.flows.conftest import new_record
 
 
 @pytest.mark.parametrize(
@@ -120,6 +121,7 @@ def test_a_run_ends_with_the_pages_of_its_own_store(tmp_path, capsys, monkeypatc
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(compare, "shows", lambda *_: is_served)
     config = PipelineConfig(store=str(tmp_path / "st [v1]"))
+    new_record(tmp_path / "mlflow.db")
     _show_results(Console(), config, {}, [])
     _, prefect, mlflow = capsys.readouterr().out.splitlines()[-3:]
     own = f"`python -m flows ui --store '{tmp_path}/st [v1]'` opens it"

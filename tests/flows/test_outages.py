@@ -17,7 +17,7 @@ from flows.serve import services
 from flows.stages import evaluate, train_base
 from flows.storage.store import Store
 from gigagan.training.logs import Log
-from tests.flows.conftest import wait_for
+from tests.flows.conftest import new_record, wait_for
 from tests.flows.outputs import commit, evaluated, key
 
 pytestmark = pytest.mark.slow
@@ -39,7 +39,12 @@ class Server:
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         with (self.folder / "log.txt").open("a") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, start_new_session=True, cwd=self.folder
+                command,
+                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                cwd=self.folder,
             )
         wait_for(lambda: services.answers(f"{self.url}/health"), 120)
 
@@ -51,19 +56,21 @@ class Server:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    return Server(tmp_path_factory.mktemp("server"))
+    """A server that runs for all tests; who kills it starts it again."""
+    folder = tmp_path_factory.mktemp("server")
+    new_record(folder / "mlflow.db")
+    home = Server(folder)
+    home.start()
+    yield home
+    home.kill()
 
 
 @pytest.fixture
 def server(home, monkeypatch):
-    monkeypatch.setenv("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-    home.start()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", home.url)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     monkeypatch.setattr(outages, "PATIENCE_S", 1.0)
     monkeypatch.setattr(outages, "PAUSE_S", 0.2)
-    yield home
-    home.kill()
+    return home
 
 
 @pytest.fixture
@@ -85,64 +92,52 @@ def shown(tracker, run):
     return sorted(name.split("+")[2] for name in names if name.endswith(".png"))
 
 
-def test_a_server_killed_while_training_logs_loses_no_figure_and_no_picture(
-    tracker, server, tmp_path, monkeypatch
+def test_a_server_killed_while_stages_run_loses_no_figure_picture_or_output_and_hides_no_error(
+    tracker, server, config, tmp_path, monkeypatch
 ):
-    run = start(tracker)
-    monkeypatch.setenv("MLFLOW_RUN_ID", run)
+    training = start(tracker)
+    ended = start(tracker, 5)
+    failing = start(tracker, 7)
+    monkeypatch.setenv("MLFLOW_RUN_ID", training)
     log = Log(tmp_path, 100)
     log.start(0)
     log.scalars(1, {"loss": 1.0})
-    wait_for(lambda: steps(tracker, run) == [1], 60)
+    wait_for(lambda: steps(tracker, training) == [1], 60)
+    lines = '{"images": 2, "time": 5.0, "loss": 0.5}\n'
+    files = {"snapshot.safetensors": "weights", "metrics.jsonl": lines}
+    output = commit(config, train_base.STAGE, 5, files, metrics={"images_seen": 2.0}, run_id=ended)
+
     server.kill()
     for images in (2, 3):
         log.scalars(images, {"loss": 1.0})
         log.picture(images, "grid", Image.new("RGB", (5, 7)))
-    server.start()
-    log.scalars(4, {"loss": 1.0})
-    log.close()
-    assert steps(tracker, run) == [1, 2, 3, 4]
-    assert shown(tracker, run) == ["2", "3"]
-
-
-def test_a_server_that_is_gone_at_the_end_costs_the_record_and_not_the_output(
-    tracker, server, config
-):
-    store = Store.of(config)
-    run = start(tracker, 5)
-    lines = '{"images": 2, "time": 5.0, "loss": 0.5}\n'
-    files = {"snapshot.safetensors": "weights", "metrics.jsonl": lines}
-    output = commit(config, train_base.STAGE, 5, files, metrics={"images_seen": 2.0}, run_id=run)
-    server.kill()
     with (
         pytest.raises(
             TrackingError, match="is complete and kept; start the server and run"
         ) as told,
-        tracker.status_of(run),
+        tracker.status_of(ended),
     ):
-        tracker.outputs(run, output)
+        tracker.outputs(ended, output)
     assert str(output.path) in str(told.value)
-    server.start()
-
-    tracker = Tracker(config.name, config.store_path)
-    assert tracker.client.get_run(run).info.status == "RUNNING"
-    found = store.lookup(train_base.STAGE, key(5))
-    manifest = store.manifest(train_base.STAGE, key(5))
-    resolved = evaluated(config, 6, 0.3).resolved
-    assert tracker.complete_record(train_base.STAGE, manifest, found, resolved) == run
-    record = tracker.client.get_run(run)
-    assert record.info.status == "FINISHED"
-    assert record.data.metrics["final/images_seen"] == 2.0
-    assert steps(tracker, run) == [2]
-    assert len(record.outputs.model_outputs) == 1
-
-
-def test_an_error_of_the_stage_is_not_hidden_by_a_server_that_is_gone(tracker, server):
-    run = start(tracker, 7)
-    server.kill()
-    with pytest.raises(ZeroDivisionError), tracker.status_of(run):
+    with pytest.raises(ZeroDivisionError), tracker.status_of(failing):
         raise ZeroDivisionError
     server.start()
+
+    log.scalars(4, {"loss": 1.0})
+    log.close()
+    assert steps(tracker, training) == [1, 2, 3, 4]
+    assert shown(tracker, training) == ["2", "3"]
+    tracker = Tracker(config.name, config.store_path)
+    assert tracker.client.get_run(ended).info.status == "RUNNING"
+    found = Store.of(config).lookup(train_base.STAGE, key(5))
+    manifest = Store.of(config).manifest(train_base.STAGE, key(5))
+    resolved = evaluated(config, 6, 0.3).resolved
+    assert tracker.complete_record(train_base.STAGE, manifest, found, resolved) == ended
+    record = tracker.client.get_run(ended)
+    assert record.info.status == "FINISHED"
+    assert record.data.metrics["final/images_seen"] == 2.0
+    assert steps(tracker, ended) == [2]
+    assert len(record.outputs.model_outputs) == 1
 
 
 def test_a_pair_is_registered_through_a_server_and_stays_its_champion(tracker, config):

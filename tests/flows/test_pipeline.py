@@ -23,10 +23,34 @@ def states() -> dict[str, str]:
     return {flows[run.flow_id]: run.state.name for run in newest}
 
 
-def test_stages_run_in_order_and_leave_a_complete_record(config, ran):
+def log_of_newest(capsys) -> list[str]:
+    """What a watcher of the newest pipeline is told of its stages."""
+    APILogHandler().flush()
+    with get_client(sync_client=True) as client:
+        (flow,) = [flow for flow in client.read_flows() if flow.name == "full-pipeline"]
+        runs = [run for run in client.read_flow_runs() if run.flow_id == flow.id]
+    run = max(runs, key=lambda run: run.created)
+    capsys.readouterr()
+    assert watch(run.id, Console(width=200)).is_completed()
+    shown = [line.partition("  ")[2] for line in capsys.readouterr().out.splitlines()]
+    told = [line for line in shown if line.startswith(("stage", *StageName))]
+    return [line.partition(" in ")[0].partition(": /")[0] for line in told]
+
+
+def test_stages_run_in_order_and_leave_a_complete_record(config, ran, capsys):
     assert [step.action for step in plan(config)] == ["run"] * 6
     outputs = full_pipeline(config=config)
     assert ran == list(StageName) == list(outputs)
+    log = log_of_newest(capsys)
+    assert log[:6] == [
+        "stage 1 of 6, download: Metadata to images.",
+        "download started",
+        "download done",
+        "stage 2 of 6, score: Images to scores.",
+        "score started",
+        "score done",
+    ]
+    assert [line for line in log if "done" in line] == [f"{name} done" for name in StageName]
     assert [step.action for step in plan(config)] == ["skip"] * 6
 
     tracker = Tracker(config.name, config.store_path)
@@ -53,26 +77,6 @@ def test_stages_run_in_order_and_leave_a_complete_record(config, ran):
     } == {"Skipped"}
 
 
-def test_the_log_of_the_pipeline_says_which_stage_does_what(config, ran, capsys):
-    full_pipeline(stages=[StageName.DOWNLOAD, StageName.SCORE], config=config)
-    APILogHandler().flush()
-    with get_client(sync_client=True) as client:
-        (flow,) = [flow for flow in client.read_flows() if flow.name == "full-pipeline"]
-        runs = [run for run in client.read_flow_runs() if run.flow_id == flow.id]
-    run = max(runs, key=lambda run: run.created)
-    assert watch(run.id, Console(width=200)).is_completed()
-    shown = [line.partition("  ")[2] for line in capsys.readouterr().out.splitlines()]
-    told = [line for line in shown if line.startswith(("stage", "download", "score"))]
-    assert [line.partition(" in ")[0].partition(": /")[0] for line in told] == [
-        "stage 1 of 2, download: Metadata to images.",
-        "download started",
-        "download done",
-        "stage 2 of 2, score: Images to scores.",
-        "score started",
-        "score done",
-    ]
-
-
 def test_a_stage_runs_alone_on_what_the_store_holds(config, ran):
     with pytest.raises(MissingInputError, match="prefect deployment run score/score"):
         full_pipeline(stages=[StageName.DOWNLOAD, StageName.TRAIN_BASE], config=config)
@@ -85,7 +89,7 @@ def test_a_stage_runs_alone_on_what_the_store_holds(config, ran):
     assert first.mlflow_run_id != second.mlflow_run_id
 
 
-def test_a_failed_stage_goes_on_in_its_folder_and_mlflow_run(config, ran, monkeypatch):
+def test_a_failed_stage_goes_on_in_its_folder_and_mlflow_run(config, ran, monkeypatch, capsys):
     def break_off(context):
         (context.path / "half").write_text("done")
         raise OSError("no network")
@@ -102,6 +106,7 @@ def test_a_failed_stage_goes_on_in_its_folder_and_mlflow_run(config, ran, monkey
     assert broken.info.status == pipeline.info.status == "FAILED"
 
     output = full_pipeline(stages=only, config=config)["download"]
+    assert log_of_newest(capsys)[0].startswith("stage 1 of 1, download: ")
     assert output.mlflow_run_id == broken.info.run_id
     assert (output.path / "half").exists()
     assert tracker.client.get_run(broken.info.run_id).info.status == "FINISHED"

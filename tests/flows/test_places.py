@@ -1,6 +1,7 @@
 """A current folder that cannot be written, and a user without a home."""
 
 import ctypes
+import json
 import os
 import subprocess
 import sys
@@ -31,14 +32,13 @@ def _keep_to_rights() -> None:
     ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
 
 
-def flows(folder, *arguments, code=None, **environment):
-    """Run a command in a folder."""
+def flows(folder, *arguments, code, **environment):
+    """Run code in a folder."""
     inherited = {
         name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ
     }
-    command = ["-c", code] if code else ["-m", "flows", *arguments]
     return subprocess.run(
-        [sys.executable, *command],
+        [sys.executable, "-c", code, *arguments],
         cwd=folder,
         env={"OMP_NUM_THREADS": "1", **inherited, **environment},
         preexec_fn=_keep_to_rights,
@@ -48,23 +48,54 @@ def flows(folder, *arguments, code=None, **environment):
     )
 
 
+IN_TURN = """
+import json, os, runpy, sys
+said = {}
+for arguments in json.loads(sys.argv[1]):
+    sys.argv[1:] = arguments
+    files = [os.memfd_create(name) for name in ("out", "err")]
+    before = [os.dup(number) for number in (1, 2)]
+    for number, file in enumerate(files, 1):
+        os.dup2(file, number)
+    try:
+        runpy.run_module("flows", run_name="__main__")
+    except SystemExit as left:
+        status = left.code
+    for number, stream in enumerate((sys.stdout, sys.stderr), 1):
+        stream.flush()
+        os.dup2(before[number - 1], number)
+    texts = [os.pread(file, os.fstat(file).st_size, 0).decode() for file in files]
+    said[" ".join(arguments)] = status, *texts
+print(json.dumps(said))
+"""
+"""Runs commands one after the other: most of what one takes is what Python imports for it."""
+
+
+@pytest.fixture(scope="module")
+def said(folder):
+    """Status, output and errors of each command in that folder."""
+    done = flows(folder, json.dumps([*LOOKS, *WRITES]), code=IN_TURN)
+    assert done.stderr == ""
+    return json.loads(done.stdout)
+
+
 def test_the_copy_cannot_be_written(folder):
     done = flows(folder, code="open('x', 'w')")
     assert "Permission denied: 'x'" in done.stderr
 
 
 @pytest.mark.parametrize("arguments", LOOKS, ids=" ".join)
-def test_what_only_looks_works_where_nothing_can_be_written(folder, arguments):
-    done = flows(folder, *arguments)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout
+def test_what_only_looks_works_where_nothing_can_be_written(said, arguments):
+    status, output, errors = said[" ".join(arguments)]
+    assert (status, errors) == (0, "")
+    assert output
 
 
 @pytest.mark.parametrize("arguments", WRITES, ids=" ".join)
-def test_what_writes_names_the_variable_that_moves_it(folder, arguments):
-    done = flows(folder, *arguments)
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
+def test_what_writes_names_the_variable_that_moves_it(folder, said, arguments):
+    status, _, errors = said[" ".join(arguments)]
+    assert status == 1
+    (line,) = errors.splitlines()
     assert line.startswith(f"error: {folder}/runs") or f"store {folder}/runs" in line
     assert line.endswith("to a folder that can")
 

@@ -16,6 +16,7 @@ from flows.record.registry import Registry, RegistryError, register_evaluation
 from flows.record.tracking import Tracker
 from flows.stages import evaluate
 from flows.storage.store import Store
+from tests.flows.conftest import new_record
 from tests.flows.outputs import RULES, evaluated
 
 OTHER_RULES = RULES | {"crop": "none"}
@@ -229,6 +230,7 @@ def command(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     store = tmp_path / "store"
     config = PipelineConfig(store=str(store))
+    new_record(tmp_path / "mlflow.db")
     tracker = Tracker(config.name, store)
     for number, kid in enumerate([0.3, 0.2], 1):
         made = evaluated(config, number, kid)

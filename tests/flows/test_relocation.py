@@ -14,6 +14,7 @@ from flows.record.tracking import Tracker, tracking_uri
 from flows.serve import services, ui
 from flows.stage import Stage
 from flows.storage.store import Store
+from tests.flows.conftest import listening_on, new_record
 from tests.flows.outputs import evaluated
 
 KEY = "0123456789abcdef" * 4
@@ -30,21 +31,12 @@ NAMES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def schema(tmp_path_factory):
-    """An empty tracking database: its tables take seconds to make."""
-    folder = tmp_path_factory.mktemp("schema")
-    Tracker("schema", folder / "store")
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
-def home(tmp_path, schema, monkeypatch):
+def home(tmp_path, monkeypatch):
     """A folder for a store and its record."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     folder = tmp_path / "old"
-    folder.mkdir()
-    shutil.copy(schema, folder)
+    new_record(folder / "mlflow.db")
     return folder
 
 
@@ -124,12 +116,13 @@ def test_the_champion_is_found_where_the_store_is_now(home):
 
 
 @pytest.mark.slow
-def test_the_page_shows_a_record_in_a_folder_of_any_name(home, monkeypatch):
+def test_a_page_of_ours_shows_a_record_in_a_folder_of_any_name_on_the_loopback_only(home):
     new = home.rename(home.parent / NAMES[3])
     tracker = Tracker("shown", new / "store")
     record(tracker, "first.txt")
     with ui.mlflow_page(new / "store", services.free_port()) as page:
         assert compare.shows(page, tracker, "download")
+        assert listening_on(page) == {"127.0.0.1"}
     assert {path.name for path in home.parent.iterdir()} == {new.name}
 
 

@@ -1,21 +1,21 @@
 """Servers that we start: who can reach them, and with what."""
 
+import contextlib
 import http.server
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
 import urllib.error
-import urllib.parse
 import urllib.request
 
-import psutil
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
 
-from flows.serve import services, ui
-from tests.flows.conftest import wait_for
+from flows.serve import services
+from tests.flows.conftest import listening_on, wait_for
 from tests.once import prefect_home
 
 PASSWORD = "admin:only-for-us"
@@ -27,33 +27,6 @@ def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
     for name in ("PREFECT_API_URL", "PREFECT_UI_URL", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
-
-
-def listening_on(url: str) -> set[str]:
-    """Addresses at which the port of this URL takes connections."""
-    port = urllib.parse.urlsplit(url).port
-    connections = psutil.net_connections("tcp")
-    return {c.laddr.ip for c in connections if c.status == "LISTEN" and c.laddr.port == port}
-
-
-@pytest.mark.slow
-def test_a_prefect_server_of_ours_is_on_the_loopback_only_and_keeps_to_its_password(
-    tmp_path, monkeypatch
-):
-    prefect_home(tmp_path / "prefect")
-    monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", PASSWORD)
-    with services.prefect_api(services.free_port()) as api:
-        assert listening_on(api) == {"127.0.0.1"}
-        with pytest.raises(urllib.error.HTTPError, match="401"):
-            urllib.request.urlopen(f"{api}/admin/version")
-        with SyncPrefectClient(api, auth_string=PASSWORD) as client:
-            assert client.read_flow_runs() == []
-
-
-@pytest.mark.slow
-def test_an_mlflow_page_of_ours_is_on_the_loopback_only(tmp_path):
-    with ui.mlflow_page(tmp_path / "store", services.free_port()) as page:
-        assert listening_on(page) == {"127.0.0.1"}
 
 
 def test_a_service_does_not_outlive_its_command_however_that_ends(tmp_path):
@@ -216,7 +189,10 @@ def test_two_commands_that_start_at_once_share_one_server(command):
     assert len({api for _, api in found}) == 1
 
 
-def test_the_record_of_a_server_is_whole_and_goes_with_it(command, record_file):
+def test_the_record_of_a_server_is_whole_replaces_an_empty_one_and_goes_with_it(
+    command, record_file
+):
+    record_file.touch()
     process, api = command(services.free_port())
     assert json.loads(record_file.read_text())["api"] == api
     process.communicate()
@@ -225,23 +201,29 @@ def test_the_record_of_a_server_is_whole_and_goes_with_it(command, record_file):
 
 
 @pytest.mark.slow
-def test_a_prefect_server_starts_in_a_home_of_any_name(tmp_path):
+def test_a_server_of_ours_in_a_home_of_any_name_is_on_the_loopback_only_and_keeps_to_its_password(
+    tmp_path,
+):
     name = "feature%2Fx of my data #1 ?x"
-    home = tmp_path / name
-    code = """
-from flows.serve import services, settings
-settings.apply()
-with services.prefect_api(services.free_port()) as api:
-    print(api)
-"""
+    home = prefect_home(tmp_path / name)
     environment = {name: value for name, value in os.environ.items() if "DATABASE" not in name}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**environment, "PREFECT_HOME": str(home)},
-        capture_output=True,
+    environment |= {"PREFECT_SERVER_API_AUTH_STRING": PASSWORD, "PREFECT_HOME": str(home)}
+    with subprocess.Popen(
+        [sys.executable, "-c", COMMAND, str(services.free_port())],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert (home / "prefect.db").is_file()
+    ) as command:
+        api = command.stdout.readline().strip()
+        assert listening_on(api) == {"127.0.0.1"}
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{api}/admin/version")
+        with SyncPrefectClient(api, auth_string=PASSWORD) as client:
+            client.create_flow_from_name("a flow")
+        assert command.communicate() == ("", "")
+    assert command.returncode == 0
+    with contextlib.closing(sqlite3.connect(home / "prefect.db")) as database:
+        assert database.execute("SELECT name FROM flow").fetchall() == [("a flow",)]
     assert {path.name for path in tmp_path.iterdir()} == {name, "logs"}

@@ -53,8 +53,6 @@ def fake(tmp_path, monkeypatch):
     for name in ("sbatch", "squeue", "sacct", "scancel", "srun", "scontrol"):
         (tools / name).write_text(f'#!/bin/sh\nexec {sys.executable} {FAKE} {name} "$@"\n')
         (tools / name).chmod(0o755)
-    (tools / "one-rank").write_text(ONE_RANK.format(python=sys.executable))
-    (tools / "one-rank").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_SLURM", str(folder))
     monkeypatch.delenv("SLURM_CONF", raising=False)
@@ -147,6 +145,8 @@ def stage(tmp_path):
     module = tmp_path / "modules"
     module.mkdir()
     (module / "tiny.py").write_text(TRAINING)
+    (module / "one-rank").write_text(ONE_RANK.format(python=sys.executable))
+    (module / "one-rank").chmod(0o755)
     return folder
 
 
@@ -158,7 +158,8 @@ def training(stage, steps=3, **resources):
 
 def one_rank(stage, steps=3, **resources):
     """The same without torchrun, for what is not about ranks."""
-    return training(stage, steps, slurm={"python": "one-rank"}, **resources)
+    python = {"python": str(stage.parents[2] / "modules/one-rank")}
+    return training(stage, steps, slurm=python, **resources)
 
 
 def two_ranks(**more):
@@ -171,10 +172,16 @@ def numbers(lines):
 
 
 @pytest.mark.slow
-def test_a_job_runs_on_every_rank_and_its_output_arrives_line_by_line(cluster, stage):
+def test_a_job_runs_on_every_rank_with_what_was_asked_for_and_its_output_arrives_line_by_line(
+    cluster, stage
+):
     lines = []
-    run(training(stage), lines.append)
+    tiny = stage.parents[2] / "modules/tiny.py"
+    asked = "os.write(1, f\"{os.environ['OMP_NUM_THREADS']} {os.environ['A']}\\n\".encode())\n"
+    tiny.write_text(f"import os\n{asked}{TRAINING}")
+    run(training(stage, slurm={"cpus_per_task": 2}, env={"A": "b"}), lines.append)
     assert {"rank 0 of 2 from 0", "rank 1 of 2 from 0"} <= set(lines)
+    assert lines.count("1 b") == 2
     assert "rank 0 of 2 from 0" in (stage / "log").read_text()
     assert len(numbers(lines)) == 1
 
@@ -183,7 +190,7 @@ def test_a_job_runs_on_every_rank_and_its_output_arrives_line_by_line(cluster, s
 def test_a_failure_brings_the_last_lines_and_the_log_file(cluster, stage):
     (stage.parents[2] / "modules/tiny.py").write_text("raise SystemExit('no such shards')")
     with pytest.raises(LaunchError, match=r"(?s)FAILED in Slurm.*log.*no such shards"):
-        run(training(stage, max_restarts=0))
+        run(one_rank(stage, max_restarts=0))
 
 
 @pytest.mark.slow
@@ -202,7 +209,7 @@ def test_an_exception_here_lets_the_job_save_and_leaves_none_behind(cluster, sta
 
 @pytest.mark.slow
 def test_a_running_job_is_adopted_and_no_second_one_starts(cluster, stage):
-    job = training(stage, steps=60)
+    job = one_rank(stage, steps=30)
     orphan = slurm.SlurmJob(job, Output(str))
     orphan.start()
     wait_for(lambda: state(stage) > 0, 60)
@@ -210,32 +217,22 @@ def test_a_running_job_is_adopted_and_no_second_one_starts(cluster, stage):
     run(job, lines.append)
     assert numbers(lines) == []
     assert any(f"Slurm job {orphan.id} is there already" in line for line in lines)
-    assert state(stage) == 60
-    assert (stage / "log").read_text().count("rank 0 of 2") == 1
+    assert state(stage) == 30
+    assert (stage / "log").read_text().count("rank 0 of 1") == 1
 
 
 @pytest.mark.slow
 def test_a_job_of_that_name_with_another_command_is_not_touched(cluster, stage):
-    job = training(stage, steps=10_000)
+    job = one_rank(stage, steps=10_000)
     other = slurm.SlurmJob(job, Output(str))
     other.start()
     try:
         with pytest.raises(LaunchError, match=f"another command.*scancel {other.id}"):
-            run(training(stage, steps=5))
+            run(one_rank(stage, steps=5))
         assert other.poll() is None
     finally:
         other.kill()
         wait_for(lambda: other.poll(), 60)
-
-
-@pytest.mark.slow
-def test_what_is_asked_of_slurm_is_given_to_the_job(cluster, stage):
-    lines = []
-    (stage.parents[2] / "modules/tiny.py").write_text(
-        "import os; os.write(1, f\"{os.environ['OMP_NUM_THREADS']} {os.environ['A']}\\n\".encode())"
-    )
-    run(training(stage, slurm={"cpus_per_task": 2}, env={"A": "b"}), lines.append)
-    assert lines.count("1 b") == 2
 
 
 def test_a_job_called_off_in_the_queue_never_starts(fake, stage):
@@ -262,7 +259,7 @@ def test_a_job_called_off_in_the_queue_never_starts(fake, stage):
 )
 def test_a_lost_job_goes_on_in_another_one(fake, stage, fate, why):
     lines = []
-    thread, errors = in_background(one_rank(stage, steps=40), lines)
+    thread, errors = in_background(one_rank(stage, steps=25), lines)
     reached = wait_for(lambda: state(stage), 60)
     fake.strike(**fate)
     thread.join()
@@ -272,16 +269,16 @@ def test_a_lost_job_goes_on_in_another_one(fake, stage, fate, why):
     begun = [int(line.split()[-1]) for line in lines if line.startswith("rank 0")]
     assert begun[0] == 0
     assert begun[1] >= reached
-    assert state(stage) == 40
+    assert state(stage) == 25
 
 
 def test_a_job_that_the_cluster_asked_to_stop_goes_on_in_another_one(fake, stage):
     lines = []
-    thread, errors = in_background(one_rank(stage, steps=40), lines)
+    thread, errors = in_background(one_rank(stage, steps=25), lines)
     wait_for(lambda: state(stage), 60)
     slurm._slurm("scancel", "--signal=TERM", numbers(lines)[0])
     thread.join()
-    assert (errors, state(stage), len(numbers(lines))) == ([], 40, 2)
+    assert (errors, state(stage), len(numbers(lines))) == ([], 25, 2)
 
 
 def test_restarts_are_bounded(fake, stage):
