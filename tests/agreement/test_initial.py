@@ -1,5 +1,7 @@
 """Before the first step nothing vanishes and nothing explodes, at any depth."""
 
+import functools
+
 import pytest
 
 from gigagan.config import DiscriminatorConfig, GeneratorConfig
@@ -25,9 +27,14 @@ def first_and_last_rung():
     return g.generator, d.discriminator
 
 
+@functools.cache  # each is looked at twice
+def measured(networks):
+    return measure(*networks(), batch=8, seed=0)
+
+
 @pytest.mark.parametrize("networks", [small, twin_of_the_paper, first_and_last_rung])
 def test_activations_and_logits_are_of_order_one_through_depth(networks):
-    found = measure(*networks(), batch=8, seed=0)
+    found = measured(networks)
     for spread in found.generator + found.discriminator:
         if spread.name.endswith("to_rgb"):
             continue  # a share of the image, which is looked at below
@@ -40,7 +47,7 @@ def test_activations_and_logits_are_of_order_one_through_depth(networks):
 
 @pytest.mark.parametrize("networks", [small, twin_of_the_paper])
 def test_gradients_reach_every_block_with_like_norms(networks):
-    found = measure(*networks(), batch=8, seed=0)
+    found = measured(networks)
     for spreads in (found.generator, found.discriminator):
         # The mapping network's learning rate, and so its gradient, is scaled down on purpose.
         norms = [s.gradient for s in spreads if s.name != "mapping"]

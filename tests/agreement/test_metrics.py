@@ -35,6 +35,7 @@ from gigagan.evaluation.judges.statistics import (
     subsampled,
 )
 from gigagan.models import pretrained
+from tests.gigagan import small
 
 RANDOM = np.random.default_rng(0)
 REAL = RANDOM.normal(size=(211, 24)) @ RANDOM.normal(size=(24, 24)) * 0.3
@@ -107,6 +108,12 @@ def test_cmmd_is_the_biased_estimate_of_its_authors():
     expected = 1000 * (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y))
     assert cmmd(REAL, MADE) == pytest.approx(expected, rel=1e-6)
     assert cmmd(REAL, REAL) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.fixture
+def quick_inception():
+    with small.quick_inception():
+        yield
 
 
 # ---- statistics
@@ -188,7 +195,7 @@ def features(random, size, shift):
 @pytest.mark.parametrize("shift", [0, 0.1, 0.3, 1])
 @pytest.mark.parametrize(
     ("num_a", "num_b", "trials"),
-    [(40, 60, 300), pytest.param(60, 300, 600, marks=pytest.mark.slow)],
+    [(40, 60, 300), pytest.param(60, 300, 300, marks=pytest.mark.slow)],
 )
 def test_a_kernel_distances_interval_covers_what_it_says(num_a, num_b, trials, shift):
     random = np.random.default_rng(11)
@@ -280,6 +287,7 @@ def test_the_legacy_resize_is_the_one_inside_the_published_network(side):
     np.testing.assert_allclose(legacy_resize(image), expected[0].permute(1, 2, 0), atol=1e-2)
 
 
+@pytest.mark.usefixtures("quick_inception")
 def test_one_pass_serves_all_judges_and_batches_do_not_matter(tmp_path):
     pictures = [picture(40, seed) for seed in range(5)]
     judges = [extractor("inception-2015-12-05/clean"), extractor("inception-2015-12-05/legacy")]
@@ -300,6 +308,7 @@ def test_one_pass_serves_all_judges_and_batches_do_not_matter(tmp_path):
     assert np.abs(one[name] - one[judges[1].name]).max() > 0.1
 
 
+@pytest.mark.usefixtures("quick_inception")
 def test_unreadable_pictures_are_all_named_and_nothing_is_left(tmp_path):
     paths = [tmp_path / f"{i}.png" for i in range(4)]
     for path in paths:
@@ -312,6 +321,7 @@ def test_unreadable_pictures_are_all_named_and_nothing_is_left(tmp_path):
     assert not list((tmp_path / "f").iterdir())
 
 
+@pytest.mark.usefixtures("quick_inception")
 def test_a_reference_is_computed_once_and_anew_when_its_entry_is_damaged(tmp_path, caplog):
     paths = [tmp_path / f"{i}.png" for i in range(2)]
     for seed, path in enumerate(paths):

@@ -1,4 +1,4 @@
-"""What trainings of a few pictures do without."""
+"""What trainings and evaluations of a few pictures do without."""
 
 import pytest
 
@@ -9,3 +9,12 @@ def without_charts(monkeypatch):
     from gigagan.training import logs
 
     monkeypatch.setattr(logs, "draw_health", lambda *_: None)
+
+
+@pytest.fixture
+def quick_inception():
+    """Random features for Inception's, where its values prove nothing."""
+    from tests.gigagan.small import quick_inception
+
+    with quick_inception():
+        yield

@@ -1,17 +1,16 @@
 """What each of two processes does in the tests of distributed training.
 
-Run as `ranks.py NAME FOLDER` in an environment such as torchrun makes; a failed assertion is an
-exit status.
+They are in an environment such as torchrun makes; a failed assertion is an exit status.
 """
 
 import copy
 import os
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo  # an optimizer imports it when it is made, which takes seconds
 import torch.nn.functional as F
 from torch import nn
 
@@ -253,15 +252,13 @@ def hangs(world, folder):
     world.mean(torch.ones(5))
 
 
-def main():
-    name, folder = sys.argv[1], Path(sys.argv[2])
+def perform(argv):
+    name, folder = argv
     world = join(timeout_s=2 if name == "hangs" else 60)
     assert (world.size, world.device.type) == (2, "cpu")
     assert isinstance(world, World)
     assert world.shares_memory == (os.environ["LOCAL_WORLD_SIZE"] == "2")
-    {f.__name__: f for f in (reducer, gather, sharded, dies, hangs)}[name](world, folder)
+    acts = {f.__name__: f for f in (reducer, gather, sharded, dies, hangs)}
+    acts[name](world, Path(folder))
     world.leave()
-
-
-if __name__ == "__main__":
-    main()
+    return 0

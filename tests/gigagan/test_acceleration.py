@@ -26,11 +26,11 @@ KINDS = ("generator", "discriminator", "upsampler")
 B = 3
 
 
-def make(kind):
+def make(kind, *, blocks=(1, 2, 1)):
     torch.manual_seed(5)
     if kind == "generator":
         config = GeneratorConfig(
-            channels=(16, 8, 8), kernels=(1, 2, 2), blocks=(1, 2, 1), attention=(0, 1, 0),
+            channels=(16, 8, 8), kernels=(1, 2, 2), blocks=blocks, attention=(0, 1, 0),
             head_width=8, latent_dim=5, style_dim=12, text=TEXT,
         )  # fmt: skip
         return Generator(config).double()
@@ -165,11 +165,14 @@ def test_channels_last_filters_compute_the_same(kind):
 
 @pytest.fixture
 def fresh_compiler():
-    """Compilation is process-wide state."""
+    """Compilation is process-wide state; it starts no Pythons beside this one."""
+    import torch._inductor.config
+
     names = ("recompile_limit", "accumulated_recompile_limit")
     before = {name: getattr(torch._dynamo.config, name) for name in names}
     torch._dynamo.reset()
-    yield
+    with torch._inductor.config.patch(compile_threads=1):
+        yield
     torch._dynamo.reset()
     for name, value in before.items():
         setattr(torch._dynamo.config, name, value)
@@ -197,9 +200,9 @@ def test_compiled_parts_keep_keys_and_r1_runs_them_uncompiled(fresh_compiler):
 @pytest.mark.skipif(
     shutil.which("g++") is None, reason="torch.compile on CPUs needs a C++ compiler"
 )
-def test_a_compiled_level_of_the_generator_equals_eager(fresh_compiler):
-    plain, fast = make("generator"), make("generator")
-    assert acceleration.compile_parts(fast.levels[1]) == 3  # convolutions and attention
+def test_a_compiled_block_of_the_generator_equals_eager(fresh_compiler):
+    plain, fast = (make("generator", blocks=(1, 1, 1)) for _ in range(2))
+    assert acceleration.compile_parts(fast.levels[0]) == 1
     for ours, theirs in zip(forward(fast), forward(plain), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     assert_equal(gradients(fast, loss), gradients(plain, loss), 1e-9)

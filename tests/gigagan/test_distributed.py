@@ -1,10 +1,5 @@
 import copy
-import importlib.util
 import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,48 +9,22 @@ from gigagan.training.distributed.optimizer import _owners, consolidate, make_op
 from gigagan.training.distributed.reducer import GradientReducer, batched
 from gigagan.training.distributed.world import World, _keep_to_core, join
 
-RANKS = Path(__file__).with_name("ranks.py")
+from . import ranks
+from .forks import RAISED, ROOT, Server
 
 
-def start_ranks(name, folder, num_local=2):
-    """Two gloo processes, as torchrun would start them, but nobody ends one for the other."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([str(RANKS.parents[2]), os.environ.get("PYTHONPATH", "")]),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": str(num_local),
-    }
-    command = [sys.executable, str(RANKS), name, str(folder)]
-    processes = []
-    for rank in ("0", "1"):
-        env |= {"RANK": rank, "LOCAL_RANK": str(int(rank) % num_local)}
-        with (folder / f"{name}{rank}.txt").open("w") as output:
-            processes.append(
-                subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
-            )
-    return processes
+@pytest.fixture(scope="module")
+def two_ranks():
+    """Exit statuses and last words of two gloo processes; the second is ended after the first."""
+    server = Server(ranks.__name__)
 
+    def start(name, folder, num_local=2):
+        argv, groups = [name, str(folder)], {"num_ranks": 2, "num_local": num_local}
+        statuses, words = server.ranks(argv, folder, **groups, seconds=(120, 5))
+        return statuses, [text[-3000:] for text in words]
 
-def two_ranks(name, folder, num_local=2):
-    """Exit statuses and last words; the second rank is ended once the first is gone."""
-    first, second = start_ranks(name, folder, num_local)
-    try:
-        first.wait(timeout=120)
-        second.wait(timeout=5)
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        first.kill()
-        second.kill()
-    words = [(folder / f"{name}{rank}.txt").read_text()[-3000:] for rank in (0, 1)]
-    return [first.wait(), second.wait()], words
+    yield start
+    server.close()
 
 
 @pytest.fixture
@@ -97,28 +66,19 @@ def test_cores_that_do_not_fit_the_ranks_are_named(cores, monkeypatch, asked):
         _keep_to_core(0, 2)
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    """What the ranks do, as a module: test folders are not packages."""
-    spec = importlib.util.spec_from_file_location("ranks", RANKS)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("name", ["reducer", "gather"])
-def test_two_ranks_equal_one_process(name, tmp_path):
+def test_two_ranks_equal_one_process(two_ranks, name, tmp_path):
     status, words = two_ranks(name, tmp_path)
     assert status == [0, 0], words
 
 
-def test_ranks_of_two_machines_share_no_memory_and_equal_one_process(tmp_path):
+def test_ranks_of_two_machines_share_no_memory_and_equal_one_process(two_ranks, tmp_path):
     status, words = two_ranks("reducer", tmp_path, num_local=1)
     assert status == [0, 0], words
 
 
 @pytest.mark.slow
-def test_divided_optimizer_state_equals_adamw_and_goes_on_in_one_process(ranks, tmp_path):
+def test_divided_optimizer_state_equals_adamw_and_goes_on_in_one_process(two_ranks, tmp_path):
     status, words = two_ranks("sharded", tmp_path)
     assert status == [0, 0], words
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
@@ -132,16 +92,16 @@ def test_divided_optimizer_state_equals_adamw_and_goes_on_in_one_process(ranks, 
 
 
 @pytest.mark.slow
-def test_the_others_end_with_an_error_when_a_rank_dies(tmp_path):
+def test_the_others_end_with_an_error_when_a_rank_dies(two_ranks, tmp_path):
     status, words = two_ranks("dies", tmp_path)
-    assert status == [1, 3]
+    assert status == [RAISED, 3]
     assert "by peer" in words[0]  # closed or reset
 
 
 @pytest.mark.slow
-def test_the_others_end_with_an_error_when_a_rank_hangs(tmp_path):
+def test_the_others_end_with_an_error_when_a_rank_hangs(two_ranks, tmp_path):
     status, words = two_ranks("hangs", tmp_path)
-    assert status[0] == 1
+    assert status[0] == RAISED
     assert "Timed out waiting 2000ms" in words[0]
 
 
@@ -215,11 +175,10 @@ def test_moments_loaded_from_another_layout_update_the_same_elements():
 
 
 def test_only_one_folder_talks_to_torch_distributed():
-    root = RANKS.parents[2]
     talks = {
-        path.parent.relative_to(root).as_posix()
+        path.parent.relative_to(ROOT).as_posix()
         for room in ("gigagan", "data", "flows")
-        for path in (root / room).rglob("*.py")
+        for path in (ROOT / room).rglob("*.py")
         if any(words in path.read_text() for words in ("torch.distributed as", "from torch.distr"))
     }
     assert talks == {"gigagan/training/distributed"}

@@ -23,6 +23,8 @@ from gigagan.models import pretrained
 from gigagan.models.aligner import Aligner, fit_aligner
 from gigagan.seeds import derived
 
+from . import small
+
 CONFIG = EvaluateConfig(
     batch_size=4, resolution=16, diversity_prompts=0, kid_subset_size=4, kid_subsets=2, seed=3,
     resamples=0, sweep=(), speed_batches=(), neighbours=0,
@@ -30,6 +32,13 @@ CONFIG = EvaluateConfig(
 COLOURS = ["red", "lime", "blue", "white", "black", "yellow", "cyan", "gray"]
 NOTE = {"id": 1, "image_id": 9, "caption": "a"}
 IMAGE = {"id": 9, "file_name": "a.png"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_inception():
+    """Also where a module's evaluation is made."""
+    with small.quick_inception():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -130,6 +130,7 @@ def evaluated(heldout, aligner, shards, tmp_path_factory):
     )
 
 
+@pytest.mark.usefixtures("quick_inception")
 def test_two_devices_draw_at_a_time_what_one_draws(heldout, tmp_path):
     config = QUICK.model_copy(update={"batch_size": 3})  # four batches
     alone = evaluate(sampler, heldout, tmp_path / "one", config)
@@ -196,6 +197,7 @@ def test_pictures_and_captions_are_written_in_one_order(evaluated):
     assert (out / "latents.png").is_file()
 
 
+@pytest.mark.usefixtures("quick_inception")
 def test_metrics_that_cannot_be_had_are_absent_with_a_reason(heldout, tmp_path):
     content = json.loads((heldout / "captions.json").read_text())
     del content["info"]
@@ -279,6 +281,7 @@ def test_an_upsamplers_protocol_is_not_measured_on_captions(heldout, tmp_path):
         evaluate(sampler, heldout, tmp_path, config)
 
 
+@pytest.mark.usefixtures("quick_inception")
 def test_an_unreadable_reference_is_an_error_and_leaves_no_result(heldout, tmp_path):
     broken = tmp_path / "set"
     shutil.copytree(heldout, broken)
@@ -296,7 +299,8 @@ def test_the_authors_layout_is_scored_as_it_is(evaluated, heldout, aligner, tmp_
     for number, picture in enumerate(sorted((out / "images").iterdir())):
         shutil.copy(picture, theirs / "fake_images" / f"{number}.png")  # 10 follows 9, not 1
     shutil.copy(out / "captions.txt", theirs)
-    results = score(theirs, heldout, tmp_path / "scored", CONFIG, aligner=aligner)
+    settings = {"aligner": aligner, "statistics": out / "statistics"}
+    results = score(theirs, heldout, tmp_path / "scored", CONFIG, **settings)
     for name in ("fid", "kid", "aligner_similarity", "background_colour_accuracy", "precision"):
         assert results["metrics"][name] == pytest.approx(drawn_by_us["metrics"][name]), name
     assert results["protocol"]["truncation"] is None
@@ -323,6 +327,7 @@ def test_results_of_different_protocols_are_not_put_into_one_table(evaluated):
         compare([results, other], ["a", "b"], differing)
 
 
+@pytest.mark.usefixtures("quick_inception")
 def test_an_upsampler_is_held_against_the_pictures_it_was_given_small(
     heldout, tmp_path, monkeypatch
 ):
@@ -408,6 +413,7 @@ def test_transparency_is_put_on_white():
     assert np.asarray(square(Image.new("RGBA", (2, 2), (9, 9, 9, 0)), 2)).min() == 255
 
 
+@pytest.mark.usefixtures("quick_inception")
 def test_features_are_the_same_from_files_and_arrays(heldout, tmp_path):
     paths = read_heldout(heldout).pictures[:3]
     arrays = [np.asarray(Image.open(path)) for path in paths]
@@ -469,19 +475,33 @@ def test_seeds_of_batches_and_variants_do_not_meet():
 
 # ---- CLIP
 
+NARROW_CLIP = {
+    "embed_dim": 32,
+    "vision_cfg": {
+        "image_size": 32, "patch_size": 8, "layers": 4, "width": 64, "head_width": 32,
+    },
+    "text_cfg": {
+        "context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 4,
+    },
+}  # fmt: skip
 
+
+@pytest.mark.usefixtures("quick_inception")
 def test_a_clip_judges_by_its_own_name_with_scores_and_recall(heldout, tmp_path, monkeypatch):
     import open_clip
     from safetensors.torch import save_file
 
+    file = tmp_path / "narrow-ViT.json"
+    file.write_text(json.dumps(NARROW_CLIP))
+    open_clip.add_model_config(file)
     torch.manual_seed(0)
-    model = open_clip.create_model("ViT-S-32-alt").eval()
-    save_file(model.state_dict(), tmp_path / "ViT-S-32-alt-measured.safetensors")
+    model = open_clip.create_model("narrow-ViT").eval()
+    save_file(model.state_dict(), tmp_path / "narrow-ViT-measured.safetensors")
     monkeypatch.setenv(pretrained.WEIGHTS_VARIABLE, str(tmp_path))
-    clip = "open_clip:ViT-S-32-alt/measured"
+    clip = "open_clip:narrow-ViT/measured"
     config = QUICK.model_copy(update={"clip": clip, "cmmd": clip})
     results = evaluate(sampler, heldout, tmp_path / "out", config)
-    name = "ViT-S-32-alt_measured"
+    name = "narrow-ViT_measured"
     metrics = results["metrics"]
     assert {f"clip_score_{name}", f"cmmd_{name}", f"clip_{name}_recall_at_1"} <= metrics.keys()
     images = sorted((tmp_path / "out" / "images").iterdir())

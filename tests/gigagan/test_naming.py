@@ -29,6 +29,13 @@ R1 = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_inception():
+    """Also where a module's evaluation is made."""
+    with small.quick_inception():
+        yield
+
+
 @pytest.fixture(scope="module")
 def heldout(tmp_path_factory):
     return shapes.write(tmp_path_factory.mktemp("shapes") / "heldout")

@@ -1,4 +1,3 @@
-import hashlib
 import itertools
 import json
 
@@ -9,16 +8,13 @@ from PIL import Image
 
 from gigagan.config import (
     DiscriminatorConfig,
-    GeneratorConfig,
     LossConfig,
     OptimizerConfig,
-    TextConfig,
     TrainBaseConfig,
     TrainUpsamplerConfig,
     UpsamplerConfig,
 )
 from gigagan.models.discriminator import Discriminator
-from gigagan.models.encoders import TextEncoder, TextFeatures
 from gigagan.models.generator import Generator
 from gigagan.models.upsampler import Upsampler
 from gigagan.training import __main__ as training_main
@@ -31,42 +27,9 @@ from gigagan.training.logs import Log
 from gigagan.training.probes import Look
 from gigagan.training.run import Run
 
+from .small import BASE, TEXT, WordEncoder
+
 pytestmark = pytest.mark.usefixtures("without_charts")
-TEXT = TextConfig(encoder="test:words", encoder_width=11, pooled_width=11, width=16, head_width=8)
-BASE = TrainBaseConfig(
-    generator=GeneratorConfig(
-        channels=(8, 8), kernels=(1, 2), blocks=(1, 1), attention=(0, 1), head_width=8,
-        latent_dim=5, style_dim=12, text=TEXT,
-    ),
-    discriminator=DiscriminatorConfig(
-        channels=(8, 8), levels=2, blocks=(1, 0), attention=(0, 1), head_width=8, text=TEXT
-    ),
-    loss=LossConfig(level_weights=(0.6, 0.4), contrastive=0, vision=0),
-    optimizer=OptimizerConfig(r1_every=2, warmup_images=8, ema_half_life_images=20),
-    total_images=48, batch_size=4, checkpoint_images=8, sample_images=24, log_images=8,
-)  # fmt: skip
-
-
-class WordEncoder(TextEncoder):
-    """Each word is a fixed random vector: real enough to tell captions apart."""
-
-    name = "test:words"
-    width = pooled_width = 11
-    max_tokens = 8
-
-    def count_tokens(self, caption):
-        return len(caption.split())
-
-    def encode(self, captions):
-        rows = [torch.stack([self._vector(w) for w in c.split()]) for c in captions]
-        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        mask = torch.arange(tokens.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]
-        return TextFeatures(tokens, mask, torch.stack([r.mean(0) for r in rows]))
-
-    @staticmethod
-    def _vector(word):
-        seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "big")
-        return torch.randn(11, generator=torch.Generator().manual_seed(seed))
 
 
 class ShadeBatch:
@@ -382,8 +345,8 @@ def test_a_tiny_network_learns_which_shade_a_caption_names(tmp_path):
             self.images_BCHW = shades[:, None, None, None].expand(size, 3, side, side).clone()
 
     config = BASE.model_copy(
-        update={"total_images": 3_200, "batch_size": 16, "checkpoint_images": 3_200,
-                "sample_images": 3_200, "log_images": 1_600}
+        update={"total_images": 960, "batch_size": 8, "checkpoint_images": 960,
+                "sample_images": 960, "log_images": 480}
     )  # fmt: skip
     made = players(config)
     captions = CaptionFeatures(WordEncoder(), torch.device("cpu"))
@@ -393,7 +356,7 @@ def test_a_tiny_network_learns_which_shade_a_caption_names(tmp_path):
         config,
         made,
         captions,
-        ShadeLoader(8, 16, batch=TwoShades),
+        ShadeLoader(8, 8, batch=TwoShades),
         NoProbe(),
         tmp_path,
         log,

@@ -11,9 +11,13 @@ from math import sqrt
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import t as student
 
-from gigagan.evaluation.judges.statistics import Interval, Moments, frechet_from_moments
+from gigagan.evaluation.judges.statistics import (
+    Interval,
+    Moments,
+    frechet_from_moments,
+    student_quantile,
+)
 
 _CHUNK = 2048  # rows of a kernel or distance matrix that are held at a time
 
@@ -119,7 +123,7 @@ def mmd2_interval(a_ND: np.ndarray, b_MD: np.ndarray, *, level: float = 0.95) ->
     f_M = within_b.rows_N / (M - 1) - between.columns_M / N
     linear = 4 * f_N.var(ddof=1) / N + 4 * f_M.var(ddof=1) / M - 2 * rest  # V₁: f is noisy, too
     c = max(linear, rest / 2) / max(value, sqrt(rest))
-    t = float(student.ppf((1 + level) / 2, min(N, M) - 1))
+    t = student_quantile((1 + level) / 2, min(N, M) - 1)
     middle = value + t**2 * c / 2
     reach = t * sqrt(max(0.0, rest + c * value + t**2 * c**2 / 4))
     return Interval(middle - reach, middle + reach, level)

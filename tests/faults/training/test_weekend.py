@@ -1,13 +1,8 @@
 """What a run meets when nobody looks: kills, full disks, lost files, dead ranks, bad numbers."""
 
-import importlib.util
 import itertools
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,71 +14,22 @@ from safetensors.torch import save_file
 from data.shards.loader import CorruptShardsError, ShardLoader
 from gigagan.models import snapshot
 from gigagan.training import checkpoint
+from tests.gigagan.forks import RAISED, Server
+
+from . import tiny_run
 
 pytestmark = pytest.mark.slow  # real processes: minutes in all
 
-PROGRAM = Path(__file__).with_name("tiny_run.py")
+CONFIG = tiny_run.CONFIG
 CLOCKS = {"images_per_second", "cpu_seconds", "time", "health/failed_checkpoints"}
 END, KILLED, PREEMPTED = 56, -9, 75
 
 
-def _load_program():
-    spec = importlib.util.spec_from_file_location("tiny_run", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny_run = _load_program()
-CONFIG = tiny_run.CONFIG
-
-
-def environment():
-    path = os.pathsep.join([str(PROGRAM.parents[3]), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
-
-
-class Server:
-    """Forks a process per request from one that has everything imported."""
-
-    def __init__(self):
-        self.process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), "serve"], env=environment(), text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-        assert json.loads(self.process.stdout.readline()) == "ready"
-
-    def ask(self, **request):
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def ranks(self, argv, folder, *, num_ranks=1, faults=(), seconds=60):
-        """Exit statuses and outputs of one process, or of a group as torchrun starts it."""
-        folder.mkdir(exist_ok=True, parents=True)
-        env = {tiny_run.FAULTS: json.dumps(faults)}
-        if num_ranks > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            env |= {"WORLD_SIZE": str(num_ranks)}
-        outputs = [folder / f"output{rank}.txt" for rank in range(num_ranks)]
-        pids = []
-        for rank, output in enumerate(outputs):
-            output.unlink(missing_ok=True)
-            own = env | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_ranks > 1 else {})
-            pids.append(self.ask(argv=argv, env=own, output=str(output)))
-        statuses = [self.ask(pid=pid, seconds=seconds) for pid in pids]
-        return statuses, [output.read_text() for output in outputs]
-
-
 @pytest.fixture(scope="module")
 def server():
-    made = Server()
+    made = Server(tiny_run.__name__)
     yield made
-    made.process.stdin.close()
-    made.process.wait(timeout=10)
+    made.close()
 
 
 @pytest.fixture(scope="module")
@@ -91,19 +37,20 @@ def shards(tmp_path_factory):
     return tiny_run.write_shards(tmp_path_factory.mktemp("data") / "008")
 
 
-def command(run_dir, shards, config=CONFIG):
+def arguments(run_dir, shards, config=CONFIG):
     path = run_dir.with_suffix(".json")
     path.write_text(config.model_dump_json())
-    return ["train", "--config", str(path), "--run-dir", str(run_dir), "--shards", str(shards)]
+    return ["--config", str(path), "--run-dir", str(run_dir), "--shards", str(shards)]
 
 
 @pytest.fixture(scope="module")
 def start(server, shards):
     """Starts a run in a folder, or goes on with it: its status and its output."""
 
-    def start(run_dir, *faults, config=CONFIG, num_ranks=1, shards=shards):
-        argv = command(run_dir, shards, config)
-        statuses, outputs = server.ranks(argv, run_dir, faults=faults, num_ranks=num_ranks)
+    def start(run_dir, *faults, config=CONFIG, num_ranks=1, shards=shards, how="train"):
+        argv = [how, *arguments(run_dir, shards, config)]
+        env = {tiny_run.FAULTS: json.dumps(faults)}
+        statuses, outputs = server.ranks(argv, run_dir, env=env, num_ranks=num_ranks)
         return (statuses[0], outputs[0]) if num_ranks == 1 else (statuses, outputs)
 
     return start
@@ -349,27 +296,30 @@ def test_a_run_all_of_whose_checkpoints_are_damaged_ends_with_an_error(start, en
 # 6. Full disks
 
 
-@pytest.mark.parametrize("kind", ["small_files", "full_disk"])
-def test_a_full_disk_costs_a_checkpoint_and_no_run(start, whole, kind, tmp_path):
+def test_a_full_disk_costs_a_checkpoint_and_no_run(start, whole, tmp_path):
+    """Whether files may not grow or the disk takes no more, in mid-run and at the end."""
     run_dir = tmp_path / "run"
-    status, output = start(run_dir, fault(kind, at=[16, 32]), fault("kill_in_step", at=36))
+    faults = fault("small_files", at=[16]), fault("full_disk", at=[32])
+    status, output = start(run_dir, *faults, fault("kill_in_step", at=36))
     assert status == KILLED
     assert output.count("training goes on, and tries again later") == 2
     assert "warning: " in output
+    assert "images-0000000016.pt could not be written" in output
     assert "images-0000000032.pt could not be written" in output
     assert names(run_dir) == [8, 24]
     assert not list(run_dir.rglob("*.partial"))
     for position in (8, 24):
         assert checkpoint.restore(path_of(run_dir, position), {})["images_seen"] == position
 
-    status, output = start(run_dir, fault(kind, at=[56]))
-    assert status == 1
-    assert "resumed at 24 images" in output
-    assert "error: " in output
-    assert "images-0000000056.pt could not be written" in output
-    assert names(run_dir) == [24, 32, 40, 48]
-    assert not list(run_dir.rglob("*.partial"))
-    assert not (run_dir / "snapshot.safetensors").exists()
+    for kind, position in (("small_files", 24), ("full_disk", 48)):
+        status, output = start(run_dir, fault(kind, at=[56]))
+        assert status == 1
+        assert f"resumed at {position} images" in output
+        assert "error: " in output
+        assert "images-0000000056.pt could not be written" in output
+        assert names(run_dir) == [24, 32, 40, 48]
+        assert not list(run_dir.rglob("*.partial"))
+        assert not (run_dir / "snapshot.safetensors").exists()
 
     assert start(run_dir)[0] == 0
     equals_the_whole(run_dir, whole)
@@ -531,20 +481,16 @@ def test_the_other_rank_ends_with_an_error_when_one_dies(start, tmp_path):
     assert names(tmp_path / "run") == [8, 16]
 
 
-def test_torchrun_ends_when_a_rank_dies_and_the_same_command_goes_on(whole, shards, tmp_path):
-    argv = command(tmp_path / "run", shards)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    group = [*torchrun, "--nproc-per-node=2", str(PROGRAM), *argv]
-    faults = json.dumps([fault("leave_in_step", at=20, rank=1)])
-    env = environment() | {tiny_run.FAULTS: faults}
-    done = subprocess.run(group, env=env, timeout=100, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert names(tmp_path / "run") == [8, 16]
+def test_torchrun_ends_when_a_rank_dies_and_the_same_command_goes_on(start, tmp_path):
+    run_dir = tmp_path / "run"
+    status, output = start(run_dir, fault("leave_in_step", at=20, rank=1), how="torchrun")
+    assert status == RAISED
+    assert "ChildFailedError" in output
+    assert names(run_dir) == [8, 16]
     config = CONFIG.model_copy(update={"total_images": 24})
-    command(tmp_path / "run", shards, config)
-    done = subprocess.run(group, env=environment(), timeout=100, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "resumed at 16 images" in done.stdout
+    status, output = start(run_dir, config=config, how="torchrun")
+    assert status == 0, output
+    assert "resumed at 16 images" in output
 
 
 # 11. Numbers that are not

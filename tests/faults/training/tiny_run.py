@@ -1,7 +1,7 @@
 """The processes of the tests of whole runs: a tiny run, and faults that strike it.
 
-`tiny_run.py train ARGUMENTS` is `python -m gigagan.training` with an encoder that needs no weights.
-`tiny_run.py serve` forks such a process per request, so that torch is imported once.
+`train ARGUMENTS` is `python -m gigagan.training` with an encoder that needs no weights, `torchrun
+ARGUMENTS` two of them under torchrun, and `equal IMAGES PARTS` a step that is compared.
 """
 
 import errno
@@ -13,8 +13,6 @@ import resource
 import signal
 import sys
 import tarfile
-import time
-import traceback
 from pathlib import Path
 
 import numpy as np
@@ -27,21 +25,11 @@ from PIL import Image
 
 from data.shards.loader import Batch, ShardLoader
 from data.shards.manifest import SIDECAR, Entry, Index
-from gigagan.config import (
-    AugmentConfig,
-    DiscriminatorConfig,
-    GeneratorConfig,
-    HealthConfig,
-    LossConfig,
-    OptimizerConfig,
-    SystemConfig,
-    TextConfig,
-    TrainBaseConfig,
-)
+from gigagan.config import AugmentConfig, HealthConfig, SystemConfig
 from gigagan.losses import prediction_weights
 from gigagan.models import pretrained
 from gigagan.models.discriminator import Discriminator
-from gigagan.models.encoders import ImageEncoder, ImageFeatures, TextEncoder, TextFeatures
+from gigagan.models.encoders import ImageEncoder, ImageFeatures
 from gigagan.models.generator import Generator
 from gigagan.models.vision import VisionAidedDiscriminator
 from gigagan.training import __main__ as training_main
@@ -54,28 +42,26 @@ from gigagan.training.distributed.world import World, join
 from gigagan.training.inputs import draw, split
 from gigagan.training.logs import Log
 from gigagan.training.run import Run
+from tests.gigagan.small import BASE, WordEncoder
 
 SIDE, NUM_SAMPLES, PER_SHARD = 8, 13, 5
 FAULTS, RANK = "TINY_FAULTS", "RANK"
-TEXT = TextConfig(encoder="test:words", encoder_width=11, pooled_width=11, width=16, head_width=8)
-CONFIG = TrainBaseConfig(
-    generator=GeneratorConfig(
-        channels=(8, 8), kernels=(1, 2), blocks=(1, 1), attention=(0, 1), head_width=8,
-        latent_dim=5, style_dim=12, text=TEXT,
-    ),
-    discriminator=DiscriminatorConfig(
-        channels=(8, 8), levels=2, blocks=(1, 0), attention=(0, 1), head_width=8, text=TEXT
-    ),
-    loss=LossConfig(level_weights=(0.6, 0.4), contrastive=0, vision=0, recent_captions=7),
-    optimizer=OptimizerConfig(r1_every=2, warmup_images=32, ema_half_life_images=20),
-    augment=AugmentConfig(
-        diffaugment=("translation",), ada=True, ada_target=-0.9, ada_every=3, ada_images=40
-    ),
-    health=HealthConfig(max_rollbacks=2, stall_seconds=100),
-    system=SystemConfig(collective_timeout_s=20),
-    precision="fp32", total_images=56, batch_size=4, log_images=8, sample_images=28,
-    checkpoint_images=8, keep_checkpoints=2, milestone_images=24,
-)  # fmt: skip
+CONFIG = BASE.model_copy(
+    update={
+        "loss": BASE.loss.model_copy(update={"recent_captions": 7}),
+        "optimizer": BASE.optimizer.model_copy(update={"warmup_images": 32}),
+        "augment": AugmentConfig(
+            diffaugment=("translation",), ada=True, ada_target=-0.9, ada_every=3, ada_images=40
+        ),
+        "health": HealthConfig(max_rollbacks=2, stall_seconds=100),
+        "system": SystemConfig(collective_timeout_s=20),
+        "precision": "fp32",
+        "total_images": 56,
+        "sample_images": 28,
+        "keep_checkpoints": 2,
+        "milestone_images": 24,
+    }
+)
 
 
 def write_shards(folder: Path, num_samples: int = NUM_SAMPLES) -> Path:
@@ -123,28 +109,6 @@ def add_sample(archive: tarfile.TarFile, place: int) -> dict:
 
 def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-class WordEncoder(TextEncoder):
-    """Each word is a fixed random vector."""
-
-    name = "test:words"
-    width = pooled_width = 11
-    max_tokens = 8
-
-    def count_tokens(self, caption):
-        return len(caption.split())
-
-    def encode(self, captions):
-        rows = [torch.stack([self._vector(w) for w in c.split()]) for c in captions]
-        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        mask = torch.arange(tokens.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]
-        return TextFeatures(tokens, mask, torch.stack([r.mean(0) for r in rows]))
-
-    @staticmethod
-    def _vector(word):
-        seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "big")
-        return torch.randn(11, generator=torch.Generator().manual_seed(seed))
 
 
 # Faults
@@ -412,60 +376,27 @@ def train(argv):
         if rank is None or str(rank) == os.environ.get(RANK, "0"):
             globals()[name](**fault)
     pretrained.text_encoder = lambda name, device: WordEncoder()
-    Log.health = lambda self, limits: None  # a page of charts takes longer than the run
+    logs.draw_health = lambda *_: None  # a page of charts takes longer than the run
+    Log.health = lambda self, limits: None
     return training_main.main(argv)
 
 
+def torchrun(argv):
+    """torchrun's own agent with two ranks, which are forks of it and no new Pythons."""
+    from torch.distributed import run
+
+    alone = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]  # as --standalone says
+    words = [*alone, "--nproc-per-node=2", "--start-method=fork", __file__]
+    config, _, _ = run.config_from_args(run.parse_args(words))
+    run.elastic_launch(config, entrypoint=ranked)(argv)
+    return 0
+
+
+def ranked(argv):
+    sys.exit(train(argv))
+
+
 def perform(argv):
-    if argv[0] == "train":
-        return train(argv[1:])
-    return equal_steps(argv[1], int(argv[2]))
-
-
-def run_child(request):
-    os.setsid()
-    output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for number in (1, 2):
-        os.dup2(output, number)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.environ.update(request["env"])
-    status = 70
-    try:
-        status = perform(request["argv"])
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def wait(pid, seconds):
-    """The exit status; a process that is too slow is ended, and has none."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return None
-
-
-def serve():
-    """One JSON request per line, one answer per line."""
-    torch.set_num_threads(1)
-    logs.draw_health = lambda *_: None  # it takes far longer than the run
-    print(json.dumps("ready"), flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "pid" in request:
-            print(json.dumps(wait(request["pid"], request["seconds"])), flush=True)
-        elif (pid := os.fork()) == 0:
-            run_child(request)
-        else:
-            print(json.dumps(pid), flush=True)
-
-
-if __name__ == "__main__":
-    serve() if sys.argv[1] == "serve" else sys.exit(perform(sys.argv[1:]))
+    if argv[0] == "equal":
+        return equal_steps(argv[1], int(argv[2]))
+    return {"train": train, "torchrun": torchrun}[argv[0]](argv[1:])
