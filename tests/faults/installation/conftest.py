@@ -299,14 +299,10 @@ def installed(folder: Path, extra: dict[str, str] | None = None) -> Iterator[Ins
         installation.stop()
 
 
-@pytest.fixture(autouse=True)
-def _nothing_is_left_behind(request):
-    """After every test no process of a flow lives on, and every slot is free."""
-    yield
-    if "site" in request.fixturenames:
-        site = request.getfixturevalue("site")
-        wait_for(lambda: not site.left_behind(), 60)
-        wait_for(lambda: site.slots() == 0, 60)
+def assert_nothing_is_left_behind(site: Installation) -> None:
+    """No process of a flow lives on, and every slot is free."""
+    wait_for(lambda: not site.left_behind(), 60)
+    wait_for(lambda: site.slots() == 0, 60)
 
 
 def outputs(store: Path) -> list[Path]:

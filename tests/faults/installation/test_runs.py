@@ -15,6 +15,7 @@ import pytest
 from tests.faults.installation.conftest import (
     LOGGED,
     Installation,
+    assert_nothing_is_left_behind,
     installed,
     kill,
     logged,
@@ -34,6 +35,12 @@ OTHER = {"train_base.seed": 7}
 def site(tmp_path_factory):
     with installed(tmp_path_factory.mktemp("site")) as site:
         yield site
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind(site):
+    yield
+    assert_nothing_is_left_behind(site)
 
 
 # Runs that are in each other's way
