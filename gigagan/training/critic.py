@@ -80,8 +80,19 @@ class Critic(ABC):
         """What reaches G."""
 
     @abstractmethod
+    def judge(self, images: Sequence[Tensor], inputs: Inputs) -> Tensor:
+        """The weighted mean logit of pictures as they are, beside the captions: a pyramid → B."""
+
+    @abstractmethod
     def penalty(self, inputs: Inputs) -> Loss:
         """R1 on the real pyramid with its captions, in float32."""
+
+
+def of_pictures(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Each picture's mean logit over positions, weighted over predictions: B."""
+    return torch.stack(
+        [w * full_precision(x).flatten(1).mean(1) for w, x in zip(weights, logits, strict=True)]
+    ).sum(0)
 
 
 def mean_logit(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -20,7 +20,7 @@ from gigagan.models.discriminator import Discriminator, LevelMaps
 from gigagan.models.encoders import TextFeatures
 from gigagan.models.layers import full_precision
 from gigagan.training.augment import mean_sign
-from gigagan.training.critic import Critic, mean_logit
+from gigagan.training.critic import Critic, mean_logit, of_pictures
 from gigagan.training.inputs import Inputs
 from gigagan.training.tasks import Loss, Metrics
 from gigagan.training.transfer import place
@@ -120,6 +120,11 @@ class MultiScaleCritic(Critic):
             loss = loss + strength * extra
             metrics |= {"g/vision": vision.detach(), "g/contrastive": contrastive.detach()}
         return loss, metrics
+
+    def judge(self, images: Sequence[Tensor], inputs: Inputs) -> Tensor:
+        """By all predictions (i, j)."""
+        logits = self.network(list(images[: self.network.config.levels]), inputs.text)
+        return of_pictures(logits, self.players.weights)
 
     def penalty(self, inputs: Inputs) -> Loss:
         """R1 with respect to the images before their augmentation (StyleGAN2-ADA)."""

@@ -18,7 +18,7 @@ from gigagan.config import TrainStage
 from gigagan.models.heads import ProjectedHeads
 from gigagan.training.augment import Draws, mean_sign
 from gigagan.training.auxiliary import see
-from gigagan.training.critic import Critic, Drawn, mean_logit
+from gigagan.training.critic import Critic, Drawn, mean_logit, of_pictures
 from gigagan.training.inputs import Inputs
 from gigagan.training.multi_scale import mismatched_rows
 from gigagan.training.tasks import Loss, Metrics
@@ -95,6 +95,11 @@ class ProjectedCritic(Critic):
         loss_of = losses.hinge_generator if is_hinge else losses.as_real
         loss = loss_of(logits, self.players.weights)
         return loss, {"g/adversarial": loss.detach()}
+
+    def judge(self, images: Sequence[Tensor], inputs: Inputs) -> Tensor:
+        """By the heads of all stages."""
+        stages = self._see(images[0], inputs, None)
+        return of_pictures(self.heads(stages, self.heads.read(inputs.text)), self.players.weights)
 
     def penalty(self, inputs: Inputs) -> Loss:
         """There is none: the settings refuse a weight for it."""
