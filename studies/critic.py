@@ -104,7 +104,7 @@ def learn(config: TrainBaseConfig, loader: ShardLoader, looks: list[int], seed: 
         return inputs, step.Drawn(pyramid(soften(real_BCHW), levels))
 
     held = [given() for _ in range(HELD_BATCHES)]
-    optimizer = torch.optim.Adam(critic.parameters(), lr=config.optimizer.lr, betas=(0, 0.99))
+    optimizer = torch.optim.Adam(critic.parameters(), lr=config.optimizer.lr, betas=(0.0, 0.99))
     found: dict[int, float] = {}
     spent = 0.0
     for number in range(1, max(looks) + 1):
