@@ -8,11 +8,9 @@ READY := $(VENV)/ready-$(firstword $(shell cat requirements.lock pyproject.toml 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3 python,$(shell \
 	$(name) -c 'import sys; sys.version_info[:2] in ((3, 11), (3, 12)) or sys.exit(1); print("$(name)")' 2>/dev/null)))
 
-# One file of tests more at a time than there are cores, as a quarter of the time is waiting; a file's
-# tests share what they prepare. In the order of their names: by their number, as is the default,
-# files of few long tests come last, one core idle.
-AT_ONCE := $(shell nproc | awk '{ print ($$1 < 8 ? $$1 + 1 : 8) }')
-PYTEST := $(PY) -m pytest -n $(AT_ONCE) --dist loadfile --no-loadscope-reorder
+# As many tests at a time as there are cores; a file's tests share what they prepare. In the order of
+# their names: by their number, as is the default, files of few long tests come last, one core idle.
+PYTEST := $(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test test-all check bench gpu-pack ui compare run lock clean setup
 .DEFAULT_GOAL := help

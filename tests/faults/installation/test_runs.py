@@ -167,10 +167,10 @@ def test_sigkill_of_worker_and_flow_is_noticed_by_missing_heartbeats(site, broke
     training, flow = site.training_process(), site.flow_process(run)
     kill(site.worker, flow)
     site.worker.wait()
-    wait_for(lambda: not training.is_running(), 30)
-    assert site.state(run).type.value == "RUNNING"
-    assert site.slots() == 1
+    site_says = site.state(run).type.value, site.slots()
     site.start_worker()
+    assert site_says == ("RUNNING", 1)
+    wait_for(lambda: not training.is_running(), 30)
     assert "no heartbeat" in site.wait(run, "CRASHED", 180).message
     assert broken.states == {"smoke": ["RUNNING"], "train-base": ["RUNNING"]}
 
