@@ -7,7 +7,8 @@ Shape letters: B batch, E embedding, C colour, H W image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,21 @@ def hinge_fake(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 def hinge_generator(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """−Σ_k w_k · mean l_k: G's loss beside D's hinge loss; it has no bound."""
     return _weighted([-_full(x).mean() for x in logits], weights)
+
+
+class Adversarial(NamedTuple):
+    """What D's logits are for; each takes logits and weights of predictions."""
+
+    real: Callable[[Sequence[Tensor], Sequence[float]], Tensor]
+    fake: Callable[[Sequence[Tensor], Sequence[float]], Tensor]
+    generator: Callable[[Sequence[Tensor], Sequence[float]], Tensor]
+
+
+ADVERSARIAL = {
+    "logistic": Adversarial(as_real, as_fake, as_real),
+    "hinge": Adversarial(hinge_real, hinge_fake, hinge_generator),
+}
+"""By the name that settings have for it."""
 
 
 def _full(x: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ class LossConfig(Frozen):
 
     adversarial: Literal["logistic", "hinge"] = "logistic"
     """What D's logits are for: logistic with a non-saturating G (StyleGAN2, GigaGAN), or the hinge
-    (StyleGAN-T, Projected GAN; of a projected critic alone)."""
+    (StyleGAN-T, Projected GAN)."""
     level_weights: tuple[float, ...] = (0.4, 0.3, 0.3)
     """Weight of each pyramid level, from the largest; normalised to sum 1."""
     intermediate: float = Field(0.3, ge=0)
@@ -400,6 +400,11 @@ class TrainUpsamplerConfig(TrainConfig):
 
     @model_validator(mode="after")
     def _networks_agree(self) -> Self:
+        if self.loss.guidance:
+            raise ValueError(
+                f"loss.guidance = {self.loss.guidance}, but an upsampler is trained without an "
+                "encoder of images: set it to 0"
+            )
         _same_resolution(self.upsampler, self.discriminator, self.loss)
         _same_condition(self.upsampler, self.discriminator, self.loss)
         _something_to_learn(self.warm_start, self.warm_start.regression + self.pixel + self.lpips)
@@ -426,11 +431,6 @@ def _same_resolution(
         raise ValueError(
             f"loss.level_weights has {len(loss.level_weights)} entries for "
             f"{discriminator.levels} discriminator levels"
-        )
-    if loss.adversarial == "hinge":
-        raise ValueError(
-            "loss.adversarial = hinge is of a projected critic: set discriminator.kind = "
-            "projected, or loss.adversarial = logistic"
         )
 
 

@@ -26,7 +26,7 @@ class Edit:
     seed: int | None = None
     """Latents of the second style; None takes those of the first."""
     crossover: int | None = None
-    """The first level (0 is 4 px) of the second style; None is half of the levels."""
+    """The first level (0 is the coarsest) of the second style; None is half of the levels."""
 
     def __post_init__(self) -> None:
         if self.how in ("interpolate", "mix") and self.prompt is None:

@@ -249,7 +249,7 @@ def _add_controls(gr: Any, sampler: Sampler) -> tuple[list[Any], Any]:
                 *(0, levels, levels // 2),
                 step=1,
                 label="Fine from level",
-                info="0 is 4 px; each level doubles it.",
+                info="0 is the coarsest; each level doubles the side.",
             ),
             gr.Number(label="Seed of the style", value=1, precision=0),
         ]

@@ -91,7 +91,7 @@ class Late(NamedTuple):
     style_BS: Tensor
     text: Text
     level: int
-    """The first level that takes this style and text; 0 is 4 px."""
+    """The first level that takes this style and text; 0 is the coarsest."""
 
 
 class Generator(nn.Module):

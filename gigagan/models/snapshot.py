@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from gigagan.config import GeneratorConfig, UpsamplerConfig
-from gigagan.config.stylegan_t import StyleTConfig
+from gigagan.config import AnyGenerator, UpsamplerConfig
 from gigagan.models import tensors
 from gigagan.models.base import BaseGenerator, base_generator
 from gigagan.models.upsampler import Upsampler
@@ -86,9 +85,8 @@ def load(path: Path, *, device: str = "cpu") -> tuple[BaseGenerator | Upsampler,
     network: BaseGenerator | Upsampler
     try:
         if described["kind"] == "base":
-            is_t = described["config"].get("kind") == "stylegan-t"
-            section = StyleTConfig if is_t else GeneratorConfig
-            network = base_generator(section.model_validate(described["config"]))
+            section = TypeAdapter(AnyGenerator).validate_python(described["config"])
+            network = base_generator(section)
         else:
             network = Upsampler(UpsamplerConfig.model_validate(described["config"]))
         network.load_state_dict(weights)

@@ -6,13 +6,14 @@ Shape letters: B batch, C colour, H W image.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from gigagan import losses
 from gigagan.config import AugmentConfig, TrainStage
 from gigagan.models.base import BaseGenerator
 from gigagan.models.discriminator import Discriminator
@@ -20,10 +21,11 @@ from gigagan.models.encoders import ImageEncoder
 from gigagan.models.heads import ProjectedHeads
 from gigagan.models.layers import full_precision
 from gigagan.models.upsampler import Upsampler
-from gigagan.training.augment import Augment
+from gigagan.training.augment import Augment, mean_sign
 from gigagan.training.auxiliary import Auxiliary
 from gigagan.training.inputs import Inputs
 from gigagan.training.tasks import Loss, Metrics
+from gigagan.training.transfer import place
 
 
 class Drawn(list[Tensor]):
@@ -58,9 +60,6 @@ class Players:
 class Critic(ABC):
     """D's side of a step: its losses, and what of them reaches G. It holds no state of its own."""
 
-    has_penalty: ClassVar[bool] = True
-    """Whether R1 is defined for it."""
-
     def __init__(self, players: Players) -> None:
         self.players = players
 
@@ -86,6 +85,77 @@ class Critic(ABC):
     @abstractmethod
     def penalty(self, inputs: Inputs) -> Loss:
         """R1 on the real pyramid with its captions, in float32."""
+
+    @staticmethod
+    def game(config: TrainStage) -> losses.Adversarial:
+        """What logits are for."""
+        return losses.ADVERSARIAL[config.loss.adversarial]
+
+    def told_apart(
+        self, config: TrainStage, real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]
+    ) -> Loss:
+        """D's loss on real and generated images beside their captions."""
+        weights, game = self.players.weights, self.game(config)
+        loss_real, loss_fake = game.real(real_logits, weights), game.fake(fake_logits, weights)
+        metrics = {
+            "d/real": loss_real.detach(),
+            "d/fake": loss_fake.detach(),
+            "d/logit_real": mean_logit(real_logits, weights),
+            "d/logit_fake": mean_logit(fake_logits, weights),
+            "d/sign_real": mean_sign(real_logits, weights),
+        }
+        return Loss(loss_real + loss_fake, metrics)
+
+    def mismatched(
+        self,
+        config: TrainStage,
+        inputs: Inputs,
+        loss: Tensor,
+        beside_other: Callable[[Tensor, Tensor], list[Tensor]],
+    ) -> Loss:
+        """Matching-aware: `loss`, and that images with the caption of another count as fake.
+
+        `beside_other` gives the logits of rows of the 2 B images beside the other captions of
+        these samples.
+        """
+        weight = config.loss.matching
+        if weight == 0:
+            return Loss(loss, {})
+        names = "d/mismatch", "d/logit_mismatch"
+        rows, samples = mismatched_rows(
+            config.loss.matching_images, inputs.has_other_B, inputs.in_second_half_B
+        )
+        if not rows:  # ranks average these: each has them, whatever its captions are
+            return Loss(loss, dict.fromkeys(names, loss.new_zeros(())))
+        chosen = place(torch.tensor([rows, samples], device="cpu"), loss.device)
+        logits = beside_other(chosen[0], chosen[1])
+        # The mean over all samples: one without another caption adds nothing. So parts of a
+        # batch, and ranks, have the mean of the whole.
+        share = len(rows) / len(inputs.has_other_B)
+        loss_match = share * self.game(config).fake(logits, self.players.weights)
+        found = loss_match.detach(), mean_logit(logits, self.players.weights)
+        return Loss(loss + weight * loss_match, dict(zip(names, found, strict=True)))
+
+
+def mismatched_rows(
+    images: Literal["real", "half", "both"],
+    has_other_B: Sequence[bool],
+    in_second_half_B: Sequence[bool] | None = None,
+) -> tuple[list[int], list[int]]:
+    """Which of the 2 B images (real, then generated) meet whose other caption: rows, samples.
+
+    Samples without another caption take no part. Of `half`, the generated images are those of the
+    second half of the global batch, so that ranks and parts choose as one process would.
+    """
+    B = len(has_other_B)
+    second_B = in_second_half_B or [sample >= B // 2 for sample in range(B)]
+    pairs = {
+        "real": [(sample, sample) for sample in range(B)],
+        "half": [(sample + B * second_B[sample], sample) for sample in range(B)],
+        "both": [(sample + start, sample) for start in (0, B) for sample in range(B)],
+    }[images]
+    kept = [(row, sample) for row, sample in pairs if has_other_B[sample]]
+    return [row for row, _ in kept], [sample for _, sample in kept]
 
 
 def of_pictures(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -9,7 +9,6 @@ Shape letters: B batch, C colour, H W image, T text width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,8 +18,7 @@ from gigagan.config import TrainStage
 from gigagan.models.discriminator import Discriminator, LevelMaps
 from gigagan.models.encoders import TextFeatures
 from gigagan.models.layers import full_precision
-from gigagan.training.augment import mean_sign
-from gigagan.training.critic import Critic, mean_logit, of_pictures
+from gigagan.training.critic import Critic, of_pictures
 from gigagan.training.inputs import Inputs
 from gigagan.training.tasks import Loss, Metrics
 from gigagan.training.transfer import place
@@ -40,7 +38,7 @@ class MultiScaleCritic(Critic):
         self, config: TrainStage, inputs: Inputs, fakes: Sequence[Tensor], strength: float
     ) -> Loss:
         """Real and generated images share one pass of the trunk, and an image's two captions do."""
-        players, d, weights = self.players, self.network, self.players.weights
+        players, d = self.players, self.network
         B = len(inputs.z_BZ)
         levels = d.config.levels
         augment, seen = players.augment, inputs.images_seen
@@ -51,33 +49,14 @@ class MultiScaleCritic(Critic):
         features = d.trunk(both, num_sets=2)
         logits = d.predict(features, text_BT.repeat(2, 1))
         real_logits, fake_logits = [x[:B] for x in logits], [x[B:] for x in logits]
-        loss_real = losses.as_real(real_logits, weights)
-        loss_fake = losses.as_fake(fake_logits, weights)
-        loss = loss_real + loss_fake
-        metrics = {
-            "d/real": loss_real.detach(),
-            "d/fake": loss_fake.detach(),
-            "d/logit_real": mean_logit(real_logits, weights),
-            "d/logit_fake": mean_logit(fake_logits, weights),
-            "d/sign_real": mean_sign(real_logits, weights),
-        }
+        loss, metrics = self.told_apart(config, real_logits, fake_logits)
 
-        # Matching-aware: images with the caption of another count as fake.
-        rows, samples = mismatched_rows(
-            config.loss.matching_images, inputs.has_other_B, inputs.in_second_half_B
-        )
-        if config.loss.matching > 0:  # ranks average these: each has them, whatever its captions
-            metrics |= dict.fromkeys(("d/mismatch", "d/logit_mismatch"), loss_real.new_zeros(()))
-        if config.loss.matching > 0 and rows:
-            chosen = place(torch.tensor([rows, samples], device="cpu"), text_BT.device)
-            picked = _rows(features, chosen[0])
-            mismatched = d.predict(picked, _read(d, inputs.other_text).index_select(0, chosen[1]))
-            # The mean over all samples: one without another caption adds nothing. So parts of a
-            # batch, and ranks, have the mean of the whole.
-            loss_match = len(rows) / B * losses.as_fake(mismatched, weights)
-            loss = loss + config.loss.matching * loss_match
-            metrics["d/mismatch"] = loss_match.detach()
-            metrics["d/logit_mismatch"] = mean_logit(mismatched, weights)
+        def beside_other(rows: Tensor, samples: Tensor) -> list[Tensor]:
+            other_BT = _read(d, inputs.other_text).index_select(0, samples)
+            return d.predict(_rows(features, rows), other_BT)
+
+        loss, more = self.mismatched(config, inputs, loss, beside_other)
+        metrics |= more
 
         # Vision-aided: the heads on the frozen encoder.
         if players.auxiliary is not None and strength > 0:
@@ -97,7 +76,8 @@ class MultiScaleCritic(Critic):
             list(fakes[: d.config.levels]), inputs.draws[2], inputs.images_seen
         )
         features = d.trunk(seen)
-        loss_adversarial = losses.as_real(d.predict(features, text_BT), players.weights)
+        logits = d.predict(features, text_BT)
+        loss_adversarial = self.game(config).generator(logits, players.weights)
         loss = loss_adversarial
         metrics = {"g/adversarial": loss_adversarial.detach()}
         if config.loss.generator_matching > 0:
@@ -134,27 +114,6 @@ class MultiScaleCritic(Critic):
         logits = d(seen, inputs.text, double_backward=True)
         penalty = losses.r1_penalty(logits, players.weights, real)
         return Loss(penalty, {"d/r1": penalty.detach()})
-
-
-def mismatched_rows(
-    images: Literal["real", "half", "both"],
-    has_other_B: Sequence[bool],
-    in_second_half_B: Sequence[bool] | None = None,
-) -> tuple[list[int], list[int]]:
-    """Which of the 2 B images (real, then generated) meet whose other caption: rows, samples.
-
-    Samples without another caption take no part. Of `half`, the generated images are those of the
-    second half of the global batch, so that ranks and parts choose as one process would.
-    """
-    B = len(has_other_B)
-    second_B = in_second_half_B or [sample >= B // 2 for sample in range(B)]
-    pairs = {
-        "real": [(sample, sample) for sample in range(B)],
-        "half": [(sample + B * second_B[sample], sample) for sample in range(B)],
-        "both": [(sample + start, sample) for start in (0, B) for sample in range(B)],
-    }[images]
-    kept = [(row, sample) for row, sample in pairs if has_other_B[sample]]
-    return [row for row, _ in kept], [sample for _, sample in kept]
 
 
 def _rows(features: Sequence[LevelMaps], rows: Tensor) -> list[LevelMaps]:

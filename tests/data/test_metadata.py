@@ -22,7 +22,7 @@ from data.config import DownloadConfig
 from data.lists import metadata, prefilter, scatter
 from data.lists.sources import find
 from data.schema import LIST, MetadataError, resolve
-from tests.data import forks
+from tests import forks
 
 LAION = ["URL", "TEXT", "WIDTH", "HEIGHT", "similarity", "hash", "punsafe", "pwatermark"]
 RELAION = [

@@ -23,7 +23,7 @@ from data.score import run as score
 from data.score.language import language
 from data.score.shard import colourfulness
 from gigagan.common import decoders
-from tests.data import forks
+from tests import forks
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE))  # workers import by name, and other packages are called `tests`

@@ -21,7 +21,7 @@ from data.schema import SCORES
 from data.shards import write as shards
 from data.shards.write import ShardError, ShardJob
 from gigagan.common.pictures import decode, square
-from tests.data import forks
+from tests import forks
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE))  # several folders are called `tests`

@@ -17,6 +17,7 @@ from flows.safety import processes
 from flows.stage import BusyError
 from flows.storage.lease import Holder, Lease, LocalBoard, holder
 from flows.storage.objects import Remote, RemoteBoard
+from tests import forks
 from tests.flows.conftest import wait_for
 
 
@@ -245,8 +246,6 @@ for _ in range(rounds):
         held.release()
     time.sleep(random.uniform(0, 2))  # let others in
 """
-FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["flows.storage.lease", "flows.storage.objects", "s3fs"])
 
 
 @pytest.mark.slow
@@ -262,7 +261,7 @@ def test_of_processes_that_are_killed_at_random_never_two_hold_it_and_all_get_on
     def start(rounds: int) -> multiprocessing.process.BaseProcess:
         names = {"where": where, "witness": str(witness), "stranger": stranger}
         names |= {"rounds": rounds, "seed": next(seeds), "environment": dict(os.environ)}
-        process = FORKED.Process(target=exec, args=(CONTENDER, names))
+        process = forks.context.Process(target=exec, args=(CONTENDER, names))
         process.start()
         return process
 

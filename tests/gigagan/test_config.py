@@ -313,9 +313,9 @@ def test_multiply_adds_of_a_discriminator_equal_a_count_by_hand():
             r"optimizer\.r1_weight = 3\.0, but the heads of .* have no such term: set it to 0",
         ),
         (
-            TrainBaseConfig,
-            {"loss": {"adversarial": "hinge"}},
-            r"hinge is of a projected critic: set discriminator\.kind = projected, or",
+            TrainUpsamplerConfig,
+            {"loss": {"guidance": 0.2}},
+            r"loss\.guidance = 0\.2, but an upsampler is trained without an encoder of images: set",
         ),
         (
             TrainBaseConfig,

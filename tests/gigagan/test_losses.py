@@ -64,3 +64,14 @@ def test_beyond_the_margin_the_hinge_gives_d_no_gradient_and_g_a_constant_one():
     x.grad = None
     losses.hinge_generator([x], [1.0]).backward()
     assert x.grad.tolist() == [[-0.5, -0.5]]
+
+
+def test_guidance_is_the_squared_angle_and_has_a_slope_everywhere():
+    images = torch.tensor([[3.0, 0.0], [0.0, 2.0], [1.0, 1.0]], requires_grad=True)
+    texts = torch.tensor([[0.0, 1.0], [0.0, 5.0], [1.0, 0.0]])
+    angles = torch.tensor([math.pi / 2, 0.0, math.pi / 4])
+    loss = losses.squared_angle(images, texts)
+    torch.testing.assert_close(loss, angles.square().mean(), rtol=1e-4, atol=1e-5)
+    loss.backward()
+    assert images.grad.isfinite().all()
+    assert images.grad[0].norm() > 0

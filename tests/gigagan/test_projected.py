@@ -1,5 +1,6 @@
 """Training with heads on a frozen encoder, and with StyleGAN-T's generator."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -11,6 +12,7 @@ from gigagan.models import pretrained, snapshot
 from gigagan.models.stylegan_t import StyleGANT
 from gigagan.training import inputs, loop, step
 from gigagan.training.augment import Augment
+from gigagan.training.auxiliary import auxiliary_losses, see
 from gigagan.training.captions import CaptionFeatures, RecentCaptions
 from gigagan.training.distributed.world import World
 from gigagan.training.logs import Log
@@ -169,6 +171,58 @@ def test_noise_is_drawn_from_seed_and_position():
     assert abs(float(one.noise_BN.std()) - 1) < 0.05
     part = inputs.split(one, 2)[1]
     assert torch.equal(part.noise_BN, one.noise_BN[4:])
+
+
+class Shades:
+    """A set of pictures of a known size."""
+
+    num_samples = 32
+
+    def __init__(self, side):
+        self.loader = ShadeLoader(side, size=8)
+
+    def batches(self, images_seen=0):
+        return self.loader.batches(images_seen)
+
+
+def test_guidance_draws_pictures_towards_their_captions(tmp_path):
+    loss = CONFIG.loss.model_copy(update={"guidance": 0.2, "vision_resolution": 32})
+    loss = loss.model_copy(update={"auxiliary_start_images": 0, "ramp_images": 1})
+    config = CONFIG.model_copy(update={"loss": loss})
+    made = players(config)
+    captions = CaptionFeatures(WordEncoder(), torch.device("cpu"))
+    log = Log(tmp_path, config.total_images)
+    found = auxiliary_losses(config, Shades(16), captions, tmp_path, World(), log)
+    assert not list(found.heads.parameters())  # the critic has its own
+    made = dataclasses.replace(made, auxiliary=found)
+    given = drawn_inputs(config, made)
+    fakes = step.synthesize(made.generator, given)
+    strength = {"auxiliary_strength": 0.5}
+    with_it = step.generator_loss(made, config, given, fakes, **strength)
+    without = step.generator_loss(made, CONFIG, given, fakes, **strength)
+    seen = see(found.encoder, fakes[0], side=32).pooled_BD
+    images, texts = found.space.embed_images(seen), found.space.embed_captions([], given.text)
+    angle = torch.nn.functional.cosine_similarity(images, texts).arccos().square().mean()
+    torch.testing.assert_close(with_it.metrics["g/guidance"], angle, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(with_it.loss, without.loss + 0.5 * 0.2 * angle, rtol=1e-4, atol=1e-5)
+    made.generator.zero_grad()
+    angle.backward()
+    assert sum(float(x.abs().sum()) for x in gradients(made.generator)) > 0
+
+
+def test_guidance_looks_at_a_crop_of_large_pictures():
+    large = CONFIG.model_copy(
+        update={
+            "generator": StyleTConfig(channels=(8, 8, 8, 8, 8), latent_dim=5, text=TEXT),
+            "loss": CONFIG.loss.model_copy(update={"guidance": 0.2}),
+        }
+    )
+    crops = {
+        task_of(large).given(torch.zeros(8, 3, 128, 128), random, World()).crop
+        for random in (torch.Generator().manual_seed(seed) for seed in range(20))
+    }
+    assert len(crops) > 10
+    assert all(0 <= top <= 64 and 0 <= left <= 64 for top, left in crops)
 
 
 def test_there_is_no_r1():

@@ -6,7 +6,13 @@ import multiprocessing
 import psutil
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["data.lists.metadata", "data.score.run", "data.shards.write"])
+# All of them here: a process has one such server, and the last list that it is given.
+context.set_forkserver_preload(
+    [
+        *("data.lists.metadata", "data.score.run", "data.shards.write"),
+        *("flows.storage.lease", "flows.storage.objects", "s3fs"),
+    ]
+)
 
 
 def kill(process) -> None:
