@@ -155,7 +155,7 @@ def draw_over_time(path: Path, heldout: Path, folders: Mapping[int, Path]) -> No
         real |= {work.caption: work.picture for work in everything.gallery.works}
         split_of |= {work.caption: work.split for work in everything.gallery.works}
     left = {**PROMPTS, "held-out": sum(PROMPTS.values())}
-    drawn = [_drawn(folder) for folder in folders.values()]
+    drawn = [drawn_in(folder) for folder in folders.values()]
     rows = []
     for caption in drawn[-1]:
         split = split_of[caption]
@@ -167,7 +167,7 @@ def draw_over_time(path: Path, heldout: Path, folders: Mapping[int, Path]) -> No
     caption_grid(rows, title=title, cell_px=CELL_PX).save(path)
 
 
-def _drawn(folder: Path) -> dict[str, Path]:
+def drawn_in(folder: Path) -> dict[str, Path]:
     """Caption → picture of an evaluation."""
     found: dict[str, Path] = {}
     for part in (folder, folder / "naming"):

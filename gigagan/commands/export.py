@@ -80,14 +80,15 @@ def _halve(path: Path, args: argparse.Namespace) -> None:
 def _onnx(path: Path, args: argparse.Namespace) -> None:
     from gigagan.inference.onnx_export import export, read_about
     from gigagan.inference.prompts import check_prompt
-    from gigagan.models import pretrained, snapshot
+    from gigagan.models import snapshot
+    from gigagan.models.base import text_encoder_of
 
     if args.prompt is None:
         raise ValueError("an .onnx is of one prompt: give --prompt")
     network, _ = snapshot.load(path)
     if network.config.text is None:
         raise ValueError(f"{path} is of a network without text, which has no prompt")
-    encoder = pretrained.text_encoder(network.config.text.encoder)
+    encoder = text_encoder_of(network)
     prompt = check_prompt(args.prompt, encoder)
     about = {**provenance({"network": path}), "prompt": prompt, "seed": args.seed}
     if is_made(args.out, about, overwrite=args.overwrite, read=read_about):

@@ -10,7 +10,7 @@ from gigagan.config.networks import (
     UpsamplerConfig,
 )
 from gigagan.config.projected import ProjectedConfig
-from gigagan.config.stylegan_t import StyleTConfig
+from gigagan.config.stylegan_t import StyleTConfig, TrainedPart
 from gigagan.config.training import (
     FREE_TO_CHANGE,
     GUIDANCE_SIDE,
@@ -21,6 +21,7 @@ from gigagan.config.training import (
     HealthConfig,
     LossConfig,
     OptimizerConfig,
+    PhaseConfig,
     SystemConfig,
     TrainBaseConfig,
     TrainConfig,
@@ -43,6 +44,7 @@ __all__ = [
     "HealthConfig",
     "LossConfig",
     "OptimizerConfig",
+    "PhaseConfig",
     "ProjectedConfig",
     "StyleConfig",
     "StyleTConfig",
@@ -52,6 +54,7 @@ __all__ = [
     "TrainConfig",
     "TrainStage",
     "TrainUpsamplerConfig",
+    "TrainedPart",
     "UpsamplerConfig",
     "WarmStartConfig",
 ]

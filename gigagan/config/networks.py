@@ -252,6 +252,9 @@ class DiscriminatorConfig(BlockConfig):
     """Self-attention blocks per resolution."""
     head_layers: int = Field(2, ge=1)
     """Modulated 1×1 convolutions of a predictor ψ_j before its logit (paper: 4)."""
+    caption_std: float = Field(1.0, ge=0)
+    """Standard deviation over captions that the scales in a predictor ψ_j have before the first
+    step, around 1; at 0 a logit begins as a function of the picture alone."""
     halving: Literal["low-pass", "mean"] = "low-pass"
     """How maps are halved: behind StyleGAN2's [1, 3, 3, 1] filter, or as the mean of 2×2, which
     leaves D more of the fine structure that tells generated pictures."""

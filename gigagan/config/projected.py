@@ -50,6 +50,33 @@ ENCODER_STAGES = {
 """Stages by encoder; of an open_clip model whatever its tag."""
 
 
+def check_encoder(**settings: str | int) -> None:
+    """Refuse an encoder without known stages, or a side that it cannot take.
+
+    `settings` are the two, in this order, by the names that they have in the configuration.
+
+    Raises:
+        ValueError: the message names the setting, its value and the remedy.
+    """
+    (name, encoder), (side_name, side) = settings.items()
+    stages = ENCODER_STAGES.get(str(encoder).partition("/")[0])
+    if stages is None:
+        raise ValueError(
+            f"{name} = {encoder!r}: no heads are known for it, choose one of "
+            f"{', '.join(ENCODER_STAGES)} (open_clip ones with /TAG)"
+        )
+    if stages.side is not None and side != stages.side:
+        raise ValueError(
+            f"{side_name} = {side}, but {encoder} takes pictures of {stages.side} px alone: "
+            f"set {side_name} to {stages.side}"
+        )
+    if int(side) % stages.multiple:
+        raise ValueError(
+            f"{side_name} = {side}, but {encoder} halves or cuts pictures down to pieces of "
+            f"{stages.multiple} px: use a multiple of {stages.multiple}"
+        )
+
+
 class ProjectedConfig(Frozen):
     """One small head on each stage of a frozen image encoder; only the heads learn."""
 
@@ -105,22 +132,7 @@ class ProjectedConfig(Frozen):
 
     @model_validator(mode="after")
     def _knows_the_encoder(self) -> Self:
-        if self.encoder.partition("/")[0] not in ENCODER_STAGES:
-            raise ValueError(
-                f"encoder = {self.encoder!r}: no heads are known for it, choose one of "
-                f"{', '.join(ENCODER_STAGES)} (open_clip ones with /TAG)"
-            )
-        multiple, only = self.stages.multiple, self.stages.side
-        if only is not None and self.side != only:
-            raise ValueError(
-                f"side = {self.side}, but {self.encoder} takes pictures of {only} px alone: "
-                f"set side to {only}"
-            )
-        if self.side % multiple:
-            raise ValueError(
-                f"side = {self.side}, but {self.encoder} halves or cuts pictures down to pieces of "
-                f"{multiple} px: use a multiple of {multiple}"
-            )
+        check_encoder(encoder=self.encoder, side=self.side)
         return self
 
     @model_validator(mode="after")

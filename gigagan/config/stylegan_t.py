@@ -13,6 +13,9 @@ from pydantic import Field, model_validator
 from gigagan.common.settings import Frozen
 from gigagan.config.networks import ClassConfig, TextConfig
 
+TrainedPart = Literal["all", "upper", "text_encoder"]
+UPPER_FROM = 64
+"""Side in pixels above which blocks are `upper` ones (code: `freeze64`)."""
 START = 8
 """Side of the first maps in pixels, and their sampling rate: positions per side of the picture."""
 
@@ -54,6 +57,8 @@ class StyleTConfig(Frozen):
     text: TextConfig | None = TextConfig(width=384, depth=0)
     """The frozen encoder, whose pooled vector is read as it is: `depth` is 0, and `width` that of
     the vector. Null for a network without text."""
+    own_text_encoder: bool = False
+    """Whether the network has a copy of that encoder, which the phase `text_encoder` trains."""
 
     @property
     def resolution(self) -> int:
@@ -94,6 +99,15 @@ class StyleTConfig(Frozen):
     def noise_dim(self) -> int:
         """Values of all noise inputs of one picture: one per pixel of each layer."""
         return sum(count * (START << i) ** 2 for i, count in enumerate(self.layers))
+
+    @model_validator(mode="after")
+    def _has_what_it_copies(self) -> Self:
+        if self.own_text_encoder and self.text is None:
+            raise ValueError(
+                "own_text_encoder is true, but text is null: there is no encoder to copy; give a "
+                "text section, or set own_text_encoder to false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _reads_the_vector(self) -> Self:

@@ -12,8 +12,8 @@ from gigagan.config.networks import (
     GeneratorConfig,
     UpsamplerConfig,
 )
-from gigagan.config.projected import ProjectedConfig
-from gigagan.config.stylegan_t import StyleTConfig
+from gigagan.config.projected import ProjectedConfig, check_encoder
+from gigagan.config.stylegan_t import UPPER_FROM, StyleTConfig, TrainedPart
 from gigagan.seeds import LARGEST
 
 
@@ -159,6 +159,9 @@ class LossConfig(Frozen):
     """Vision-aided loss on the features of a frozen image encoder."""
     vision_encoder: str = "embedded:efficientnet-lite0"
     """Frozen image encoder of the contrastive and vision-aided losses."""
+    vision_heads: Literal["modulated", "projected"] = "modulated"
+    """Heads of the vision-aided loss: one 3×3 and a logit modulated by the caption (GigaGAN), or
+    StyleGAN-T's, with `ProjectedConfig`'s defaults."""
     vision_resolution: int = Field(64, ge=32)
     """Images are resized to this side for the frozen image encoder."""
     auxiliary_start_images: int = Field(4_000, ge=0)
@@ -167,6 +170,14 @@ class LossConfig(Frozen):
     """Images over which their weights rise to the full value."""
     auxiliary_every: int = Field(4, ge=1)
     """Steps between two uses of the frozen image encoder (weights are not multiplied)."""
+
+    @model_validator(mode="after")
+    def _has_stages_for_heads(self) -> Self:
+        if self.vision and self.vision_heads == "projected":
+            check_encoder(
+                vision_encoder=self.vision_encoder, vision_resolution=self.vision_resolution
+            )
+        return self
 
 
 class AugmentConfig(Frozen):
@@ -278,6 +289,22 @@ class SystemConfig(Frozen):
     than the pictures, probes and checkpoints that rank 0 makes alone."""
 
 
+class PhaseConfig(Frozen):
+    """A stretch of a training in which a part of G learns (StyleGAN-T, section 3.5).
+
+    D learns in all of them; it and guidance see captions by the frozen encoder."""
+
+    trains: TrainedPart = "all"
+    """`all` of G but its own text encoder, its `upper` blocks (above 64 px, and every toRGB), or
+    that `text_encoder` alone."""
+    until_images: int | None = Field(None, ge=1)
+    """Images seen at which it ends; null, of the last one: the end of the run."""
+    generator_lr: float | None = Field(None, gt=0)
+    """Learning rate of G; null: the optimizer's (code: 3e-6 for the text encoder)."""
+    guidance: float | None = Field(None, ge=0)
+    """In place of `loss.guidance` (paper: up to 50 for the text encoder); null: that."""
+
+
 FREE_TO_CHANGE = (
     "total_images",
     "checkpoint_images",
@@ -347,11 +374,22 @@ class TrainBaseConfig(TrainConfig):
     """The base generator."""
     discriminator: AnyDiscriminator = DiscriminatorConfig()
     """Its discriminator."""
+    phases: tuple[PhaseConfig, ...] = ()
+    """What of G learns when, one after the other; none: all of it, to the end."""
 
     @property
     def network(self) -> GeneratorConfig | StyleTConfig:
         """What draws."""
         return self.generator
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether guidance has a weight at any time."""
+        return any(self.guidance_in(phase) for phase in self.phases or (PhaseConfig(),))
+
+    def guidance_in(self, phase: PhaseConfig) -> float:
+        """Its weight then."""
+        return self.loss.guidance if phase.guidance is None else phase.guidance
 
     @model_validator(mode="after")
     def _networks_agree(self) -> Self:
@@ -359,8 +397,11 @@ class TrainBaseConfig(TrainConfig):
             _only_what_heads_know(self.loss, self.optimizer)
         else:
             _same_resolution(self.generator, self.discriminator, self.loss)
-        _same_condition(self.generator, self.discriminator, self.loss)
+        _same_condition(self.generator, self.discriminator, self.loss, guided=self.is_guided)
         _something_to_learn(self.warm_start, self.warm_start.regression)
+        _phases_follow(self.phases)
+        for number, phase in enumerate(self.phases):
+            _has_what_it_trains(f"phases[{number}].trains", phase.trains, self.generator)
         return self
 
 
@@ -449,6 +490,49 @@ def _only_what_heads_know(loss: LossConfig, optimizer: OptimizerConfig) -> None:
             )
 
 
+def _phases_follow(phases: tuple[PhaseConfig, ...]) -> None:
+    """Refuse phases that do not end one after the other, the last with the run."""
+    ends = [phase.until_images for phase in phases]
+    if not ends:
+        return
+    if ends[-1] is not None:
+        raise ValueError(
+            f"phases[{len(ends) - 1}].until_images = {ends[-1]}, but the last phase lasts to the "
+            "end of the run: set it to null, or add a phase"
+        )
+    last = 0
+    for number, end in enumerate(ends[:-1]):
+        if end is None or end <= last:
+            raise ValueError(
+                f"phases[{number}].until_images = {end}, but the next phase begins there: give "
+                f"images seen, more than {last}"
+            )
+        last = end
+
+
+def _has_what_it_trains(
+    name: str, trains: TrainedPart, generator: GeneratorConfig | StyleTConfig
+) -> None:
+    """Refuse a phase for a part that the generator has not."""
+    if trains == "all":
+        return
+    if not isinstance(generator, StyleTConfig):
+        raise ValueError(
+            f"{name} = {trains}, but a generator of GigaGAN trains as a whole: use all, or "
+            "generator.kind = stylegan-t"
+        )
+    if trains == "text_encoder" and not generator.own_text_encoder:
+        raise ValueError(
+            f"{name} = text_encoder, but the generator has no text encoder of its own: set "
+            "generator.own_text_encoder to true"
+        )
+    if trains == "upper" and generator.resolution <= UPPER_FROM:
+        raise ValueError(
+            f"{name} = upper, but the generator draws {generator.resolution} px and has no blocks "
+            f"above {UPPER_FROM} px: use all, or add entries to generator.channels"
+        )
+
+
 def _something_to_learn(warm_start: WarmStartConfig, weights: float) -> None:
     """Refuse a warm start without a loss."""
     if warm_start.images and not weights:
@@ -462,6 +546,8 @@ def _same_condition(
     generator: GeneratorConfig | StyleTConfig | UpsamplerConfig,
     discriminator: DiscriminatorConfig | ProjectedConfig,
     loss: LossConfig,
+    *,
+    guided: bool = False,
 ) -> None:
     """Refuse networks that are conditioned on different things, and losses without captions."""
     g_encoder = generator.text.encoder if generator.text else None
@@ -479,16 +565,13 @@ def _same_condition(
             "classes.number of both to the same"
         )
     if g_encoder is None:
-        used = [
-            name
-            for name in ("matching", "generator_matching", "contrastive", "guidance")
-            if getattr(loss, name) > 0
-        ]
+        weights = {
+            name: getattr(loss, name) for name in ("matching", "generator_matching", "contrastive")
+        }
+        used = [f"{name} = {weight}" for name, weight in weights.items() if weight]
+        used += [f"guidance = {loss.guidance}"] if guided else []
         if used:
-            raise ValueError(
-                f"loss.{used[0]} = {getattr(loss, used[0])} needs captions, but text is null: "
-                "set it to 0"
-            )
+            raise ValueError(f"loss.{used[0]} needs captions, but text is null: set it to 0")
 
 
 class EvaluateConfig(Frozen):

@@ -17,13 +17,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from gigagan.common.pictures import as_rgb
-from gigagan.config import StyleConfig
-from gigagan.config.stylegan_t import StyleTConfig
 from gigagan.inference import resolver, tiles
 from gigagan.inference.editing import Edit, interpolate
 from gigagan.inference.prompts import check_prompt
-from gigagan.models import pretrained, snapshot
-from gigagan.models.base import BaseGenerator
+from gigagan.models import snapshot
+from gigagan.models.base import BaseGenerator, text_encoder_of
 from gigagan.models.encoders import TextEncoder, TextFeatures
 from gigagan.models.generator import Late
 from gigagan.models.pixels import from_uint8, to_uint8
@@ -119,8 +117,8 @@ class Sampler:
         self.device = torch.device(device)
         self.snapshots = dict(snapshots or {})
         """The files that the networks came from, for provenance."""
-        self.encoder = _encoder(base.config, self.device)
-        """The frozen text encoder of the base."""
+        self.encoder = _encoder(base, self.device)
+        """The text encoder of the base."""
         self._texts: OrderedDict[tuple[str, str], tuple[Tensor, Tensor]] = OrderedDict()
 
     @property
@@ -199,27 +197,33 @@ class Sampler:
         edit: Edit | None,
     ) -> Drawing:
         """Text and style of a batch, changed as asked."""
-        features = self._encode(self.encoder, batch)
+        features, finest = self._encode(self.encoder, batch), self._read_by_upsampler(batch)
         text = self.base.read(features)
         style_BS = self._style(text, z_BZ, truncation)
         if edit is None:
-            return Drawing(text, style_BS, None, Finest(features, seed))
+            return Drawing(text, style_BS, None, Finest(finest, seed))
         second = batch if edit.prompt is None else [edit.prompt] * len(batch)
-        other_features = self._encode(self.encoder, second)
-        other_text = self.base.read(other_features)
+        other_text = self.base.read(self._encode(self.encoder, second))
+        other_finest = self._read_by_upsampler(second)
         other_BS = self._style(other_text, other_BZ, truncation)
         if edit.how == "interpolate":
             mixed = interpolate(text, other_text, edit.amount)
             style_BS = style_BS.lerp(other_BS, edit.amount)
-            finest = Finest(features, seed, other_features, edit.amount)
-            return Drawing(mixed, style_BS, None, finest)
+            blended = Finest(finest, seed, other_finest, edit.amount)
+            return Drawing(mixed, style_BS, None, blended)
         level = edit.first_level(len(self.base.levels))
         tokens = text if edit.how == "style" else other_text
-        finest = Finest(
-            features if edit.how == "style" else other_features,
+        late = Finest(
+            finest if edit.how == "style" else other_finest,
             seed if edit.seed is None else edit.seed,
         )
-        return Drawing(text, style_BS, Late(other_BS, tokens, level), finest)
+        return Drawing(text, style_BS, Late(other_BS, tokens, level), late)
+
+    def _read_by_upsampler(self, prompts: Sequence[str]) -> TextFeatures:
+        """Features by the encoder that the upsampler was trained with; the base's may differ."""
+        network = self.base if self.upsampler is None else self.upsampler
+        is_base = network is self.base
+        return self._encode(self.encoder if is_base else _encoder(network, self.device), prompts)
 
     def _style(self, text: Text, z_BZ: Tensor, truncation: float) -> Tensor:
         style_BS = self.base.style(z_BZ.to(self.device), text)
@@ -280,7 +284,7 @@ class Sampler:
         config = self.upsampler.config
         tile, factor = config.input_resolution, config.resolution // config.input_resolution
         overlap = tiles.usual_overlap(tile) if overlap is None else overlap
-        encoder = _encoder(config, self.device)
+        encoder = _encoder(self.upsampler, self.device)
         prompts = [check_prompt(p, encoder, cut=cut) for p in prompts]
         for image in images:
             _check_output(image, factor)
@@ -330,7 +334,7 @@ class Sampler:
                 f"a picture of {odd[0][0]}×{odd[0][1]} px, but faithful=False takes those of "
                 f"{tile}×{tile} px: leave it at True"
             )
-        encoder = _encoder(config, self.device)
+        encoder = _encoder(self.upsampler, self.device)
         pictures: list[Image.Image] = []
         for start in range(0, len(images), batch_size):
             chunk = images[start : start + batch_size]
@@ -369,13 +373,13 @@ def _randomness(
     return z_1Z, torch.randn(*shape, generator=random)
 
 
-def _encoder(config: StyleConfig | StyleTConfig, device: torch.device) -> TextEncoder:
-    """The frozen text encoder that a network was trained with."""
-    if config.text is None:
+def _encoder(network: BaseGenerator | Upsampler, device: torch.device) -> TextEncoder:
+    """The text encoder that a network was trained with."""
+    if network.config.text is None:
         raise snapshot.SnapshotError(
             "the snapshot is of a network without text, which has no prompts to draw"
         )
-    return pretrained.text_encoder(config.text.encoder, device)
+    return text_encoder_of(network, device)
 
 
 def _check_output(image: Image.Image, factor: int) -> None:

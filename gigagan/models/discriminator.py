@@ -131,7 +131,9 @@ class Predictor(nn.Module):
     In an unconditional network (`condition_width` 0) there is no ψ_j.
     """
 
-    def __init__(self, maps: int, *, condition_width: int, num_layers: int) -> None:
+    def __init__(
+        self, maps: int, *, condition_width: int, num_layers: int, caption_std: float = 1.0
+    ) -> None:
         super().__init__()
         self.unconditional = EqualConv2d(maps, 1, 1)
         self.layers = nn.ModuleList()
@@ -151,6 +153,8 @@ class Predictor(nn.Module):
             self.to_logit = AdaptiveConv(
                 maps, 1, style_dim=condition_width, num_kernels=1, size=1, demodulate=False
             )
+            for layer in (*self.layers, self.to_logit):
+                layer.to_scale.weight.data *= caption_std
 
     def forward(self, maps_BCHW: Tensor, text_BT: Tensor | None) -> Tensor:
         """Maps and text → logits B H W."""
@@ -182,6 +186,7 @@ class Discriminator(nn.Module):
                     config.channels[min(j + 1, len(config.channels) - 1)],
                     condition_width=config.condition_width,
                     num_layers=config.head_layers,
+                    caption_std=config.caption_std,
                 )
                 for j in sorted({j for _, j in config.pairs})
             }

@@ -6,14 +6,15 @@ Shape letters: B batch, L tokens, D features, C colour or channels, H W image.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
 
 
 class TextFeatures(NamedTuple):
-    """Features of a batch of captions, padded to the longest; float32, without gradients."""
+    """Features of a batch of captions, padded to the longest; float32."""
 
     tokens_BLD: Tensor
     mask_BL: Tensor
@@ -39,6 +40,27 @@ class TextEncoder(ABC):
     @abstractmethod
     def encode(self, captions: Sequence[str]) -> TextFeatures:
         """Encode at least one caption; the result does not depend on the rest of the batch."""
+
+
+class LearnableTextEncoder(TextEncoder):
+    """One that can be had with other weights, and that gradients can go through."""
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> TextFeatures:
+        """Encode captions; fastest when those of a batch are of like length."""
+        return self.features(captions)
+
+    @abstractmethod
+    def features(self, captions: Sequence[str]) -> TextFeatures:
+        """What `encode` gives, with gradients where the weights want them."""
+
+    @abstractmethod
+    def weights(self) -> dict[str, Tensor]:
+        """All that `features` depends on, by name."""
+
+    @abstractmethod
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Self:
+        """The same encoder with these in place of its own; gradients reach them."""
 
 
 class ImageFeatures(NamedTuple):

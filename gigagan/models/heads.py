@@ -189,11 +189,16 @@ class RandomProjection(nn.Module):
 class ProjectedHeads(nn.Module):
     """One head per stage of the frozen encoder that the configuration names.
 
-    `stage_channels` are those of another encoder with stages of the same kind.
+    `stage_channels` are those of another encoder with stages of the same kind, `text_width` that
+    of caption vectors which another network has read.
     """
 
     def __init__(
-        self, config: ProjectedConfig, stage_channels: Sequence[int] | None = None
+        self,
+        config: ProjectedConfig,
+        stage_channels: Sequence[int] | None = None,
+        *,
+        text_width: int | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -205,7 +210,8 @@ class ProjectedHeads(nn.Module):
             self.projection = RandomProjection(channels, config.maps, mixing=config.mixing)
             channels = (config.maps,) * len(channels)
         size = (9,) if self.has_tokens else (3, 3)
-        text_width, most = config.condition_width, config.virtual_batch
+        text_width = text_width or config.condition_width
+        most = config.virtual_batch
         maps = config.maps if text_width else 1
         self.heads = nn.ModuleList(
             Head(width, maps, size=size, virtual_batch=most) for width in channels

@@ -5,9 +5,11 @@ Shape letters: B batch, L tokens, D features, N heads, K features per head.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +17,13 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from gigagan.models.encoders import TextEncoder, TextFeatures
+from gigagan.models.encoders import LearnableTextEncoder, TextFeatures
 
 _NUM_LAYERS = 6
 _NUM_HEADS = 12
 _EPS = 1e-12  # of BERT's layer norms
+_PARTS = ("embeddings.word", "embeddings.pos", "embeddings.tok", "embeddings.Layer", "encoder.")
+"""How the names of weights begin that features depend on."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class _Layer:
         return self.norm.norm(x_BLD + self.narrow.linear(F.gelu(self.widen.linear(x_BLD))))
 
 
-class MiniLM(TextEncoder):
+class MiniLM(LearnableTextEncoder):
     """Tokens are the last hidden states; pooled is their mean at unit length, as published."""
 
     name = "embedded:minilm-l6"
@@ -74,18 +78,6 @@ class MiniLM(TextEncoder):
     max_tokens = 256
 
     def __init__(self, weights: Path, tokenizer: Path, device: torch.device) -> None:
-        self._prepare(load_file(weights, device=str(device)), tokenizer, device)
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], tokenizer: Path, device: torch.device) -> MiniLM:
-        """An encoder whose weights are in memory already, in place of a file's."""
-        encoder = cls.__new__(cls)
-        encoder._prepare({n: t.to(device) for n, t in tensors.items()}, tokenizer, device)
-        return encoder
-
-    def _prepare(
-        self, tensors: Mapping[str, Tensor], tokenizer: Path, device: torch.device
-    ) -> None:
         self.device = device
         self._tokenizer = Tokenizer.from_file(str(tokenizer))
         self._whole = Tokenizer.from_file(str(tokenizer))
@@ -93,6 +85,10 @@ class MiniLM(TextEncoder):
         self._whole.no_padding()
         self._tokenizer.enable_truncation(self.max_tokens)
         self._tokenizer.enable_padding()  # the file's own setting pads everything to 128
+        self._take(load_file(weights, device=str(device)))
+
+    def _take(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = {n: t for n, t in tensors.items() if n.startswith(_PARTS)}
         self._words = tensors["embeddings.word_embeddings.weight"]
         # A caption is one segment, so that its embedding is a constant of every position.
         self._positions = (
@@ -102,13 +98,22 @@ class MiniLM(TextEncoder):
         self._embedding_norm = _Affine.read(tensors, "embeddings.LayerNorm")
         self._layers = [_Layer(tensors, f"encoder.layer.{i}") for i in range(_NUM_LAYERS)]
 
+    def weights(self) -> dict[str, Tensor]:
+        """As they are named in the file; its pooler is not among them."""
+        return dict(self._tensors)
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Self:
+        """The same tokenizer, other weights."""
+        encoder = copy.copy(self)
+        encoder._take(weights)
+        return encoder
+
     def count_tokens(self, caption: str) -> int:
         """Word pieces, start and end among them."""
         return len(self._whole.encode(caption).ids)
 
-    @torch.no_grad()
-    def encode(self, captions: Sequence[str]) -> TextFeatures:
-        """Encode captions; fastest when those of a batch are of like length."""
+    def features(self, captions: Sequence[str]) -> TextFeatures:
+        """Of the last layer; padding is zero."""
         encodings = self._tokenizer.encode_batch(list(captions))
         ids_BL = torch.tensor([e.ids for e in encodings], device=self.device)
         mask_BL = torch.tensor([e.attention_mask for e in encodings], device=self.device).bool()

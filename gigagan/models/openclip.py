@@ -5,19 +5,21 @@ Shape letters: B batch, L tokens, D features, C colour or channels, H W image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from gigagan.models.encoders import (
     ImageEncoder,
     ImageFeatures,
-    TextEncoder,
+    LearnableTextEncoder,
     TextFeatures,
     with_class_token,
 )
@@ -70,7 +72,30 @@ def _in_bfloat16(device: torch.device, wanted: bool) -> AbstractContextManager[o
     return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()
 
 
-class OpenClipText(TextEncoder):
+class _Hidden(nn.Module):
+    """Hidden states after all blocks but the last; batch first, whatever the blocks want."""
+
+    attn_mask: Tensor
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.token_embedding = model.token_embedding
+        self.positional_embedding = model.positional_embedding
+        self.blocks = model.transformer.resblocks[:-1]
+        self.batch_first = model.transformer.batch_first
+        self.register_buffer("attn_mask", model.attn_mask, persistent=False)
+
+    def forward(self, ids_BL: Tensor) -> Tensor:
+        """B L → B L D."""
+        L = ids_BL.shape[1]
+        x_BLD = self.token_embedding(ids_BL) + self.positional_embedding[:L]
+        x = x_BLD if self.batch_first else x_BLD.transpose(0, 1)
+        for block in self.blocks:
+            x = block(x, attn_mask=self.attn_mask[:L, :L])
+        return x if self.batch_first else x.transpose(0, 1)
+
+
+class OpenClipText(LearnableTextEncoder):
     """Tokens of the penultimate layer, before the final norm; pooled is the one at the end token.
 
     The end token is pooled alone, not one of the tokens. Attention is causal: what stands after it
@@ -84,19 +109,30 @@ class OpenClipText(TextEncoder):
         self.max_tokens = model.context_length
         self._model = model
         self._tokenizer = tokenizer
+        self._hidden = _Hidden(model)
+        self._weights: dict[str, Tensor] = {}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Of the embeddings and all blocks but the last."""
+        return {name: p.detach() for name, p in self._hidden.named_parameters()} | self._weights
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Self:
+        """The same tokenizer and model, whose own weights stay as they are; so does `embed`."""
+        encoder = copy.copy(self)
+        encoder._weights = dict(weights)
+        return encoder
 
     def count_tokens(self, caption: str) -> int:
         """Byte pairs, start and end among them."""
         return len(self._tokenizer.encode(caption)) + 2
 
-    @torch.no_grad()
-    def encode(self, captions: Sequence[str]) -> TextFeatures:
-        """Encode captions; the start token is one of theirs."""
+    def features(self, captions: Sequence[str]) -> TextFeatures:
+        """Of captions; the start token is one of theirs."""
         ids_BL = self._tokenizer(list(captions)).to(self._model.positional_embedding.device)
         end_B = ids_BL.argmax(dim=1)  # the end token has the highest id
         L = int(end_B.max()) + 1
         with torch.autocast(ids_BL.device.type, enabled=False):
-            tokens_BLD = self._hidden(ids_BL[:, :L])
+            tokens_BLD = functional_call(self._hidden, self._weights, (ids_BL[:, :L],))
         pooled_BD = tokens_BLD[torch.arange(len(ids_BL), device=ids_BL.device), end_B]
         mask_BL = torch.arange(L - 1, device=ids_BL.device) < end_B[:, None]
         return TextFeatures(tokens_BLD[:, :-1] * mask_BL[..., None], mask_BL, pooled_BD)
@@ -105,16 +141,6 @@ class OpenClipText(TextEncoder):
     def logit_scale(self) -> float:
         """Factor of a cosine that CLIP was trained with, exp of its learned logarithm."""
         return float(self._model.logit_scale.exp())
-
-    def _hidden(self, ids_BL: Tensor) -> Tensor:
-        """Hidden states after all blocks but the last; batch first, whatever the blocks want."""
-        model, L = self._model, ids_BL.shape[1]
-        x_BLD = model.token_embedding(ids_BL) + model.positional_embedding[:L]
-        batch_first = model.transformer.batch_first
-        x = x_BLD if batch_first else x_BLD.transpose(0, 1)
-        for block in model.transformer.resblocks[:-1]:
-            x = block(x, attn_mask=model.attn_mask[:L, :L])
-        return x if batch_first else x.transpose(0, 1)
 
     @torch.no_grad()
     def embed(self, captions: Sequence[str]) -> Tensor:

@@ -11,13 +11,14 @@ Shape letters in this file:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gigagan.config.networks import StyleConfig
-from gigagan.config.stylegan_t import START, StyleTConfig
+from gigagan.config.stylegan_t import START, UPPER_FROM, StyleTConfig, TrainedPart
 from gigagan.models.generator import Late
 from gigagan.models.layers import (
     ACTIVATION_GAIN,
@@ -31,6 +32,7 @@ from gigagan.models.layers import (
     without_autocast,
 )
 from gigagan.models.text import Features, NoBranch, PooledText, Text
+from gigagan.models.tower import TextTower
 
 
 class SecondOrderStyle(nn.Module):
@@ -203,6 +205,9 @@ class StyleGANT(nn.Module):
         super().__init__()
         self.config = config
         self.text = NoBranch() if config.text is None else PooledText(config.text)
+        self.tower: TextTower | None = None
+        if config.own_text_encoder and config.text is not None:
+            self.tower = TextTower(config.text.encoder)
         self.mapping = MappingNetwork(
             StyleConfig(
                 latent_dim=config.latent_dim,
@@ -222,6 +227,19 @@ class StyleGANT(nn.Module):
             SynthesisBlock(in_maps, out_maps, config=config)
             for in_maps, out_maps in zip((None, *config.channels), config.channels, strict=False)
         )
+
+    def trained_in(self, trains: TrainedPart) -> Iterator[nn.Parameter]:
+        """The parameters that a phase of a training trains (code: `--train-mode`)."""
+        if trains == "text_encoder":
+            if self.tower is not None:
+                yield from self.tower.parameters()
+            return
+        for name, parameter in self.named_parameters():
+            is_upper = name.startswith("levels.") and (
+                START << int(name.split(".")[1]) > UPPER_FROM or ".to_rgb." in name
+            )
+            if not name.startswith("tower.") and (trains == "all" or is_upper):
+                yield parameter
 
     def read(self, features: Features) -> Text:
         """Frozen features (or None) → t_global alone: c, of unit mean square."""

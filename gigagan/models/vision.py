@@ -52,6 +52,8 @@ class VisionAidedDiscriminator(nn.Module):
             VisionHead(channels, maps, text_width=text_width) for channels in stage_channels
         )
 
-    def forward(self, stages: Sequence[Tensor], text_BT: Tensor) -> list[Tensor]:
-        """Maps per stage and text → logits per stage."""
+    def forward(
+        self, stages: Sequence[Tensor], text_BT: Tensor, *, num_sets: int = 1
+    ) -> list[Tensor]:
+        """Maps per stage and text → logits per stage; a picture's are the same in any set."""
         return [head(s, text_BT) for head, s in zip(self.heads, stages, strict=True)]

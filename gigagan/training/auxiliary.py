@@ -21,6 +21,7 @@ from gigagan.config import GUIDANCE_SIDE, LossConfig, ProjectedConfig, TrainStag
 from gigagan.models import pretrained
 from gigagan.models.aligner import Aligner, fit_aligner
 from gigagan.models.encoders import ImageEncoder, ImageFeatures, TextFeatures
+from gigagan.models.heads import ProjectedHeads
 from gigagan.models.layers import full_precision, without_autocast
 from gigagan.models.openclip import OpenClipText
 from gigagan.models.pixels import from_uint8
@@ -41,8 +42,9 @@ def see(
     Beyond that range a clamped image has no gradient.
     """
     if images_BCHW.shape[-1] != side:
+        wide_BCHW = full_precision(images_BCHW)  # CPUs have no such filter in bf16
         images_BCHW = F.interpolate(
-            images_BCHW, size=(side, side), mode="bilinear", align_corners=False, antialias=True
+            wide_BCHW, size=(side, side), mode="bilinear", align_corners=False, antialias=True
         )
     features: ImageFeatures = encoder(images_BCHW.clamp(-1, 1) if clamps else images_BCHW)
     return features
@@ -106,7 +108,7 @@ class Auxiliary:
     config: LossConfig
     encoder: ImageEncoder
     space: JointSpace
-    heads: VisionAidedDiscriminator
+    heads: VisionAidedDiscriminator | ProjectedHeads
     world: World = field(default_factory=World)
     """The contrastive loss compares the images and captions of all ranks."""
 
@@ -127,7 +129,7 @@ class Auxiliary:
         """Logistic loss of the heads, mean over stages."""
         with torch.no_grad():
             stages = self.see(torch.cat([real, fake])).stages
-        logits = self.heads(stages, text_BT.repeat(2, 1))
+        logits = self.heads(stages, text_BT.repeat(2, 1), num_sets=2)
         weights = [1 / len(logits)] * len(logits)
         real_logits, fake_logits = zip(*(x.chunk(2) for x in logits), strict=True)
         return losses.as_real(real_logits, weights) + losses.as_fake(fake_logits, weights)
@@ -183,13 +185,19 @@ def auxiliary_losses(
     log: Log,
 ) -> Auxiliary:
     """The frozen image encoder, its joint space with text, and the heads that are trained on it."""
-    name = config.loss.vision_encoder
-    encoder = pretrained.image_encoder(name, world.device)
-    is_projected = isinstance(config.discriminator, ProjectedConfig)  # has heads of its own
-    stage_channels = () if is_projected else encoder.stage_channels
-    heads = VisionAidedDiscriminator(
-        stage_channels, text_width=config.discriminator.condition_width
-    ).to(world.device)
+    name, text_width = config.loss.vision_encoder, config.discriminator.condition_width
+    heads: VisionAidedDiscriminator | ProjectedHeads
+    if config.loss.vision_heads == "projected" and config.loss.vision:
+        side = config.loss.vision_resolution
+        encoder = pretrained.critic_encoder(name, world.device)
+        projected = ProjectedConfig(encoder=name, side=side, text=None)
+        heads = ProjectedHeads(projected, text_width=text_width)
+    else:
+        encoder = pretrained.image_encoder(name, world.device)
+        is_projected = isinstance(config.discriminator, ProjectedConfig)  # has heads of its own
+        stage_channels = () if is_projected else encoder.stage_channels
+        heads = VisionAidedDiscriminator(stage_channels, text_width=text_width)
+    heads.to(world.device)
     if name.startswith("open_clip:"):
         tower = pretrained.text_encoder(name, world.device)
         assert isinstance(tower, OpenClipText)

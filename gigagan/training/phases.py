@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from gigagan.config import TrainStage
+from gigagan.config import PhaseConfig, TrainBaseConfig, TrainedPart, TrainStage
 
 APPROACH = 0.2
 """Over this last part of the warm start G's rate falls to that of what follows."""
@@ -26,6 +26,10 @@ class Phase(NamedTuple):
     """Weight of the absolute difference to the caption's picture, over all pyramid levels."""
     generator_lr: float = 0.0
     discriminator_lr: float = 0.0
+    trains: TrainedPart = "all"
+    """Which part of G."""
+    guidance: float | None = None
+    """Weight of guidance in place of that of the losses."""
 
 
 def phase_at(config: TrainStage, images_seen: int) -> Phase:
@@ -35,14 +39,16 @@ def phase_at(config: TrainStage, images_seen: int) -> Phase:
     with ramp r after D's head start h: G alone before w; weights of 0 up to w + h, then linear to
     `adversarial` at w + h + r; D's warm-up begins at w.
     """
-    warm, optimizer = config.warm_start, config.optimizer
+    warm, optimizer, part = config.warm_start, config.optimizer, part_at(config, images_seen)
     follows = optimizer.lr * optimizer.generator_rate
+    if part.generator_lr is not None:
+        follows = part.generator_lr
     cooling = _cooling(config, images_seen)
     if images_seen < warm.images:
         left = (warm.images - images_seen) / (APPROACH * warm.images)
         rate = follows + (warm.lr - follows) * min(left, 1.0)
         ramp = _ramp(config, images_seen)
-        return Phase(False, 0.0, warm.regression, cooling * ramp * rate, 0.0)
+        return Phase(False, 0.0, warm.regression, cooling * ramp * rate, 0.0, part.trains)
     since = images_seen - warm.images
     ramp = _ramp(config, since)
     regression = warm.regression if warm.images else 0.0
@@ -55,7 +61,18 @@ def phase_at(config: TrainStage, images_seen: int) -> Phase:
         regression,
         cooling * g_ramp * follows,
         cooling * ramp * optimizer.lr,
+        part.trains,
+        part.guidance,
     )
+
+
+def part_at(config: TrainStage, images_seen: int) -> PhaseConfig:
+    """What of G the step that begins at `images_seen` trains."""
+    phases = config.phases if isinstance(config, TrainBaseConfig) else ()
+    for phase in phases:
+        if phase.until_images is None or images_seen < phase.until_images:
+            return phase
+    return PhaseConfig()
 
 
 def begins_to_cool(config: TrainStage, images_seen: int) -> bool:

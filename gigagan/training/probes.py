@@ -22,7 +22,7 @@ from gigagan.evaluation.heldout import SPLITS, Gallery, Heldout
 from gigagan.evaluation.judges import alignment, fidelity
 from gigagan.evaluation.judges.features import square
 from gigagan.evaluation.report.results import caption_grid
-from gigagan.models.base import BaseGenerator
+from gigagan.models.base import BaseGenerator, features_of
 from gigagan.models.pixels import from_uint8, to_uint8
 from gigagan.models.upsampler import Upsampler
 from gigagan.training.captions import CaptionFeatures
@@ -144,7 +144,7 @@ class BaseProbe:
         z = torch.randn(len(prompts), generator.config.latent_dim, generator=random)
         parts = []
         for start in range(0, len(prompts), BATCH):
-            features = self.features(prompts[start : start + BATCH])
+            features = features_of(generator, prompts[start : start + BATCH], self.features)
             latents = z[start : start + BATCH].to(features.pooled_BD.device)
             parts.append(to_uint8(generator(latents, features)[0]))
         return np.concatenate(parts)

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gigagan.config import TrainStage
+from gigagan.config import TrainedPart, TrainStage
+from gigagan.models.base import features_of
+from gigagan.models.stylegan_t import StyleGANT
 from gigagan.training import acceleration, checkpoint, step
 from gigagan.training.augment import Ada
 from gigagan.training.distributed.optimizer import consolidate, make_optimizer
@@ -40,6 +42,8 @@ class Run:
         self.last_inputs: Inputs | None = None
         """What the last step saw, for vital signs."""
         self._num_failed_saves = 0
+        self._trained: TrainedPart | None = None
+        """Which part of G the last step trained."""
         self._healthy_at = 0
         """Up to where every line of the log was without a fatal alarm."""
         generator, discriminator = players.generator, players.discriminator
@@ -84,10 +88,23 @@ class Run:
         ):
             for group in optimizer.param_groups:
                 group["lr"] = rate * self.guard.rate_factor
+        if isinstance(self.players.generator, StyleGANT):
+            self._train_only(self.players.generator, phase.trains)
         seam = self.config.warm_start.images
         if seam and self.images_seen - self.config.batch_size < seam <= self.images_seen:
             self.log.say(f"{self.images_seen:,} images seen: the warm start ends, D comes in")
         return phase
+
+    def _train_only(self, generator: StyleGANT, trains: TrainedPart) -> None:
+        """Freeze what the phase does not train."""
+        if trains == self._trained:
+            return
+        generator.requires_grad_(False)
+        for parameter in generator.trained_in(trains):
+            parameter.requires_grad_(True)
+        if self._trained is not None or trains != "all":
+            self.log.say(f"{self.images_seen:,} images seen: of G {trains} learns from here on")
+        self._trained = trains
 
     @staticmethod
     def rate_of(optimizer: torch.optim.Optimizer) -> float:
@@ -108,6 +125,8 @@ class Run:
         kind = "r1" if has_r1 else "plain"
         if self.images_seen < self.config.warm_start.images:
             kind = "warm"
+        elif name == "g" and self._trained not in (None, "all"):
+            kind = str(self._trained)
         optimizer.found_inf = self.guard.judge(name, norm, kind=kind)  # type: ignore[attr-defined]
         return norm.detach()
 
@@ -205,11 +224,13 @@ class Run:
             return {}
         players = self.players
         levels = players.discriminator.config.levels
+        with torch.no_grad():
+            text = features_of(players.generator, inputs.captions, lambda captions: inputs.text)
         return vital_signs(
             players.generator,
             players.discriminator,
             inputs.z_BZ,
-            inputs.text,
+            text,
             inputs.real[:levels],
             inputs.given,
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gigagan import losses
 from gigagan.config import TrainStage
-from gigagan.models.base import BaseGenerator
+from gigagan.models.base import BaseGenerator, features_of
 from gigagan.models.heads import ProjectedHeads
 from gigagan.models.upsampler import Upsampler
 from gigagan.training.critic import Critic, Drawn, Players
@@ -48,7 +48,8 @@ def add(metrics: Metrics, terms: Metrics, share: float) -> None:
 def synthesize(generator: BaseGenerator | Upsampler, inputs: Inputs) -> Drawn:
     """The generated pyramid, largest first."""
     noise = () if inputs.noise_BN is None else (inputs.noise_BN,)
-    return Drawn(generator(*inputs.given, inputs.z_BZ, inputs.text, *noise))
+    text = features_of(generator, inputs.captions, lambda captions: inputs.text)
+    return Drawn(generator(*inputs.given, inputs.z_BZ, text, *noise))
 
 
 def critic_of(players: Players) -> Critic:
@@ -94,9 +95,10 @@ def generator_loss(
         loss, metrics = critic.generator_loss(config, inputs, fakes, auxiliary_strength)
         terms.append(phase.adversarial * loss)
     auxiliary = players.auxiliary
-    if phase.adversarial > 0 and auxiliary and auxiliary_strength > 0 and config.loss.guidance:
+    weight = config.loss.guidance if phase.guidance is None else phase.guidance
+    if phase.adversarial > 0 and auxiliary and auxiliary_strength > 0 and weight:
         angle = auxiliary.guidance(fakes[0], inputs.crop, inputs.captions, inputs.text)
-        terms.append(phase.adversarial * auxiliary_strength * config.loss.guidance * angle)
+        terms.append(phase.adversarial * auxiliary_strength * weight * angle)
         metrics["g/guidance"] = angle.detach()
     if phase.regression > 0:
         gradients = config.warm_start.gradients

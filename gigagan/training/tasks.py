@@ -138,7 +138,7 @@ class BaseTask(Task[TrainBaseConfig, Generator | StyleGANT]):
     def has_auxiliary(self) -> bool:
         """Whether the vision-aided or the contrastive loss, or guidance, has a weight."""
         loss = self.config.loss
-        return bool(loss.vision or loss.contrastive or loss.guidance)
+        return bool(loss.vision or loss.contrastive or self.config.is_guided)
 
     def given(self, real_BCHW: Tensor, random: torch.Generator, world: World) -> Given:
         """The noise inputs of a generator that has them, and where guidance looks."""
@@ -148,7 +148,7 @@ class BaseTask(Task[TrainBaseConfig, Generator | StyleGANT]):
             on_device = torch.Generator(world.device).manual_seed(seed)
             shape = config.batch_size, config.generator.noise_dim
             noise_BN = world.share(torch.randn(shape, generator=on_device, device=world.device))
-        if config.loss.guidance:
+        if config.is_guided:
             room = max(config.generator.resolution - GUIDANCE_SIDE, 0) + 1
             top, left = torch.randint(room, (2,), generator=random).tolist()
             crop = top, left
