@@ -197,14 +197,15 @@ class Sampler:
         edit: Edit | None,
     ) -> Drawing:
         """Text and style of a batch, changed as asked."""
-        features, finest = self._encode(self.encoder, batch), self._read_by_upsampler(batch)
-        text = self.base.read(features)
+        features = self._encode(self.encoder, batch)
+        text, finest = self.base.read(features), self._for_upsampler(batch, features)
         style_BS = self._style(text, z_BZ, truncation)
         if edit is None:
             return Drawing(text, style_BS, None, Finest(finest, seed))
         second = batch if edit.prompt is None else [edit.prompt] * len(batch)
-        other_text = self.base.read(self._encode(self.encoder, second))
-        other_finest = self._read_by_upsampler(second)
+        other_features = self._encode(self.encoder, second)
+        other_text = self.base.read(other_features)
+        other_finest = self._for_upsampler(second, other_features)
         other_BS = self._style(other_text, other_BZ, truncation)
         if edit.how == "interpolate":
             mixed = interpolate(text, other_text, edit.amount)
@@ -219,11 +220,13 @@ class Sampler:
         )
         return Drawing(text, style_BS, Late(other_BS, tokens, level), late)
 
-    def _read_by_upsampler(self, prompts: Sequence[str]) -> TextFeatures:
-        """Features by the encoder that the upsampler was trained with; the base's may differ."""
-        network = self.base if self.upsampler is None else self.upsampler
-        is_base = network is self.base
-        return self._encode(self.encoder if is_base else _encoder(network, self.device), prompts)
+    def _for_upsampler(self, prompts: Sequence[str], features: TextFeatures) -> TextFeatures:
+        """Of prompts with these features for the base: what the upsampler was trained to read."""
+        if self.upsampler is None:
+            return features
+        encoder = _encoder(self.upsampler, self.device)
+        is_same = encoder.name == self.encoder.name
+        return features if is_same else self._encode(encoder, prompts)
 
     def _style(self, text: Text, z_BZ: Tensor, truncation: float) -> Tensor:
         style_BS = self.base.style(z_BZ.to(self.device), text)

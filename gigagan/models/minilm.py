@@ -22,7 +22,7 @@ from gigagan.models.encoders import LearnableTextEncoder, TextFeatures
 _NUM_LAYERS = 6
 _NUM_HEADS = 12
 _EPS = 1e-12  # of BERT's layer norms
-_PARTS = ("embeddings.word", "embeddings.pos", "embeddings.tok", "embeddings.Layer", "encoder.")
+_PARTS = ("embeddings.", "encoder.")
 """How the names of weights begin that features depend on."""
 
 
@@ -88,7 +88,11 @@ class MiniLM(LearnableTextEncoder):
         self._take(load_file(weights, device=str(device)))
 
     def _take(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = {n: t for n, t in tensors.items() if n.startswith(_PARTS)}
+        self._tensors = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if name.startswith(_PARTS) and tensor.is_floating_point()
+        }
         self._words = tensors["embeddings.word_embeddings.weight"]
         # A caption is one segment, so that its embedding is a constant of every position.
         self._positions = (

@@ -28,6 +28,7 @@ from gigagan.models.pretrained import (
     nsfw,
     text_encoder,
 )
+from gigagan.models.tower import TextTower
 
 LPIPS_EXAMPLES = Path(__file__).parents[3] / "shared" / "assets" / "lpips"
 
@@ -397,6 +398,25 @@ def test_open_clip_text_features_are_those_of_the_penultimate_layer(clip):
         torch.testing.assert_close(pooled[b], expected[b, n], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(encoder.embed(captions), joint, atol=1e-5, rtol=1e-4)
     assert encoder.logit_scale == pytest.approx(clip.logit_scale.exp().item())
+
+
+def test_an_open_clip_text_tower_begins_as_the_frozen_one_and_learns(clip):
+    captions = ["a dog", "a flat emoji of a violin on a pale blue background"]
+    frozen, tower = text_encoder(CLIP), TextTower(CLIP)
+    before = frozen.encode(captions)
+    own = tower(captions)
+    for a, b in zip(own, before, strict=True):
+        torch.testing.assert_close(a, b)
+    own.pooled_BD[:, 0].sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in tower.parameters())
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.mul_(1.01)
+    learned = tower.encoder().encode(captions)
+    torch.testing.assert_close(learned.pooled_BD, tower(captions).pooled_BD.detach())
+    assert not torch.allclose(learned.pooled_BD, before.pooled_BD)
+    again = frozen.encode(captions)  # the frozen one, which D reads, stays as it is
+    assert torch.equal(again.pooled_BD, before.pooled_BD)
 
 
 def test_open_clip_reads_77_tokens_and_says_what_is_longer(clip):
