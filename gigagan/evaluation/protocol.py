@@ -21,6 +21,16 @@ class ProtocolError(ValueError):
 
 
 @dataclass(frozen=True)
+class Curve:
+    """A truncation curve that belongs to the rules: FID against agreement with captions."""
+
+    truncations: tuple[float, ...]
+    """ψ of its points."""
+    num_captions: int
+    """Drawn for each of them; FID of so few is comparable along the curve alone."""
+
+
+@dataclass(frozen=True)
 class Protocol:
     """One set of rules. `None` means that the protocol leaves it to the settings."""
 
@@ -46,10 +56,13 @@ class Protocol:
     """Words put before every caption."""
     patch: int | None = None
     """Side of the crops of a patch-FID."""
+    curve: Curve | None = None
+    """In place of the settings' `sweep`, whose distance is KID."""
     published: tuple[tuple[str, Mapping[str, float]], ...] = ()
     """What others report under these rules: (model, numbers by our metrics' names)."""
 
 
+_PSI = tuple(tenths / 10 for tenths in range(2, 11))
 _CLIP = "open_clip:ViT-B-32/openai"
 _CLIP_NAME = "clip_score_ViT-B-32_openai"
 
@@ -127,6 +140,7 @@ PROTOCOLS = {
             num_real=40_504,
             resolution=256,
             resize="legacy",
+            curve=Curve(_PSI, num_captions=5_000),
             published=(("StyleGAN-T (paper)", {"fid": 13.90}),),
         ),
         Protocol(
@@ -137,6 +151,7 @@ PROTOCOLS = {
             num_real=40_504,
             resolution=64,
             resize="legacy",
+            curve=Curve(_PSI, num_captions=5_000),
             published=(("StyleGAN-T (paper)", {"fid": 7.30}),),
         ),
     )

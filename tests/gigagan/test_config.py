@@ -353,6 +353,16 @@ def test_multiply_adds_of_a_discriminator_equal_a_count_by_hand():
             {"loss": {"level_weights": (0.5, 0.5)}},
             "loss.level_weights has 2 entries for 3 discriminator levels",
         ),
+        (
+            TrainBaseConfig,
+            {"loss": {"vision_heads": "projected", "vision_resolution": 72}},
+            "vision_resolution = 72, but embedded:efficientnet-lite0 halves .* multiple of 32",
+        ),
+        (
+            TrainBaseConfig,
+            {"loss": {"vision_heads": "projected", "vision_encoder": "open_clip:RN50/openai"}},
+            "vision_encoder = 'open_clip:RN50/openai': no heads are known for it, choose one of",
+        ),
         (TrainBaseConfig, {"loss": {"maching": 1.0}}, r"loss\.maching\n.*Extra inputs are not"),
         (TrainBaseConfig, {"precision": "fp16"}, "precision\n.*'auto', 'fp32' or 'bf16'.*'fp16'"),
         (TrainBaseConfig, {"batch_size": 1}, "batch_size\n.*greater than or equal to 2.*=1,"),

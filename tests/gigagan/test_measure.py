@@ -250,6 +250,28 @@ def test_the_curve_the_speed_and_the_neighbours_are_of_this_sampler(evaluated):
     assert not (out / "features").exists()
 
 
+def test_a_curve_that_belongs_to_the_rules_is_of_fid_and_at_their_truncations(
+    heldout, aligner, tmp_path, monkeypatch
+):
+    curve = protocol.Curve((0.2, 0.6), num_captions=4)
+    ours = replace(protocol.PROTOCOLS["embedded-heldout"], curve=curve)
+    monkeypatch.setitem(protocol.PROTOCOLS, "embedded-heldout", ours)
+    drawn = {}
+
+    def sample(captions, seed, psi):
+        drawn[psi] = drawn.get(psi, 0) + len(captions)
+        return sampler(captions, seed, psi)
+
+    config = QUICK.model_copy(update={"sweep": (0.9,)})
+    results = evaluate(sample, heldout, tmp_path, config, aligner=aligner)
+    assert [point["truncation"] for point in results["truncation_curve"]] == [0.2, 0.6]
+    assert (drawn[0.2], drawn[0.6], 0.9 in drawn) == (4, 4, False)
+    assert results["truncation_metric"] == "fid"
+    assert "FID (lower is better)" in (tmp_path / "report.html").read_text()
+    for name in ("stylegan-t-coco-256", "stylegan-t-coco-64"):
+        assert protocol.PROTOCOLS[name].curve.truncations[-1] == 1
+
+
 def test_intervals_hold_the_values_that_they_are_of(evaluated):
     _, results = evaluated
     assert {"kid", "aligner_similarity", "aligner_recall_at_1"} <= results["intervals"].keys()

@@ -100,6 +100,17 @@ def test_text_moves_the_logits_and_an_unconditional_term_remains_without_it():
     assert all(x.std() > 1e-3 for x in silent)
 
 
+def test_logits_can_begin_without_the_caption_and_learn_of_it():
+    d = Discriminator(D.model_copy(update={"caption_std": 0.0}))
+    maps = d.trunk([torch.randn(B, 3, 16, 16), torch.randn(B, 3, 8, 8)])
+    a, b = d.predict(maps, d.read(features())), d.predict(maps, d.read(features()))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    sum(x.sum() for x in a).backward()
+    scales = [p for name, p in d.named_parameters() if name.endswith("to_scale.weight")]
+    assert scales
+    assert all(p.grad.abs().sum() > 0 for p in scales)
+
+
 def test_discriminator_can_be_differentiated_twice():
     d = Discriminator(D)
     images = [torch.randn(B, 3, s, s, requires_grad=True) for s in (16, 8)]

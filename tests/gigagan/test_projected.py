@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from gigagan.config import ProjectedConfig, StyleTConfig, TextConfig, TrainBaseConfig
 from gigagan.models import pretrained, snapshot
+from gigagan.models.heads import ProjectedHeads
 from gigagan.models.stylegan_t import StyleGANT
 from gigagan.training import inputs, loop, step
 from gigagan.training.augment import Augment
@@ -18,7 +19,7 @@ from gigagan.training.distributed.world import World
 from gigagan.training.logs import Log
 from gigagan.training.tasks import task_of
 
-from .small import WordEncoder
+from .small import GENERATOR, WordEncoder
 from .test_training import NoProbe, ShadeBatch, ShadeLoader
 
 pytestmark = pytest.mark.usefixtures("without_charts")
@@ -208,6 +209,63 @@ def test_guidance_draws_pictures_towards_their_captions(tmp_path):
     made.generator.zero_grad()
     angle.backward()
     assert sum(float(x.abs().sum()) for x in gradients(made.generator)) > 0
+
+
+def test_the_vision_aided_loss_can_have_heads_of_this_kind(tmp_path):
+    """Beside the multi-scale discriminator, whose reading of the caption they share."""
+    text = TextConfig(
+        encoder="test:words", encoder_width=11, pooled_width=11, width=16, head_width=8
+    )
+    config = TrainBaseConfig.model_validate(
+        {
+            "generator": GENERATOR.model_copy(update={"text": text}).model_dump(),
+            "discriminator": {
+                "channels": (8, 8, 8), "levels": 1, "blocks": (0, 0, 0), "attention": (0, 0, 0),
+                "text": text,
+            },
+            "loss": {
+                "level_weights": (1,), "vision": 1, "vision_heads": "projected", "contrastive": 0,
+                "vision_resolution": 32, "auxiliary_start_images": 0, "ramp_images": 1,
+            },
+            "batch_size": 8,
+        }
+    )  # fmt: skip
+    captions = CaptionFeatures(WordEncoder(), torch.device("cpu"))
+    log = Log(tmp_path, config.total_images)
+    auxiliary = auxiliary_losses(config, Shades(16), captions, tmp_path, World(), log)
+    assert isinstance(auxiliary.heads, ProjectedHeads)
+    assert len(auxiliary.heads.heads) == 4  # strides 4 to 32
+    made = dataclasses.replace(players(config), auxiliary=auxiliary)
+    given = drawn_inputs(config, made)
+    fakes = step.synthesize(made.generator, given)
+    with torch.no_grad():
+        text_BT = made.discriminator.read(given.text)
+        auxiliary.heads.eval()  # the power method's vectors stay
+        logits = [
+            auxiliary.heads(auxiliary.see(x).stages, text_BT) for x in (given.real[0], fakes[0])
+        ]
+    expected = sum(
+        F.softplus(sign * x).mean() / 4
+        for sign, of_images in zip((-1, 1), logits, strict=True)
+        for x in of_images
+    )
+    loss = auxiliary.discriminator_loss(given.real[0], fakes[0].detach(), text_BT)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    step.discriminator_loss(made, config, given, fakes, auxiliary_strength=1.0).loss.backward()
+    assert all(p.grad is not None for p in auxiliary.heads.parameters())
+    assert all(p.grad is None for p in made.generator.parameters())
+    step.generator_loss(made, config, given, fakes, auxiliary_strength=1.0).loss.backward()
+    assert any(p.grad is not None for p in made.generator.parameters())
+
+
+def test_pictures_in_half_precision_can_be_seen():
+    """A CPU that multiplies bf16 draws them so, and has no antialiased filter for them."""
+    made = players(CONFIG)
+    images = torch.rand(2, 3, 16, 16, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        pooled = see(made.encoder, images, side=32).pooled_BD
+    pooled.float().sum().backward()
+    assert images.grad.abs().sum() > 0
 
 
 def test_guidance_looks_at_a_crop_of_large_pictures():

@@ -16,7 +16,7 @@ from PIL import Image
 
 from gigagan.evaluation.heldout import Heldout, training_pictures
 from gigagan.evaluation.judges.alignment import clip_score_per_picture, similarities
-from gigagan.evaluation.judges.distances import kernel_distance
+from gigagan.evaluation.judges.distances import frechet_distance, kernel_distance
 from gigagan.evaluation.judges.features import extract, extractor, open_rgb, reference, text_vectors
 from gigagan.evaluation.judges.neighbours import Memorisation, memorisation, nearest
 from gigagan.evaluation.naming import Drawn
@@ -100,6 +100,7 @@ def write(
     neighbours, memory = _neighbours(subject, at, shards, absent)
     rows = _failures(subject, at)
     results["truncation_curve"] = [asdict(point) for point in curve or []]
+    results["truncation_metric"] = "fid" if at.rules.curve else "kid"
     results["speed"] = [asdict(speed) for speed in speeds or []]
     results["memorisation"] = None if memory is None else asdict(memory)
     results["categories"] = [
@@ -169,14 +170,16 @@ def _draw_grids(subject: Subject, at: Setting) -> None:
 def _curve(
     subject: Subject, at: Setting, sample: Sample | None, absent: dict[str, str]
 ) -> list[sweeps.CurvePoint] | None:
-    config = at.config
-    if sample is None or not config.sweep:
+    config, rules = at.config, at.rules.curve
+    psis = rules.truncations if rules else config.sweep
+    if sample is None or not psis:
         absent["truncation_curve"] = "no sampler" if sample is None else "evaluate.sweep is empty"
         return None
     if subject.judge is None and at.clip is None:
         absent["truncation_curve"] = "neither an aligner nor a CLIP to judge agreement by"
         return None
-    captions = _spread(subject.chosen.captions, config.sweep_captions)
+    count = rules.num_captions if rules else config.sweep_captions
+    captions = _spread(subject.chosen.captions, count)
     inception = extractor(f"{INCEPTION}/{at.rules.resize}", *at.devices)
     real_ND = reference(
         subject.everything.all_pictures,
@@ -203,12 +206,15 @@ def _curve(
                 folder=Path(folder),
                 batch_size=config.batch_size,
             )
-            return kernel_distance(np.array(found[inception.name]), real_ND, num_subsets=1).value
+            features_ND = np.array(found[inception.name])
+            if rules is not None:
+                return frechet_distance(features_ND, real_ND)
+            return kernel_distance(features_ND, real_ND, num_subsets=1).value
 
     return sweeps.truncation_curve(
         draw,
         captions,
-        config.sweep,
+        psis,
         distance=distance,
         alignment=lambda pictures, texts: float(agreement(subject, at)(pictures, texts).mean()),
         progress=lambda done, total: at.progress("truncations", done, total),

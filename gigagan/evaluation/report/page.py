@@ -64,7 +64,7 @@ def write_page(path: Path, results: Mapping[str, Any], figures: Figures) -> Path
         published=_published(results),
         naming=_naming(results["metrics"]),
         figures=figures,
-        curve=_curve(figures.curve or ()),
+        curve=_curve(figures.curve or (), results.get("truncation_metric", "kid")),
     )
     write_aside(path, text)
     return path
@@ -115,8 +115,8 @@ def _naming(metrics: Mapping[str, float]) -> list[tuple[str, str, str, str]]:
     return [row for row in rows if row[2] in metrics]
 
 
-def _curve(points: Sequence[CurvePoint]) -> dict[str, Any]:
-    """Places of the points in pixels of the drawing (560 × 320), and the ends of both axes."""
+def _curve(points: Sequence[CurvePoint], metric: str) -> dict[str, Any]:
+    """Places of the points in pixels of the drawing (560 × 320), and what stands at both axes."""
     xs, ys = [p.alignment for p in points], [p.distance for p in points]
 
     def scaled(value: float, values: Sequence[float], low: float, high: float) -> float:
@@ -131,6 +131,7 @@ def _curve(points: Sequence[CurvePoint]) -> dict[str, Any]:
         return scaled(value, ys, 250, 24)
 
     return {
+        "metric": _title(metric),
         "places": [(across(p.alignment), up(p.distance), p.truncation) for p in points],
         "across": [(value, across(value)) for value in sorted({min(xs), max(xs)})] if xs else [],
         "up": [(value, up(value)) for value in sorted({min(ys), max(ys)})] if ys else [],
