@@ -14,6 +14,8 @@ import torch._dynamo  # an optimizer imports it when it is made, which takes sec
 import torch.nn.functional as F
 from torch import nn
 
+from gigagan.config import ProjectedConfig, TextConfig
+from gigagan.models.heads import ProjectedHeads
 from gigagan.training.distributed.optimizer import ShardedAdamW, consolidate, make_optimizer
 from gigagan.training.distributed.reducer import GradientReducer
 from gigagan.training.distributed.world import World, join
@@ -238,6 +240,51 @@ def sharded(world, folder):
         optimizer_of(network(29), world, True).load_state_dict(saved["optimizer"])
 
 
+def heads(world, folder):
+    """A critic's heads: spectral norm is of weights alone, batch norm of four neighbours."""
+    text = TextConfig(encoder="test:words", encoder_width=8, pooled_width=8, width=8, depth=0)
+    config = ProjectedConfig(side=32, maps=4, virtual_batch=4, text=text)
+    torch.manual_seed(3)
+    net = ProjectedHeads(config, (5, 6, 7, 8)).double()
+    whole = copy.deepcopy(net)
+    optimizers = [torch.optim.SGD(x.parameters(), lr=0.1) for x in (net, whole)]
+    reduce = GradientReducer(world, net)
+    random = torch.Generator().manual_seed(world.size)
+
+    def stages(share):
+        """Real and generated: two sets."""
+        sets = [[share(x) for x in one] for one in made]
+        return [torch.cat(pair) for pair in zip(*sets, strict=True)]
+
+    def hinge(net, share):
+        logits = net(stages(share), share(captions).repeat(2, 1), num_sets=2)
+        halves = [x.chunk(2) for x in logits]
+        return sum((1 - a).relu().mean() + (1 + b).relu().mean() for a, b in halves)
+
+    for _ in range(3):
+        made = [
+            [torch.randn(8, c, 4, 4, generator=random).double() for c in (5, 6, 7, 8)]
+            for _ in range(2)
+        ]
+        captions = torch.randn(8, 8, generator=random).double()
+        net.zero_grad()
+        whole.zero_grad()
+        reduce.arm()
+        hinge(net, world.share).backward()
+        reduce.finish()
+        hinge(whole, lambda x: x).backward()
+        # Batch norm and logits are computed in float32.
+        for a, b in zip(gradients(net), gradients(whole), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+        for optimizer in optimizers:
+            optimizer.step()
+    vectors = {name: x for name, x in net.state_dict().items() if "_u" in name or "_v" in name}
+    assert vectors
+    for name, x in vectors.items():
+        torch.testing.assert_close(x, whole.state_dict()[name], rtol=1e-3, atol=1e-4)
+        assert torch.equal(world.mean(x), x)  # the same on both
+
+
 def dies(world, folder):
     x = torch.ones(5)
     for step in range(100):
@@ -258,7 +305,7 @@ def perform(argv):
     assert (world.size, world.device.type) == (2, "cpu")
     assert isinstance(world, World)
     assert world.shares_memory == (os.environ["LOCAL_WORLD_SIZE"] == "2")
-    acts = {f.__name__: f for f in (reducer, gather, sharded, dies, hangs)}
+    acts = {f.__name__: f for f in (reducer, gather, heads, sharded, dies, hangs)}
     acts[name](world, Path(folder))
     world.leave()
     return 0
