@@ -34,19 +34,17 @@ from gigagan.training.logs import Log
 ALIGNER_PICTURES = 2_048
 
 
-def see(
-    encoder: ImageEncoder, images_BCHW: Tensor, *, side: int, clamps: bool = True
-) -> ImageFeatures:
+def see(encoder: ImageEncoder, images_BCHW: Tensor, *, side: int) -> ImageFeatures:
     """Bring images in [−1, 1] to the encoder's side and encode them.
 
-    Beyond that range a clamped image has no gradient.
+    What G draws beyond that range is not clamped: it would have no gradient there.
     """
     if images_BCHW.shape[-1] != side:
         wide_BCHW = full_precision(images_BCHW)  # CPUs have no such filter in bf16
         images_BCHW = F.interpolate(
             wide_BCHW, size=(side, side), mode="bilinear", align_corners=False, antialias=True
         )
-    features: ImageFeatures = encoder(images_BCHW.clamp(-1, 1) if clamps else images_BCHW)
+    features: ImageFeatures = encoder(images_BCHW)
     return features
 
 

@@ -91,4 +91,4 @@ class ProjectedCritic(Critic):
         encoder = self.players.encoder
         assert encoder is not None
         (seen_BCHW,) = self.players.augment.apply([images_BCHW], draws, inputs.images_seen)
-        return list(see(encoder, seen_BCHW, side=self.heads.config.side, clamps=False).stages)
+        return list(see(encoder, seen_BCHW, side=self.heads.config.side).stages)

@@ -495,7 +495,7 @@ def look(config):
 
 def seen(auxiliary, images_BCHW):
     """What the encoder makes of images that are brought to its side."""
-    return auxiliary.encoder(torch.stack([naive.upsample(x) for x in images_BCHW]).clamp(-1, 1))
+    return auxiliary.encoder(torch.stack([naive.upsample(x) for x in images_BCHW]))
 
 
 def vision_text(d, text):

@@ -268,6 +268,13 @@ def test_pictures_in_half_precision_can_be_seen():
     assert images.grad.abs().sum() > 0
 
 
+def test_pixels_beyond_the_range_of_pictures_have_a_gradient():
+    made = players(CONFIG)
+    images = (1.2 + torch.rand(1, 3, 32, 32)).requires_grad_()
+    see(made.encoder, images, side=32).pooled_BD.sum().backward()
+    assert (images.grad != 0).any()
+
+
 def test_guidance_looks_at_a_crop_of_large_pictures():
     large = CONFIG.model_copy(
         update={
