@@ -3,7 +3,8 @@
 Every setting trains the generator of the preset `demo` on the same shards until one core has worked
 for so long; how many images that is, a short trial on the idle machine says first. Then all are
 evaluated alike, by captions never trained. `--table critics` compares critics, with and without a
-warm start; `--table discriminator` changes one thing of GigaGAN's at a time.
+warm start, `heads` what projected heads weigh behind one; `discriminator` changes one thing of
+GigaGAN's at a time.
 
 What is in `--out` is not done again; a training that was interrupted goes on.
 """
@@ -106,7 +107,21 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
             },
             "A13 translation and cutout": {"augment": {"diffaugment": ["translation", "cutout"]}},
             "A14 matching 0.3": {"loss": {"matching": 0.3}},
-            "A14 no matching": {"loss": {"matching": 0.0}},
+        }.items()
+    },
+    "heads": {
+        name: _with(PROJECTED, changes)
+        for name, changes in {
+            "adversarial 0.15": {},
+            "adversarial 0.5": {"warm_start": {"adversarial": 0.5}},
+            "adversarial 1.5": {"warm_start": {"adversarial": 1.5}},
+            "adversarial 0.5, regression 1": {
+                "warm_start": {"adversarial": 0.5, "regression": 1.0}
+            },
+            "adversarial 0.5, D every second step": {
+                "warm_start": {"adversarial": 0.5},
+                "optimizer": {"discriminator_every": 2},
+            },
         }.items()
     },
 }
@@ -297,7 +312,7 @@ def _rows(args: argparse.Namespace) -> list[str]:
 
 def write_table(args: argparse.Namespace, place: Place) -> None:
     """All that has been measured, in Markdown and as pictures of the same captions."""
-    heads = ["", "images", *METRICS.values()]
+    heads = ["", "images", "minutes", *METRICS.values()]
     lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
     last: Results | None = None
     shown: dict[str, Path] = {}
@@ -312,13 +327,14 @@ def write_table(args: argparse.Namespace, place: Place) -> None:
         shown[name] = place.evaluation(name, 0)
         last = found[-1][1]
         cells = [f"{mean(how['images'] for how, _ in found):,.0f}"]
+        cells.append(f"{mean(how['seconds'] for how, _ in found) / 60:.1f}")
         for metric in METRICS:
             cells.append(" · ".join(_shown(metric, r["metrics"]) for _, r in found))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     assert last is not None, "nothing was measured yet"
     for kind in ("real", "chance"):
         cells = [_shown(metric, last["reference"][kind]) for metric in METRICS]
-        lines.append(f"| {kind} | | {' | '.join(cells)} |")
+        lines.append(f"| {kind} | | | {' | '.join(cells)} |")
     text = "\n".join(lines) + "\n"
     (place.out / f"{args.table}.md").write_text(text)
     _draw(place, shown, place.out / f"{args.table}.png")

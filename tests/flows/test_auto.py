@@ -47,9 +47,9 @@ def test_large_networks_get_one_process_with_a_thread_on_each_free_core():
 
 
 def test_the_networks_that_a_cpu_trains_are_small_and_the_papers_are_not():
-    for name in ("small_32", "small_32_to_128", "ladder-scale-up"):
+    for name in ("small_32", "small_32_to_128", "ladder-scale-up", "stylegan_t_small_32"):
         assert multiply_adds(preset(name)) < auto.SMALL / 2
-    for name in ("paper_64", "paper_64_to_512", "imagenet_256"):
+    for name in ("paper_64", "paper_64_to_512", "imagenet_256", "stylegan_t_full_64"):
         assert multiply_adds(preset(name)) > 10 * auto.SMALL
 
 
