@@ -24,6 +24,8 @@ class Phase(NamedTuple):
     """Weight of G's losses through D and the frozen encoder; 0 while D catches up."""
     regression: float = 0.0
     """Weight of the absolute difference to the caption's picture, over all pyramid levels."""
+    regression_side: int | None = None
+    """Largest side of the levels that this is over; None: all."""
     generator_lr: float = 0.0
     discriminator_lr: float = 0.0
     trains: TrainedPart = "all"
@@ -48,7 +50,13 @@ def phase_at(config: TrainStage, images_seen: int) -> Phase:
         left = (warm.images - images_seen) / (APPROACH * warm.images)
         rate = follows + (warm.lr - follows) * min(left, 1.0)
         ramp = _ramp(config, images_seen)
-        return Phase(False, 0.0, warm.regression, cooling * ramp * rate, 0.0, part.trains)
+        return Phase(
+            has_discriminator=False,
+            adversarial=0.0,
+            regression=warm.regression,
+            generator_lr=cooling * ramp * rate,
+            trains=part.trains,
+        )
     since = images_seen - warm.images
     ramp = _ramp(config, since)
     regression = warm.regression if warm.images else 0.0
@@ -56,13 +64,13 @@ def phase_at(config: TrainStage, images_seen: int) -> Phase:
     g_ramp = 1.0 if warm.images else ramp
     risen = (since - warm.head_start_images) / warm.ramp_images if warm.images else 1.0
     return Phase(
-        True,
-        (warm.adversarial if warm.images else 1.0) * min(max(risen, 0.0), 1.0),
-        regression,
-        cooling * g_ramp * follows,
-        cooling * ramp * optimizer.lr,
-        part.trains,
-        part.guidance,
+        adversarial=(warm.adversarial if warm.images else 1.0) * min(max(risen, 0.0), 1.0),
+        regression=regression,
+        regression_side=warm.largest_side,
+        generator_lr=cooling * g_ramp * follows,
+        discriminator_lr=cooling * ramp * optimizer.lr,
+        trains=part.trains,
+        guidance=part.guidance,
     )
 
 
