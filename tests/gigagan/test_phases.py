@@ -51,8 +51,10 @@ def test_without_a_warm_start_both_networks_train_at_full_weight_from_the_first_
     config = BASE.model_copy(
         update={"optimizer": OptimizerConfig(lr=0.02, generator_rate=0.25, warmup_images=16)}
     )
-    assert phase_at(config, 0) == Phase(True, 1.0, 0.0, 0.02 / 4 * 4 / 16, 0.02 * 4 / 16)
-    assert phase_at(config, 40) == Phase(True, 1.0, 0.0, 0.02 / 4, 0.02)
+    first = Phase(generator_lr=0.02 / 4 * 4 / 16, discriminator_lr=0.02 * 4 / 16)
+    assert phase_at(config, 0) == first
+    assert phase_at(config, 40) == Phase(generator_lr=0.02 / 4, discriminator_lr=0.02)
+    assert (first.adversarial, first.regression, first.has_discriminator) == (1.0, 0.0, True)
 
 
 def test_weights_and_rates_of_a_warm_start_follow_the_position():
