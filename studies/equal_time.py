@@ -340,7 +340,7 @@ def write_table(args: argparse.Namespace, place: Place) -> None:
         lines.append(f"| {kind} | | | {' | '.join(cells)} |")
     text = "\n".join(lines) + "\n"
     (place.out / f"{args.table}.md").write_text(text)
-    _draw(place, shown, place.out / f"{args.table}.png")
+    _draw(place, shown, args.table)
     print(text)
 
 
@@ -351,19 +351,20 @@ def _shown(metric: str, values: Mapping[str, float]) -> str:
     return f"{1e3 * value:.0f}" if metric == "kid" else f"{value:.3g}"
 
 
-def _draw(place: Place, folders: Mapping[str, Path], path: Path) -> None:
+def _draw(place: Place, folders: Mapping[str, Path], table: str) -> None:
     """Captions never trained, a row each: a column a setting, the real picture last."""
     everything = read_heldout(place.heldout)
     assert everything.gallery is not None
     works = {w.caption: w for w in everything.gallery.works if w.split == "combination"}
     drawn = [drawn_in(folder) for folder in folders.values()]
-    captions = [c for c in works if all(c in pictures for pictures in drawn)][:NUM_ROWS]
+    captions = [c for c in works if all(c in pictures for pictures in drawn)]
+    captions = captions[:: max(len(captions) // NUM_ROWS, 1)][:NUM_ROWS]
     rows = [
         (c, [*(Image.open(found[c]) for found in drawn), Image.open(works[c].picture)])
         for c in captions
     ]
-    title = f"from left to right: {'; '.join(folders)}; real"
-    caption_grid(rows, title=title, cell_px=CELL_PX).save(path)
+    title = f"the {len(folders)} rows of {table}.md from left to right, then the real picture"
+    caption_grid(rows, title=title, cell_px=CELL_PX).save(place.out / f"{table}.png")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
