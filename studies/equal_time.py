@@ -36,47 +36,57 @@ from gigagan.training.distributed.world import World
 from gigagan.training.loop import Preempted
 from studies.learning import Results, Snapshot, drawn_in, evaluated
 
-COMMON: dict[str, Any] = {
-    "discriminator_every": 1,
-    "cooldown_images": 0,
-    "ema_half_life_images": 2_000,
+OWN = ("discriminator", "loss", "optimizer", "augment")
+"""Sections that are all of a setting's own; of others it changes what the preset has."""
+_OPTIMIZER: dict[str, Any] = {"warmup_images": 800, "ema_half_life_images": 2_000}
+_LOSS: dict[str, Any] = {"matching": 0.5, "contrastive": 0, "vision": 0}
+_AUGMENT: dict[str, Any] = {"diffaugment": ["translation", "cutout"]}
+MULTI_SCALE: dict[str, Any] = {
+    "discriminator": {
+        "channels": [24, 48, 96, 96],
+        "attention": [0, 0, 0, 0],
+        "halving": "mean",
+    },
+    "loss": _LOSS,
+    "optimizer": {**_OPTIMIZER, "lr": 2.5e-3, "generator_rate": 0.8, "r1_weight": 1.0},
 }
-"""Of every optimizer, whatever the preset has."""
-MULTI_SCALE: dict[str, Any] = {"optimizer": COMMON}
-LOW_PASS: dict[str, Any] = {**MULTI_SCALE, "discriminator": {"halving": "low-pass"}}
+LOW_PASS = {
+    **MULTI_SCALE,
+    "discriminator": {**MULTI_SCALE["discriminator"], "halving": "low-pass"},
+}
 PROJECTED: dict[str, Any] = {
-    "discriminator": None,  # all of the preset's
-    "loss": {"adversarial": "hinge", "matching_images": "real"},
+    "discriminator": {"kind": "projected"},
+    "loss": {**_LOSS, "adversarial": "hinge", "matching_images": "real"},
     "optimizer": {
-        **COMMON,
+        **_OPTIMIZER,
         "lr": 1e-3,
         "generator_rate": 2.0,
         "r1_weight": 0,
         "weight_decay": 0,
         "attention_weight_decay": 0,
     },
-    "augment": {"diffaugment": ["translation", "cutout"]},
+    "augment": _AUGMENT,
 }
 BOTH: dict[str, Any] = {
-    "optimizer": COMMON,
+    **MULTI_SCALE,
     "loss": {
+        **_LOSS,
         "vision": 1.0,
         "vision_heads": "projected",
         "auxiliary_every": 1,
         "auxiliary_start_images": 0,
         "ramp_images": 1,
     },
-    "augment": {"diffaugment": ["translation", "cutout"]},
+    "augment": _AUGMENT,
 }
 COLD: dict[str, Any] = {"warm_start": {"images": 0}}
 
 
-def _with(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def _with(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Sections of both, key by key."""
-    merged = {name: {**values} if values else values for name, values in base.items()}
-    for name, values in changes.items():
-        merged[name] = {**(merged.get(name) or {}), **values}
-    return merged
+    return {
+        name: {**base.get(name, {}), **changes.get(name, {})} for name in (base | dict(changes))
+    }
 
 
 _CRITICS = {
@@ -172,11 +182,10 @@ class Place(NamedTuple):
 def config_of(setting: Mapping[str, Any], **changes: Any) -> TrainBaseConfig:
     """The preset's training with these sections changed; only the last picture is looked at."""
     tree = PipelineConfig.preset("demo").train_base.model_dump(mode="json")
+    for section in OWN:
+        tree.pop(section)
     for section, values in setting.items():
-        if section == "discriminator" and values is None:
-            tree[section] = {"kind": "projected"}
-        else:
-            tree[section] = {**tree[section], **values}
+        tree[section] = {**tree.get(section, {}), **values}
     tree |= {"num_probe_captions": 0, "sample_images": 10**9, "system": {"loader_threads": 1}}
     tree["precision"] = "fp32"  # the same on every CPU
     return TrainBaseConfig.model_validate({**tree, **changes})
