@@ -75,8 +75,23 @@ SMALL: dict[str, Any] = {
 }
 
 
+CRITIC: dict[str, Any] = {
+    "loss": {"adversarial": "logistic", "matching_images": "half"},
+    "optimizer": {
+        "lr": 2.5e-3,
+        "generator_rate": 0.8,
+        "discriminator_every": 2,
+        "r1_weight": 1.0,
+        "weight_decay": 1e-5,
+        "attention_weight_decay": 0.01,
+    },
+    "augment": {"diffaugment": ()},
+}
+"""GigaGAN's discriminator in place of the preset's heads, whose encoder is not packed."""
+
+
 def base_config(size: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
-    """The preset's base at 64 px and the batch of a GPU."""
+    """The preset's base at 64 px and the batch of a GPU, with GigaGAN's discriminator."""
     kernels = [1] * 5
     config = json.loads(json.dumps(preset))
     config["batch_size"] = size["batch_size"]
@@ -86,12 +101,15 @@ def base_config(size: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
         "blocks": kernels,
         "attention": [0] * 5,
     }
-    config["discriminator"] |= {
+    config["discriminator"] = {
         "channels": size["d_channels"],
         "blocks": [1, 1, 1, 0, 0],
         "attention": [0] * 5,
         "levels": 3,
+        "halving": "mean",
     }
+    for section, values in CRITIC.items():
+        config[section] |= values
     config["warm_start"]["lr"] = size["lr"]
     return config
 

@@ -78,6 +78,18 @@ class MiniLM(LearnableTextEncoder):
     max_tokens = 256
 
     def __init__(self, weights: Path, tokenizer: Path, device: torch.device) -> None:
+        self._prepare(load_file(weights, device=str(device)), tokenizer, device)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], tokenizer: Path, device: torch.device) -> Self:
+        """An encoder whose weights are in memory already, in place of a file's."""
+        encoder = cls.__new__(cls)
+        encoder._prepare({n: t.to(device) for n, t in tensors.items()}, tokenizer, device)
+        return encoder
+
+    def _prepare(
+        self, tensors: Mapping[str, Tensor], tokenizer: Path, device: torch.device
+    ) -> None:
         self.device = device
         self._tokenizer = Tokenizer.from_file(str(tokenizer))
         self._whole = Tokenizer.from_file(str(tokenizer))
@@ -85,7 +97,7 @@ class MiniLM(LearnableTextEncoder):
         self._whole.no_padding()
         self._tokenizer.enable_truncation(self.max_tokens)
         self._tokenizer.enable_padding()  # the file's own setting pads everything to 128
-        self._take(load_file(weights, device=str(device)))
+        self._take(tensors)
 
     def _take(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = {
