@@ -3,8 +3,8 @@
 Every setting trains the generator of the preset `demo` on the same shards until one core has worked
 for so long; how many images that is, a short trial on the idle machine says first. Then all are
 evaluated alike, by captions never trained. `--table critics` compares critics, with and without a
-warm start, `heads` what projected heads weigh behind one; `discriminator` changes one thing of
-GigaGAN's at a time.
+warm start, `recipes` the networks of both papers behind one; `heads` changes what projected heads
+weigh there, `discriminator` one thing of GigaGAN's at a time.
 
 What is in `--out` is not done again; a training that was interrupted goes on.
 """
@@ -119,6 +119,14 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
             "A14 matching 0.3": {"loss": {"matching": 0.3}},
         }.items()
     },
+    "recipes": {
+        "GigaGAN's generator and critic": MULTI_SCALE,
+        "GigaGAN's generator, StyleGAN-T's critic": PROJECTED,
+        "StyleGAN-T's generator and critic": {
+            **PROJECTED,
+            "generator": {"kind": "stylegan-t", "channels": [128, 64, 32]},
+        },
+    },
     "heads": {
         name: _with(PROJECTED, changes)
         for name, changes in {
@@ -185,7 +193,8 @@ def config_of(setting: Mapping[str, Any], **changes: Any) -> TrainBaseConfig:
     for section in OWN:
         tree.pop(section)
     for section, values in setting.items():
-        tree[section] = {**tree.get(section, {}), **values}
+        is_other = "kind" in values  # another network, of which the preset has nothing
+        tree[section] = {**({} if is_other else tree.get(section, {})), **values}
     tree |= {"num_probe_captions": 0, "sample_images": 10**9, "system": {"loader_threads": 1}}
     tree["precision"] = "fp32"  # the same on every CPU
     return TrainBaseConfig.model_validate({**tree, **changes})
