@@ -136,9 +136,6 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
             "adversarial 0.5, regression 1": {
                 "warm_start": {"adversarial": 0.5, "regression": 1.0}
             },
-            "adversarial 0.5, regression up to 16 px": {
-                "warm_start": {"adversarial": 0.5, "largest_side": 16}
-            },
             "adversarial 0.5, D every second step": {
                 "warm_start": {"adversarial": 0.5},
                 "optimizer": {"discriminator_every": 2},

@@ -116,9 +116,6 @@ class WarmStartConfig(Frozen):
     gradients: float = Field(0.0, ge=0)
     """Weight of the absolute difference between neighbouring pixels' differences (image
     gradients; Mathieu et al. 2016, arXiv:1511.05440, equation 6), relative to the L1's."""
-    largest_side: int | None = Field(None, ge=4)
-    """Behind the warm start the regression is on levels of at most this side in pixels, so that
-    finer structure is for D alone to judge; null: on all."""
     head_start_images: int = Field(2_000, ge=0)
     """Images in which D learns to tell the pictures apart before G hears of it."""
     ramp_images: int = Field(2_000, ge=1)
@@ -402,7 +399,6 @@ class TrainBaseConfig(TrainConfig):
             _same_resolution(self.generator, self.discriminator, self.loss)
         _same_condition(self.generator, self.discriminator, self.loss, guided=self.is_guided)
         _something_to_learn(self.warm_start, self.warm_start.regression)
-        _something_to_compare(self.warm_start, self.generator)
         _phases_follow(self.phases)
         for number, phase in enumerate(self.phases):
             _has_what_it_trains(f"phases[{number}].trains", phase.trains, self.generator)
@@ -453,7 +449,6 @@ class TrainUpsamplerConfig(TrainConfig):
         _same_resolution(self.upsampler, self.discriminator, self.loss)
         _same_condition(self.upsampler, self.discriminator, self.loss)
         _something_to_learn(self.warm_start, self.warm_start.regression + self.pixel + self.lpips)
-        _something_to_compare(self.warm_start, self.upsampler)
         return self
 
 
@@ -544,18 +539,6 @@ def _something_to_learn(warm_start: WarmStartConfig, weights: float) -> None:
         raise ValueError(
             f"warm_start.images = {warm_start.images}, but warm_start.regression is 0 and nothing "
             "else ties pictures to captions: G would have no loss until then"
-        )
-
-
-def _something_to_compare(
-    warm_start: WarmStartConfig, network: GeneratorConfig | StyleTConfig | UpsamplerConfig
-) -> None:
-    """Refuse a regression on levels that are not drawn."""
-    smallest = network.resolution >> (network.num_images - 1)
-    if warm_start.images and (most := warm_start.largest_side) is not None and most < smallest:
-        raise ValueError(
-            f"warm_start.largest_side = {most}, but the smallest picture of the pyramid that G "
-            f"draws has {smallest} px: give that or more, or null"
         )
 
 

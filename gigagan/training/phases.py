@@ -24,8 +24,6 @@ class Phase(NamedTuple):
     """Weight of G's losses through D and the frozen encoder; 0 while D catches up."""
     regression: float = 0.0
     """Weight of the absolute difference to the caption's picture, over all pyramid levels."""
-    regression_side: int | None = None
-    """Largest side of the levels that this is over; None: all."""
     generator_lr: float = 0.0
     discriminator_lr: float = 0.0
     trains: TrainedPart = "all"
@@ -66,7 +64,6 @@ def phase_at(config: TrainStage, images_seen: int) -> Phase:
     return Phase(
         adversarial=(warm.adversarial if warm.images else 1.0) * min(max(risen, 0.0), 1.0),
         regression=regression,
-        regression_side=warm.largest_side,
         generator_lr=cooling * g_ramp * follows,
         discriminator_lr=cooling * ramp * optimizer.lr,
         trains=part.trains,

@@ -102,11 +102,7 @@ def generator_loss(
         metrics["g/guidance"] = angle.detach()
     if phase.regression > 0:
         gradients = config.warm_start.gradients
-        pairs = list(zip(fakes, inputs.real, strict=False))
-        if (most := phase.regression_side) is not None:
-            pairs = [pair for pair in pairs if pair[0].shape[-1] <= most]
-        images, targets = zip(*pairs, strict=True)
-        loss = losses.regression(images, targets, gradients=gradients)
+        loss = losses.regression(fakes, inputs.real[: len(fakes)], gradients=gradients)
         terms.append(phase.regression * loss)
         metrics["g/regression"] = loss.detach()
     own = task_of(config).own_loss(players.perceptual, inputs, fakes[0])

@@ -206,37 +206,6 @@ def test_a_warm_start_without_a_loss_is_refused():
         )
 
 
-def test_behind_a_warm_start_the_regression_can_leave_fine_levels_to_the_critic():
-    warm = WARM.warm_start.model_copy(update={"largest_side": 4})
-    config = WARM.model_copy(update={"warm_start": warm})
-    made = players(config)
-    given = draw(config, made, TwoShades(0, 4, 8), 0)
-    fakes = step.synthesize(made.generator, given)
-    assert [x.shape[-1] for x in fakes] == [8, 4]
-    found = [
-        step.generator_loss(
-            made, config, given, fakes, auxiliary_strength=0, phase=phase_at(config, position)
-        ).metrics["g/regression"].item()
-        for position in (0, 20)
-    ]  # fmt: skip
-    whole, coarse = (
-        losses.regression(fakes[i:], given.real[i : len(fakes)], gradients=0.25).item()
-        for i in (0, 1)
-    )
-    assert found == pytest.approx([whole, coarse])
-    assert whole != pytest.approx(coarse)
-
-
-def test_a_regression_on_no_level_is_refused():
-    with pytest.raises(ValidationError, match=r"largest_side = 16, but the smallest .* has 32 px"):
-        TrainBaseConfig.model_validate(
-            {
-                **preset("stylegan_t_small_32").model_dump(),
-                "warm_start": {"images": 8, "largest_side": 16},
-            }
-        )
-
-
 def test_regression_equals_its_definition_in_double_precision():
     random = torch.Generator().manual_seed(0)
     images, targets = (
