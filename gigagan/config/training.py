@@ -372,7 +372,7 @@ class TrainBaseConfig(TrainConfig):
     """Which network this section trains."""
     generator: AnyGenerator = GeneratorConfig()
     """The base generator."""
-    discriminator: AnyDiscriminator = DiscriminatorConfig()
+    discriminator: AnyDiscriminator = DiscriminatorConfig(halving="mean")
     """Its discriminator."""
     phases: tuple[PhaseConfig, ...] = ()
     """What of G learns when, one after the other; none: all of it, to the end."""
