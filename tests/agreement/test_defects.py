@@ -196,8 +196,8 @@ class RecordingHeads(VisionAidedDiscriminator):
         super().__init__(PixelEncoder.stage_channels, text_width=T)
         self.ledger = ledger
 
-    def forward(self, stages, text_BT):
-        logits = super().forward(stages, text_BT)
+    def forward(self, stages, text_BT, *, num_sets=1):
+        logits = super().forward(stages, text_BT, num_sets=num_sets)
         mean, spread = stages[0][:, 0, 0, 0], stages[0][:, 1, 0, 0]
         trains_heads = self.heads[0].conv.weight.requires_grad
         found = self.ledger.of_heads if trains_heads else self.ledger.of_generator
