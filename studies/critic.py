@@ -39,7 +39,7 @@ MULTI_SCALE: dict[str, Any] = {
     "optimizer": {"r1_weight": 0, "lr": 2.5e-3},
 }
 CRITICS: dict[str, dict[str, Any]] = {
-    "multi-scale": MULTI_SCALE,
+    "multi-scale, low-pass": MULTI_SCALE | {"discriminator": {"halving": "low-pass"}},
     "multi-scale, halving by the mean": MULTI_SCALE | {"discriminator": {"halving": "mean"}},
     "projected, bias_std 0": PROJECTED | {"discriminator": {"kind": "projected", "bias_std": 0}},
     "projected": PROJECTED,
