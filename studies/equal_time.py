@@ -33,7 +33,6 @@ from gigagan.evaluation.heldout import read_heldout
 from gigagan.evaluation.report.results import caption_grid
 from gigagan.training import __main__ as training
 from gigagan.training.distributed.world import World
-from gigagan.training.loop import Preempted
 from studies.learning import Results, Snapshot, drawn_in, evaluated
 
 OWN = ("discriminator", "loss", "optimizer", "augment")
@@ -296,14 +295,11 @@ def _again(args: argparse.Namespace, what: str, name: str, seed: int, core: int)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GIGAGAN_CORES": "off"}
     folder = Place(args.shards, args.heldout, args.out).folder(name, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{what}.log").open("a") as log:
-        subprocess.run(
-            list(map(str, command)),
-            env=environment,
-            stdout=log,
-            stderr=log,
-            check=True,
-        )
+    path = folder / f"{what}.log"
+    with path.open("a") as log:
+        done = subprocess.run(list(map(str, command)), env=environment, stdout=log, stderr=log)
+    if done.returncode:
+        raise RuntimeError(f"{name}, seed {seed}: status {done.returncode}, {path} says why")
 
 
 def do_one(args: argparse.Namespace, place: Place) -> None:
@@ -321,6 +317,11 @@ def do_one(args: argparse.Namespace, place: Place) -> None:
     config = lasting(setting, cost, 60 * args.minutes, args.warm_share, seed)
     if not (folder / HOW).exists():
         train_one(config, place, folder)
+    elif (had := json.loads((folder / HOW).read_text())["images"]) != config.total_images:
+        raise ValueError(
+            f"{folder} was trained on {had} images, not {config.total_images}: give another --out, "
+            "or the --minutes and --warm-share of before"
+        )
     measure_one(place, name, seed)
 
 
@@ -400,10 +401,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     place = Place(args.shards, args.heldout, args.out)
     if args.one:
-        try:
-            do_one(args, place)
-        except Preempted as stopped:
-            sys.exit(f"{stopped}")
+        do_one(args, place)
         return
     run_all(args, place)
     write_table(args, place)

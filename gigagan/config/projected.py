@@ -50,16 +50,13 @@ ENCODER_STAGES = {
 """Stages by encoder; of an open_clip model whatever its tag."""
 
 
-def check_encoder(**settings: str | int) -> None:
-    """Refuse an encoder without known stages, or a side that it cannot take.
-
-    `settings` are the two, in this order, by the names that they have in the configuration.
+def check_encoder(encoder: str, side: int, *, name: str, side_name: str) -> None:
+    """Refuse an encoder without known stages, or a side in pixels that it cannot take.
 
     Raises:
-        ValueError: the message names the setting, its value and the remedy.
+        ValueError: the message has the setting by this name, its value and the remedy.
     """
-    (name, encoder), (side_name, side) = settings.items()
-    stages = ENCODER_STAGES.get(str(encoder).partition("/")[0])
+    stages = ENCODER_STAGES.get(encoder.partition("/")[0])
     if stages is None:
         raise ValueError(
             f"{name} = {encoder!r}: no heads are known for it, choose one of "
@@ -70,7 +67,7 @@ def check_encoder(**settings: str | int) -> None:
             f"{side_name} = {side}, but {encoder} takes pictures of {stages.side} px alone: "
             f"set {side_name} to {stages.side}"
         )
-    if int(side) % stages.multiple:
+    if side % stages.multiple:
         raise ValueError(
             f"{side_name} = {side}, but {encoder} halves or cuts pictures down to pieces of "
             f"{stages.multiple} px: use a multiple of {stages.multiple}"
@@ -132,7 +129,7 @@ class ProjectedConfig(Frozen):
 
     @model_validator(mode="after")
     def _knows_the_encoder(self) -> Self:
-        check_encoder(encoder=self.encoder, side=self.side)
+        check_encoder(self.encoder, self.side, name="encoder", side_name="side")
         return self
 
     @model_validator(mode="after")

@@ -175,7 +175,10 @@ class LossConfig(Frozen):
     def _has_stages_for_heads(self) -> Self:
         if self.vision and self.vision_heads == "projected":
             check_encoder(
-                vision_encoder=self.vision_encoder, vision_resolution=self.vision_resolution
+                self.vision_encoder,
+                self.vision_resolution,
+                name="vision_encoder",
+                side_name="vision_resolution",
             )
         return self
 

@@ -62,7 +62,7 @@ def run(config, run_dir):
     run_dir.mkdir(exist_ok=True)
     captions = CaptionFeatures(WordEncoder(), torch.device("cpu"))
     log = Log(run_dir, config.total_images)
-    loader = ShadeLoader(16, size=config.batch_size)
+    loader = ShadeLoader(config.network.resolution, size=config.batch_size)
     loop.train(config, made, captions, loader, NoProbe(), run_dir, log, World())
     return made
 

@@ -14,17 +14,11 @@ from gigagan.models import pretrained, snapshot
 from gigagan.models.base import features_of, text_encoder_of
 from gigagan.models.encoders import LearnableTextEncoder, TextFeatures
 from gigagan.models.stylegan_t import StyleGANT
-from gigagan.training import loop, step
-from gigagan.training.augment import Augment
-from gigagan.training.captions import CaptionFeatures
-from gigagan.training.distributed.world import World
-from gigagan.training.logs import Log
 from gigagan.training.phases import phase_at
 from gigagan.training.tasks import task_of
 
 from .small import UPSAMPLER, WordEncoder
-from .test_projected import TEXT, drawn_inputs
-from .test_training import NoProbe, ShadeLoader
+from .test_projected import TEXT, drawn_inputs, players, run
 
 pytestmark = pytest.mark.usefixtures("without_charts")
 
@@ -75,24 +69,6 @@ def _words(monkeypatch):
         return words if name == "test:words" else real(name, *arguments, **settings)
 
     monkeypatch.setattr(pretrained, "text_encoder", text_encoder)
-
-
-def players(config):
-    task = task_of(config)
-    encoder = task.encoder(torch.device("cpu"))
-    torch.manual_seed(config.seed)
-    g, d = task.generator(), task.discriminator()
-    weights = task.prediction_weights(d)
-    return step.Players(g, d, weights, None, None, Augment(config.augment), encoder)
-
-
-def run(config, run_dir):
-    made = players(config)
-    run_dir.mkdir(exist_ok=True)
-    captions = CaptionFeatures(LearnableWords(), torch.device("cpu"))
-    log, loader = Log(run_dir, config.total_images), ShadeLoader(128, size=config.batch_size)
-    loop.train(config, made, captions, loader, NoProbe(), run_dir, log, World())
-    return made
 
 
 def changed(before, after):
