@@ -27,9 +27,19 @@ def _run(argv: list[str]) -> int:
 
         return train(argv[1:])
     # Not before `main`: an interrupt may come while modules are read.
-    from gigagan.commands import blind, describe, edit, evaluate, export, play, sample, upscale
+    from gigagan.commands import (
+        blind,
+        describe,
+        dissect,
+        edit,
+        evaluate,
+        export,
+        play,
+        sample,
+        upscale,
+    )
 
-    commands = (describe, sample, edit, upscale, play, export, evaluate, blind)
+    commands = (describe, sample, edit, upscale, play, export, evaluate, blind, dissect)
     parser = argparse.ArgumentParser(
         prog="python -m gigagan",
         description="Text-to-image GANs: train, draw, edit, enlarge, measure.",

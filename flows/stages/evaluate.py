@@ -56,7 +56,7 @@ def unkeyed(config: PipelineConfig) -> tuple[str, ...]:
 
 STAGE = Stage(
     "evaluate",
-    version=4,
+    version=5,
     run=run,
     needs=needs,
     external=external,

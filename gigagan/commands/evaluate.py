@@ -114,6 +114,7 @@ def _drawn_by(
         config,
         aligner=args.aligner,
         shards=args.shards,
+        generator=(samplers[0].base, samplers[0].encoder),
         is_cut=lambda caption: is_cut(caption, samplers[0].encoder),
         **common,
     )

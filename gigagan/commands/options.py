@@ -77,6 +77,8 @@ def check(args: argparse.Namespace) -> None:
         "count": 1,
         "batch_size": 1,
         "times": 1,
+        "latents": 1,
+        "units": 1,
     }.items():
         value = getattr(args, name, None)
         if value is not None and not least <= value < 2**63:

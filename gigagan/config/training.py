@@ -620,6 +620,9 @@ class EvaluateConfig(Frozen):
     """Prompts on which the LPIPS diversity within a prompt is measured."""
     diversity_seeds: int = Field(4, ge=2)
     """Images per prompt for that."""
+    dissect_captions: int = Field(128, ge=0)
+    """Most captions of the gallery by which the generator is dissected (which units draw which
+    concept); 0 dissects none."""
     kid_subset_size: int = Field(100, ge=2)
     """Images per subset of KID."""
     kid_subsets: int = Field(50, ge=1)

@@ -19,7 +19,7 @@ from typing import Any
 from gigagan.common.files import sha256_of
 from gigagan.common.progress import Progress, silent
 from gigagan.config import EvaluateConfig
-from gigagan.evaluation import drawing, naming, protocol
+from gigagan.evaluation import dissect, drawing, naming, protocol
 from gigagan.evaluation.devices import Device
 from gigagan.evaluation.findings import Findings, assemble, describe
 from gigagan.evaluation.heldout import Gallery, Heldout, read_drawn, read_heldout, subset
@@ -40,6 +40,7 @@ def evaluate(
     aligner: Path | None = None,
     shards: Path | None = None,
     snapshots: Mapping[str, Path] | None = None,
+    generator: dissect.Generator | None = None,
     is_cut: Callable[[str], bool] = lambda caption: False,
     devices: Sequence[Device] = ("cpu",),
     statistics: Path | None = None,
@@ -50,7 +51,8 @@ def evaluate(
     A set with a gallery also gets naming/, pictures of further captions that are to be named.
 
     `aligner` is the file fitted by the filter; `shards` holds training pictures, in which nearest
-    neighbours are looked for; `snapshots` are the weight files under test, recorded by hash;
+    neighbours are looked for; `snapshots` are the weight files under test, recorded by hash, and
+    `generator` is dissected;
     `is_cut` tells captions that the generator does not read to their end, which are counted;
     `statistics` keeps features of reference sets over evaluations. Returns what results.json holds:
     `protocol`, `metrics` (flat floats), `intervals`, `reference` (`real` and `chance`, by the same
@@ -83,12 +85,15 @@ def evaluate(
     agreement = judge_all(findings, generated, everything, chosen, judge, at, drawn)
     variants = drawing.variants(sample, chosen.captions, at)
     measure_diversity(findings, variants, at)
+    dissection = dissect.measure(findings, generator, everything.gallery, at)
 
     facts = describe(at, everything, chosen, generated, judge, aligner)
     facts["captions_cut"] = sum(map(is_cut, chosen.captions))
     facts["snapshots_sha256"] = {name: sha256_of(path) for name, path in (snapshots or {}).items()}
     results = assemble(findings, facts)
-    looking = looks.Subject(generated, everything, chosen, variants, agreement, judge, drawn)
+    looking = looks.Subject(
+        generated, everything, chosen, variants, agreement, judge, drawn, dissection
+    )
     looks.write(results, looking, at, sample=sample, shards=shards)
     finish(results, at)
     return results
@@ -126,7 +131,7 @@ def score(
     judge = None if aligner is None else Aligner.load(aligner)
     to_name = _to_name(everything.gallery, generated, captions, at)
     agreement = judge_all(findings, generated, everything, chosen, judge, at, to_name)
-    for name in ("seconds_per_image", "lpips_diversity", "z_sensitivity"):
+    for name in ("seconds_per_image", "lpips_diversity", "z_sensitivity", "dissection"):
         findings.absent[name] = "the pictures were there already: there is no sampler to ask"
     facts = describe(at, everything, chosen, generated, judge, aligner)
     facts |= {"seed": None, "truncation": None, "batch_size": None, "snapshots_sha256": {}}

@@ -166,7 +166,7 @@ def test_a_good_sampler_scores_like_real_pictures(evaluated):
 def test_all_metrics_are_finite_floats_and_none_is_missing_silently(evaluated):
     _, results = evaluated
     assert all(isinstance(v, float) and np.isfinite(v) for v in results["metrics"].values())
-    assert results["absent"].keys() == {"naming"}  # a set without a gallery
+    assert results["absent"].keys() == {"naming", "dissection"}  # a set without a gallery
     assert {"fid", "kid", "precision", "coverage"} <= results["metrics"].keys()
     assert {"fid", "kid"} <= results["reference"]["real"].keys()
     assert not [name for name in results["metrics"] if "clip" in name]
@@ -208,6 +208,7 @@ def test_metrics_that_cannot_be_had_are_absent_with_a_reason(heldout, tmp_path):
     absent = results["absent"]
     assert absent.keys() == {
         "naming",
+        "dissection",
         "background_colour_accuracy",
         "aligner_similarity",
         "precision",

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from gigagan.evaluation.dissect import Dissection
 from gigagan.evaluation.heldout import Heldout, training_pictures
 from gigagan.evaluation.judges.alignment import clip_score_per_picture, similarities
 from gigagan.evaluation.judges.distances import frechet_distance, kernel_distance
 from gigagan.evaluation.judges.features import extract, extractor, open_rgb, reference, text_vectors
 from gigagan.evaluation.judges.neighbours import Memorisation, memorisation, nearest
 from gigagan.evaluation.naming import Drawn
-from gigagan.evaluation.report import page, sweeps
+from gigagan.evaluation.report import page, sweeps, units
 from gigagan.evaluation.report.categories import CategoryRow, by_category, categories
 from gigagan.evaluation.report.results import caption_grid
 from gigagan.evaluation.setting import (
@@ -52,6 +53,7 @@ class Subject:
     judge: Aligner | None
     drawn: Sequence[Drawn] = ()
     """Pictures that are to be named, of sets with a gallery."""
+    dissection: Dissection | None = None
 
     @property
     def title(self) -> str:
@@ -107,6 +109,10 @@ def write(
         {"name": row.name, "count": row.count, "mean": row.mean, "low": row.low, "high": row.high}
         for row in rows or []
     ]
+    dissected = None if subject.dissection is None else units.looks(subject.dissection)
+    if dissected is not None and subject.dissection is not None:
+        results["dissection"] = subject.dissection.told()
+        dissected.sheet().save(at.out / "dissect.png", optimize=True)
     figures = page.Figures(
         grid=_pairs(subject, at),
         title=subject.title,
@@ -118,6 +124,7 @@ def write(
         memorisation=memory,
         categories=rows,
         worst=_worst(rows, subject, at),
+        dissected=dissected,
     )
     page.write_page(at.out / "report.html", results, figures)
 

@@ -23,6 +23,7 @@ from gigagan.evaluation.protocol import PROTOCOLS
 from gigagan.evaluation.report.categories import CategoryRow
 from gigagan.evaluation.report.results import unpaired
 from gigagan.evaluation.report.sweeps import CurvePoint, Speed
+from gigagan.evaluation.report.units import TITLES, Looks
 
 _CELL_PX = 128
 _SPLITS = {
@@ -53,6 +54,7 @@ class Figures:
     categories: Sequence[CategoryRow] | None = None
     worst: Sequence[tuple[str, str, Image.Image, float]] | None = None
     """Kind, caption, picture, agreement."""
+    dissected: Looks | None = None
 
 
 def write_page(path: Path, results: Mapping[str, Any], figures: Figures) -> Path:
@@ -64,6 +66,7 @@ def write_page(path: Path, results: Mapping[str, Any], figures: Figures) -> Path
         published=_published(results),
         naming=_naming(results["metrics"]),
         figures=figures,
+        dissected=list(zip(TITLES, figures.dissected or (), strict=False)),
         curve=_curve(figures.curve or (), results.get("truncation_metric", "kid")),
     )
     write_aside(path, text)
