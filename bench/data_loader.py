@@ -57,7 +57,8 @@ def write_shards(folder: Path, side: int, codec: str, num: int) -> None:
             row = {**dict.fromkeys(COLUMNS), "key": f"{number:013d}", "caption": f"no. {number}"}
             writer.add(row, encoded(picture(side, number), codec), codec)
         entries.append(writer.commit("bench"))
-    known = {"resolution": side, "codec": codec, "samples": num, "shards": tuple(entries)}
+    known = {"resolution": side, "codec": codec, "samples": num, "classes": (), "unlabelled": num}
+    known |= {"shards": tuple(entries)}
     write_index(folder, Index.model_validate(known))
 
 

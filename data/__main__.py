@@ -23,6 +23,7 @@ From lists of URLs and captions to training shards, one step at a time:
     score      a download → OUT/scores, OUT/embeddings: what models say of each picture
     filter     scores → OUT/kept.parquet, and the training shards of what is kept
     shards     kept.parquet → training shards, without filtering anew
+    folders    pictures of this machine, a folder or a label for each class → training shards
     coco       COCO 2014 and 2017, and the captions of an evaluation
     inspect    what is in a shard or table, with a contact sheet
 
@@ -202,6 +203,36 @@ def _shards(options: argparse.Namespace) -> None:
         print(f"{len(lost):,} kept pictures are in no shard (first: {first}: {lost[first]})")
 
 
+def _folders(options: argparse.Namespace) -> None:
+    from data import folders
+    from data.config import FilterConfig
+    from gigagan.common.console import shown
+    from gigagan.common.settings import load
+
+    sides, size = tuple(sorted({*options.resolutions})), options.samples_per_shard
+    given = {"resolutions": sides, "codec": options.codec, "samples_per_shard": size}
+    chosen = {name: getattr(options, name) for name in ("caption", "heldout", "seed")}
+    source = {"src": str(options.src.resolve()), "csv": str(options.csv and options.csv.resolve())}
+    plan = _planned(options.out / "plan.json", {**source, **chosen})
+    with _writing(options.out), plan, shown() as progress:
+        report = folders.shard(
+            options.src,
+            options.out,
+            load(FilterConfig, "filter", None, (), **given),
+            listed=options.csv,
+            workers=options.workers,
+            progress=progress,
+            **chosen,
+        )
+    _print_report(report)
+    for side in sides:
+        print(f"{options.out / f'{side:03d}'}: training shards at {side} px")
+    if options.heldout:
+        print(f"{options.out / 'heldout'}: {report.counts['held out']:,} pictures held out")
+    if report.funnel[0].rows > report.counts["ok"] + report.counts["held out"]:
+        print(f"{options.out / folders.LEFT_OUT}: what was left out, and why")
+
+
 def _coco_fetch(options: argparse.Namespace) -> None:
     from data import coco
     from gigagan.common.console import shown
@@ -350,6 +381,7 @@ def _parser() -> argparse.ArgumentParser:
     step = _step(steps, "shards", _shards, "kept.parquet → training shards", "filter", spread=True)
     _folder(step, "--download", "OUT of the download")
     step.add_argument("--kept", type=Path, metavar="FILE", help="by default OUT/kept.parquet")
+    _add_folders(steps)
     _add_coco(steps)
     _add_inspect(steps)
     return parser
@@ -392,6 +424,38 @@ def _step(
 
 def _folder(step: argparse.ArgumentParser, name: str, brief: str) -> None:
     step.add_argument(name, type=Path, required=True, metavar="DIR", help=brief)
+
+
+def _add_folders(steps: Any) -> None:
+    step = steps.add_parser("folders", description=DETAILS["folders"], formatter_class=_Plain)
+    step.set_defaults(run=_folders)
+    step.add_argument("src", type=Path, metavar="SRC", help="folder with a folder for each class")
+    step.add_argument("out", type=Path, metavar="OUT", help="folder to write to, or to resume")
+    step.add_argument(
+        "--resolutions", type=_count, nargs="+", required=True, metavar="PX", help="sides, px"
+    )
+    step.add_argument("--codec", choices=("png", "jpg"), default="png", help="png by default")
+    step.add_argument(
+        "--samples-per-shard", type=_count, default=1000, metavar="N", help="1000 by default"
+    )
+    step.add_argument(
+        "--seed", type=_number, default=0, help="decides the order, and what is held out"
+    )
+    step.add_argument(
+        "--csv", type=Path, metavar="FILE", help="CSV, TSV or Parquet: path in SRC, label, caption"
+    )
+    step.add_argument(
+        "--caption",
+        default="a photo of a {label}",
+        help="where none is listed; {label} is the class's name, its _ as blanks; by default "
+        "'%(default)s'",
+    )
+    step.add_argument(
+        "--heldout", type=_number, default=0, metavar="N", help="pictures of each class set aside"
+    )
+    step.add_argument(
+        "--workers", type=_count, default=1, metavar="N", help="processes; 1 by default"
+    )
 
 
 def _add_coco(steps: Any) -> None:
@@ -469,6 +533,13 @@ seconds. Captions that are empty or hold control characters always go.
 Writes the training shards of the rows in kept.parquet; those already done stay.
 
     python -m data shards work/filtered --download work/download --workers 4""",
+    "folders": """\
+Makes training shards of pictures that are here: of SRC/CLASS/*.jpg, at any depth, or of the files
+that a list names with their labels. Pictures that cannot be read are told in OUT/left-out.parquet;
+links that lead out of SRC are not followed, hidden files passed over.
+
+    python -m data folders imagenet/train work/imagenet --resolutions 64 256 --codec jpg \\
+        --heldout 50 --workers 8""",
     "coco": """\
 Fetch a release of COCO as distributed (zips are resumed and verified), or choose the captions of
 an evaluation: one of each picture, by the seed, with the hash of the list.
@@ -503,6 +574,12 @@ class _WithSettings(_Plain):
             "filter": FilterConfig,
         }
         super().add_text(described(models[text], text) if text and text in models else text)
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
 
 
 def _count(text: str) -> int:

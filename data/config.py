@@ -51,8 +51,8 @@ class EmbeddedConfig(Frozen):
 
 
 ListColumn = Literal[
-    "url", "caption", "width", "height", "similarity_b32", "similarity_l14", "unsafe", "watermark",
-    "aesthetic", "md5", "sha256", "phash",
+    "url", "caption", "label", "width", "height", "similarity_b32", "similarity_l14", "unsafe",
+    "watermark", "aesthetic", "md5", "sha256", "phash",
 ]  # fmt: skip
 """Our columns of a list; `schema.ALIASES` has the names under which they are known."""
 
@@ -276,6 +276,9 @@ class FilterConfig(Frozen):
     a sentence 0.7 and more. 0.3 is for captions that only repeat. A million rows take some 7 s."""
     languages: tuple[str, ...] | None = None
     """ISO 639-1 codes of the captions' languages that are kept; all when null."""
+    labels: Literal["keep", "require"] = "keep"
+    """`require` drops pictures without a label, the name of their class; a model of classes is
+    trained on nothing else."""
     max_phash_change: int | None = Field(default=16, ge=0, le=64)
     """Most bits by which a picture's perceptual hash may differ from the one its list has (COYO):
     beyond, the address shows another picture now. Rows without a listed hash pass."""
@@ -290,7 +293,7 @@ class FilterConfig(Frozen):
     """Captions files in COCO's format, with their pictures in `images` beside them: training
     pictures that are near duplicates of one of theirs are dropped."""
 
-    resolutions: tuple[int, ...] = (32, 128)
+    resolutions: tuple[Annotated[int, Field(ge=1, le=2**15)], ...] = (32, 128)
     """Sides of the training pictures in px, one shard set each."""
     samples_per_shard: int = Field(default=1000, ge=1)
     """Samples in one training shard."""

@@ -117,6 +117,8 @@ class Row:
     picture: Picture
     path: str
     caption: str
+    label: str
+    """Name of what the picture shows, whatever its caption says."""
     defect: str = "none"
     host: str = HOST
     width: int | None = None
@@ -220,6 +222,7 @@ def _plant(
         picture=picture,
         path=f"pictures/{picture.stem}.{picture.codec}",
         caption=picture.caption,
+        label=picture.concept.name,
         width=side,
         height=side,
         unsafe=float(rng.beta(1, 40)),
@@ -470,7 +473,7 @@ def render_part(out: Path, config: EmbeddedConfig, num_parts: int, part: int) ->
 
 
 def _write_captions(path: Path, seen: dict[Picture, str], side: int) -> None:
-    """COCO's captions format; beside each caption concept, style, background and split."""
+    """COCO's captions format; beside each caption label, concept, style, background and split."""
     document = {
         "info": {"description": "emoji on named backgrounds", "palette": PALETTE},
         "images": [
@@ -482,6 +485,7 @@ def _write_captions(path: Path, seen: dict[Picture, str], side: int) -> None:
                 "id": i,
                 "image_id": i,
                 "caption": p.caption,
+                "label": p.concept.name,
                 "concept": p.concept.name,
                 "style": STYLES[p.style],
                 "background": p.background,
@@ -511,6 +515,7 @@ def _laion(rows: list[Row]) -> pa.Table:
         {
             "URL": [r.url for r in rows],
             "TEXT": [r.caption for r in rows],
+            "label": [r.label for r in rows],
             "WIDTH": pa.array([r.width for r in rows], pa.int32()),
             "HEIGHT": pa.array([r.height for r in rows], pa.int32()),
             "similarity": pa.nulls(len(rows), pa.float64()),
@@ -528,6 +533,7 @@ def _coyo(rows: list[Row]) -> pa.Table:
             "id": pa.array([_number(r.url) for r in rows], pa.int64()),
             "url": [r.url for r in rows],
             "text": [r.caption for r in rows],
+            "label": [r.label for r in rows],
             "width": pa.array([r.width for r in rows], pa.int64()),
             "height": pa.array([r.height for r in rows], pa.int64()),
             "text_length": pa.array([len(r.caption) for r in rows], pa.int64()),

@@ -21,6 +21,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data.schema import with_label
+
 PART_DIGITS = 5
 SHARD_DIGITS = 5
 
@@ -68,7 +70,7 @@ class ImageShard:
         """Its rows of the fates: every URL of the shard that was asked for."""
         path = self.root / "fates" / f"{self.part:0{PART_DIGITS}d}.parquet"
         with pq.ParquetFile(path) as file:
-            return file.read_row_group(self.number)
+            return with_label(file.read_row_group(self.number))
 
 
 def image_shards(root: Path) -> Iterator[ImageShard]:

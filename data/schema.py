@@ -12,6 +12,7 @@ from data.config import ListColumn
 ALIASES: dict[str, tuple[str, ...]] = {
     "url": ("url",),
     "caption": ("caption", "text"),
+    "label": ("label", "class", "class_name", "wnid"),
     "width": ("original_width", "width"),
     "height": ("original_height", "height"),
     "similarity_b32": ("similarity", "clip_similarity_vitb32", "clip_b32_similarity_score"),
@@ -35,6 +36,7 @@ PREFERRED = frozenset({"width", "height"})
 TYPES: dict[str, str] = {
     "url": "VARCHAR",
     "caption": "VARCHAR",
+    "label": "VARCHAR",
     "width": "INTEGER",
     "height": "INTEGER",
     "similarity_b32": "FLOAT",
@@ -61,6 +63,7 @@ LIST = pa.schema(
     [
         ("url", pa.string()),
         ("caption", pa.string()),
+        ("label", pa.string()),
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("similarity_b32", pa.float32()),
@@ -75,8 +78,9 @@ LIST = pa.schema(
         ("row", pa.int64()),
     ]
 )
-"""One row a URL to ask for. `md5`, `sha256` (lower-case hex) and `phash` are what the source says
-of the picture, `source` the name of its file without suffix and `row` the place in it."""
+"""One row a URL to ask for. `label` is the name of the picture's class, where it has one. `md5`,
+`sha256` (lower-case hex) and `phash` are what the source says of the picture, `source` the name of
+its file without suffix and `row` the place in it."""
 
 FATES = pa.schema(
     [
@@ -101,6 +105,7 @@ SCORES = pa.schema(
         ("key", pa.string()),
         ("url", pa.string()),
         ("caption", pa.string()),
+        ("label", pa.string()),
         ("source", pa.string()),
         ("row", pa.int64()),
         ("sha256", pa.string()),
@@ -123,6 +128,14 @@ SCORES = pa.schema(
 )
 """One row a downloaded picture. `width` and `height` are those of the decoded picture; they and all
 that pixels tell are null where `error` says why it cannot be decoded."""
+
+
+def with_label(table: pa.Table) -> pa.Table:
+    """Rows of a list or of fates; those of a download that knew of no labels yet have none."""
+    if "label" in table.column_names:
+        return table
+    place = table.column_names.index("caption") + 1
+    return table.add_column(place, LIST.field("label"), pa.nulls(len(table), pa.string()))
 
 
 class MetadataError(ValueError):

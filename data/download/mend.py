@@ -23,7 +23,7 @@ from data import originals
 from data.download.parts import Summary
 from data.layout import PART_DIGITS, ImageShard
 from data.originals import Damage
-from data.schema import FATES
+from data.schema import FATES, with_label
 from data.web.addresses import RefusedError
 from data.web.fetch import Fetcher, FetchSettings
 from gigagan.common import tars
@@ -133,7 +133,9 @@ def _rewrite(root: Path, part: int, changed: dict[int, pa.Table]) -> None:
         pq.ParquetWriter(partial, FATES, compression="zstd") as writer,
     ):
         for number in range(file.num_row_groups):
-            fates = changed[number] if number in changed else file.read_row_group(number)
+            fates = (
+                changed[number] if number in changed else with_label(file.read_row_group(number))
+            )
             writer.write_table(fates, row_group_size=fates.num_rows)
             summary.count(fates)
             with ImageShard(root, part, number).tar.open("rb", buffering=0) as tar:

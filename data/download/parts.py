@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from data.download.processes import VETTED
 from data.layout import PART_DIGITS, SHARD_DIGITS, ImageShard, row_digits
-from data.schema import FATES
+from data.schema import FATES, with_label
 from gigagan.common import tars
 from gigagan.common.files import filled_aside
 
@@ -293,7 +293,7 @@ def fates_of(shard: ImageShard, keys: list[str], listed: pa.Table) -> pa.Table:
             f"{shard.stem}.parquet has other rows than its list; delete both that table and the "
             "statistics beside it, and run again"
         )
-    stats = _stats(shard)
+    listed, stats = with_label(listed), _stats(shard)
     columns = (results[name].to_pylist() for name in ("status", "error_message"))
     fates = [_fate(shard, *row) for row in zip(*columns, strict=True)]
     times = {

@@ -13,9 +13,9 @@ from data.lists.prefilter import BLANK, CONTROLS
 from data.schema import SCORES
 
 RULES = (
-    "undecodable", "broken caption", "min_side", "max_aspect", "max_unsafe", "max_watermark",
-    "min_caption_words", "max_caption_words", "min_caption_chars", "max_caption_chars",
-    "min_distinct_words", "languages",
+    "undecodable", "broken caption", "labels", "min_side", "max_aspect", "max_unsafe",
+    "max_watermark", "min_caption_words", "max_caption_words", "min_caption_chars",
+    "max_caption_chars", "min_distinct_words", "languages",
     "max_phash_change", "min_aesthetic", "top_aesthetic", "min_similarity", "top_similarity",
     "contaminated", "same bytes", "near duplicate", "near duplicate (embedding)",
 )  # fmt: skip
@@ -33,6 +33,7 @@ REMEDIES = {
     "aesthetic": "set score.aesthetic, or name aesthetic in score.take_over",
     "unsafe": "set score.nsfw, or name unsafe in score.take_over",
     "watermark": "name watermark in score.take_over, for lists that bring it",
+    "label": "name the lists' column that holds it in download.columns.label",
     "language": "set score.language",
     "phash": "score the pictures anew",
     "caption_words": "score the download anew",
@@ -70,6 +71,7 @@ def rules(database: duckdb.DuckDBPyConnection, config: FilterConfig) -> list[Rul
     asked = [
         Rule("undecodable", (), "error IS NULL", ""),
         Rule("broken caption", (), "NOT broken_caption", ""),
+        *([Rule("labels", ("label",), "true", "require")] if config.labels == "require" else []),
         Rule("min_side", size, f"least(width, height) >= {config.min_side}", config.min_side),
         Rule(
             "max_aspect",
@@ -154,8 +156,9 @@ def _assert_scored(
     for rule in asked:
         for column in rule.reads:
             if row[0] and scored.get(column) == 0:
+                what, off = ("a", "keep") if column == "label" else ("the score", "null")
                 raise UnscoredError(
                     f"filter.{rule.name} is {getattr(config, rule.name)}, but none of the {row[0]} "
-                    f"decodable pictures has the score {column!r}: {REMEDIES[column]}; or set "
-                    f"filter.{rule.name} to null"
+                    f"decodable pictures has {what} {column!r}: {REMEDIES[column]}; or set "
+                    f"filter.{rule.name} to {off}"
                 )

@@ -15,6 +15,7 @@ from data.report import Report, Step
 from data.score.run import FITTED
 from data.score.shard import path_of
 from data.shards import write as shards
+from data.shards.manifest import INDEX, parse_index
 from gigagan.common.progress import Progress, silent
 
 
@@ -54,10 +55,19 @@ def run(
         found, Counter(why.partition(":")[0] for why in lost.values()), planted, config
     )
     report.details["scored_shards"] = num_shards
+    _add_classes(report, out / "shards" / f"{config.resolutions[0]:03d}" / INDEX)
     pictures.draw(report, out / "funnel.png")
     pictures.sheets(out, scores, download, progress=progress)
     report.save(out / "report.json")
     return report
+
+
+def _add_classes(report: Report, path: Path) -> None:
+    """How many classes the shards have, and samples of none; nothing where all are of none."""
+    index = parse_index(path.read_bytes(), str(path))
+    if index.classes:
+        report.metrics["classes"] = float(len(index.classes))
+        report.metrics["unlabelled"] = float(index.unlabelled)
 
 
 def _demand_finished(scores: Path, download: Path) -> int:

@@ -38,7 +38,8 @@ from gigagan.common.progress import Progress, silent
 
 JUDGED = (
     "key", "error", "width", "height", "similarity", "aesthetic", "unsafe", "watermark", "language",
-    "phash", "listed_phash", "miniature", "sha256", "caption_words", "caption_chars",
+    "label", "phash", "listed_phash", "miniature", "sha256", "caption_words",
+    "caption_chars",
 )  # fmt: skip
 """Columns that decide; of captions it is what is counted in them."""
 MEMORY = "1GB"
@@ -104,7 +105,7 @@ def funnel(counts: dict[str, int], config: FilterConfig) -> Funnel:
     steps = [Step("downloaded", 0, rows)]
     for rule in RULES:
         dropped = counts.get(rule, 0)
-        if dropped or getattr(config, SETTINGS.get(rule, rule), True) not in (None, ()):
+        if dropped or getattr(config, SETTINGS.get(rule, rule), True) not in (None, (), "keep"):
             rows -= dropped
             steps.append(Step(rule, dropped, rows))
     return steps

@@ -47,6 +47,8 @@ def column(ours: str, theirs: str, stored: pa.DataType, file: str) -> Column:
     if kind is None:
         is_number = TYPES.get(ours, "VARCHAR") != "VARCHAR"
         wanted = "numbers" if is_number else "text"
+        if ours == "label":
+            wanted = "text or integers"
         if ours in HASH_BYTES:
             wanted = f"{ours} hashes, as hexadecimal text or {HASH_BYTES[ours]} bytes"
         if ours == "phash":
@@ -77,6 +79,8 @@ def _kind(ours: str, stored: pa.DataType) -> Kind | None:
         return Kind.TEXT if is_text else Kind.BYTES if is_bytes else None
     if is_text or is_bytes:  # older writers do not say which bytes are text
         return Kind.TEXT
+    if ours == "label":
+        return Kind.NUMBER if _t.is_integer(stored) else None
     is_number = _t.is_integer(stored) or _t.is_floating(stored) or _t.is_decimal(stored)
     return Kind.NUMBER if is_number and TYPES.get(ours, "VARCHAR") != "VARCHAR" else None
 
@@ -88,7 +92,8 @@ def expression(ours: str, read: Column) -> str:
     """SQL of our column.
 
     What does not fit becomes null: NaN and infinities, a size that is no number, a hash of another
-    length or with other digits. Hashes become lower-case.
+    length or with other digits, a label that is empty or has control characters. Hashes become
+    lower-case, and numbers of classes text.
     """
     name, kind = sql.name(read.theirs), TYPES.get(ours, "VARCHAR")
     if read.kind is Kind.NOTHING:
@@ -102,6 +107,9 @@ def expression(ours: str, read: Column) -> str:
         return f"CASE WHEN {name} < 0 THEN {signed} ELSE {name}::UBIGINT END"
     if kind == "INTEGER" and read.kind is Kind.TEXT:
         return f"TRY_CAST(TRY_CAST({name} AS DOUBLE) AS INTEGER)"
+    if ours == "label":
+        text = f"trim({name}::VARCHAR)"
+        return rf"CASE WHEN regexp_full_match({text}, '\P{{Cc}}+') THEN {text} END"
     if kind == "FLOAT":
         value = f"TRY_CAST({name} AS FLOAT)"
         return f"CASE WHEN isfinite({value}) THEN {value} END"

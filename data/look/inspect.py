@@ -137,6 +137,7 @@ class Findings:
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     lengths: list[int] = field(default_factory=list)
     """Lengths of the captions, in characters."""
+    labels: Counter[str] = field(default_factory=Counter)
     without: Counter[str] = field(default_factory=Counter)
     damaged: list[str] = field(default_factory=list)
     """Members that cannot be read, with the reason."""
@@ -244,6 +245,8 @@ class Findings:
         self.without["caption"] += not caption
         if caption:
             self.lengths.append(len(caption))
+        if isinstance(label := sample.about.get("label"), str):
+            self.labels[label] += 1
         lot = self.draw.lot(sample)
         image, fault, format_name = self._picture(sample, lot is not None)
         if lot is not None:
@@ -283,6 +286,8 @@ class Findings:
             low, high = min(self.lengths), max(self.lengths)
             text = f"{low:,} to {high:,} characters, median {median(self.lengths):,.0f}"
             yield _row("captions", f"{len(self.lengths):,}, {text}")
+        if self.labels:
+            yield _row("classes", f"{len(self.labels):,}: {_counted(self.labels)}")
         for what, count in self.without.items():
             if count:
                 yield _row("", f"{count:,} samples without {what}")

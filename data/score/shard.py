@@ -52,6 +52,10 @@ MAX_SIDE = 4 * AT_LEAST
 """Longest side that encoders are given, px: bounds a batch of very long pictures."""
 
 
+CARRIED = (
+    "key", "url", "caption", "label", "source", "row", "sha256", "asked_from", "asked_until",
+)  # fmt: skip
+"""What is taken from the fates as it is."""
 DAMAGED = "damaged"
 """How the error of a picture begins that is not the one that was downloaded."""
 
@@ -268,7 +272,7 @@ def _of_pixels(
         name: pa.array([getattr(look, name) for look in looks], SCORES.field(name).type)
         for name in ("width", "height", "phash", "miniature", "error")
     }
-    for name in ("key", "url", "caption", "source", "row", "sha256", "asked_from", "asked_until"):
+    for name in CARRIED:
         columns[name] = fates[name]
     columns["listed_phash"] = fates["phash"]
     places = seen.places(keys)

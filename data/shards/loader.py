@@ -30,6 +30,7 @@ from data.shards.manifest import (
     Entry,
     ManifestError,
     Sidecar,
+    Text,
     parse_index,
     parse_sidecar,
 )
@@ -142,15 +143,18 @@ class ShardLoader:
         cache_mb: int = 512,
         cache_dir: Path | None = None,
         cache_gb: float = 50.0,
+        reads: Text = "caption",
     ) -> None:
         """Read the index of `shards`; `batch_size` is global, and the ranks share it.
 
         Decoded pictures are kept as uint8 until `cache_mb` megabytes are full. `shards` may be a
         URL that fsspec reads: its files are brought to `cache_dir` (default: cache.default_cache)
-        some time before they are needed, and the oldest are deleted beyond `cache_gb`.
+        some time before they are needed, and the oldest are deleted beyond `cache_gb`. With `reads`
+        "label", all that is called a caption here is the sample's label: the name of its class.
 
         Raises:
-            ValueError: a batch that ranks cannot share, or shards that are missing or cut short.
+            ValueError: a batch that ranks cannot share, shards that are missing or cut short, or
+                labels that some samples lack.
             RemoteError: a store that does not answer; also later, of tars.
         """
         if batch_size < 1 or batch_size % world_size or not 0 <= rank < world_size:
@@ -163,6 +167,13 @@ class ShardLoader:
         index = parse_index(self._folder.index(), self._folder.place(INDEX))
         if index.samples == 0:
             raise ManifestError(f"{shards} holds no sample: {AGAIN}")
+        if reads == "label" and index.unlabelled:
+            raise ManifestError(
+                f"{shards}: {index.unlabelled:,} of {index.samples:,} samples have no label, and "
+                "labels are what is to be read: filter with filter.labels set to require, from "
+                "lists whose column of labels is known (download.columns.label)"
+            )
+        self.classes, self._reads = index.classes, reads
         self.resolution, self.num_samples = index.resolution, index.samples
         self._codec, self._shards = index.codec, index.shards
         self._folder.check(self._shards)
@@ -180,7 +191,10 @@ class ShardLoader:
         self._room = cache_mb * 2**20
 
     def captions(self, limit: int | None = None) -> list[str] | None:
-        """Distinct captions, sorted; None if there are more samples than `limit`."""
+        """Distinct captions, sorted; None if there are more samples than `limit`. Labels are known
+        from the index, and so always told."""
+        if self._reads == "label":
+            return list(self.classes)
         if limit is not None and self.num_samples > limit:
             return None
         sidecars = map(self._sidecar, range(len(self._shards)))
@@ -248,7 +262,11 @@ class ShardLoader:
     def _read_sidecar(self, shard: int) -> Sidecar:
         entry = self._shards[shard]
         data = self._folder.sidecar(entry)
-        return parse_sidecar(data, entry, self._folder.place(entry.sidecar))
+        place = self._folder.place(entry.sidecar)
+        sidecar = parse_sidecar(data, entry, place, self._reads)
+        if self._reads == "label" and (strange := {*sidecar.captions()} - {*self.classes}):
+            raise ManifestError(f"{place}: label {min(strange)!r} is not in its index: {AGAIN}")
+        return sidecar
 
     # Pictures -------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """What a set of training shards says of itself: its index, and a sidecar beside each tar.
 
     RES/train-NNNNN.tar       KEY.png or .jpg, KEY.txt and KEY.json a sample, keys ascending
-    RES/train-NNNNN.parquet   the sidecar: caption of each sample, and where its picture lies
+    RES/train-NNNNN.parquet   the sidecar: caption and label of each sample, and where it lies
     RES/index.json            written last: the tars, with the sizes and digests of all these files
 
 Shards may come from elsewhere, so that nothing in them is believed unchecked: no name leads out of
@@ -32,12 +32,16 @@ SIDECAR = pa.schema(
     [
         ("key", pa.string()),
         ("caption", pa.string()),
+        ("label", pa.string()),
         ("offset", pa.int64()),
         ("size", pa.int64()),
         ("sha256", pa.string()),
     ]
 )
-"""One row a sample: bytes [offset, offset + size) of the tar are its picture, of this sha256."""
+"""One row a sample: bytes [offset, offset + size) of the tar are its picture, of this sha256. The
+label is the name of its class, and null where it has none."""
+Text = Literal["caption", "label"]
+"""What of a sample a model is told."""
 
 
 class ManifestError(ValueError):
@@ -70,6 +74,10 @@ class Index(Frozen):
     """Side of the pictures, px."""
     codec: Literal["png", "jpg"]
     samples: int = Field(ge=0)
+    classes: tuple[str, ...]
+    """Every label once, sorted as text: the place of a name is the number of its class."""
+    unlabelled: int = Field(ge=0)
+    """Samples that have no label."""
     shards: tuple[Entry, ...]
 
     @model_validator(mode="after")
@@ -78,11 +86,15 @@ class Index(Frozen):
             raise ValueError(f"samples is {self.samples}, which is not the sum over the shards")
         if len({entry.name for entry in self.shards}) != len(self.shards):
             raise ValueError("a shard is listed twice")
+        if self.classes != tuple(sorted({*self.classes})):
+            raise ValueError("its classes are not sorted, or one is listed twice")
+        if (self.unlabelled < self.samples) != bool(self.classes):
+            raise ValueError("its classes and unlabelled samples contradict one another")
         return self
 
     def text(self) -> str:
         """As JSON, a line a shard."""
-        head = {"resolution": self.resolution, "codec": self.codec, "samples": self.samples}
+        head = self.model_dump(exclude={"shards"})
         lines = ",\n".join(json.dumps(entry.model_dump()) for entry in self.shards)
         return json.dumps(head)[:-1] + f', "shards": [\n{lines}\n]}}\n'
 
@@ -114,19 +126,23 @@ def parse_index(data: bytes, place: str) -> Index:
 
 
 def _is_old(document: Any) -> bool:
-    """Whether its shards have no sidecars."""
+    """Whether its shards have no sidecars, or its samples no labels."""
     shards = document.get("shards") if isinstance(document, dict) else None
     entries = [e for e in shards if isinstance(e, dict)] if isinstance(shards, list) else []
-    return any("bytes" in entry and "index_sha256" not in entry for entry in entries)
+    return any(
+        "bytes" in entry and ("index_sha256" not in entry or "classes" not in document)
+        for entry in entries
+    )
 
 
 class Sidecar:
-    """Where the samples of one shard lie, by their place in it."""
+    """Where the samples of one shard lie, by their place in it; what it calls their captions are
+    their labels where these are read."""
 
-    def __init__(self, table: pa.Table) -> None:
+    def __init__(self, table: pa.Table, reads: Text) -> None:
         table = table.combine_chunks()
         self._keys, self._captions, self._digests = (
-            table[name].chunk(0) for name in ("key", "caption", "sha256")
+            table[name].chunk(0) for name in ("key", reads, "sha256")
         )
         self.offsets: np.ndarray = table["offset"].to_numpy()
         self.sizes: np.ndarray = table["size"].to_numpy()
@@ -148,7 +164,7 @@ class Sidecar:
         return str(self._digests[place].as_py())
 
 
-def parse_sidecar(data: bytes, entry: Entry, place: str) -> Sidecar:
+def parse_sidecar(data: bytes, entry: Entry, place: str, reads: Text = "caption") -> Sidecar:
     """The sidecar in these bytes of `place`.
 
     Raises:
@@ -163,18 +179,19 @@ def parse_sidecar(data: bytes, entry: Entry, place: str) -> Sidecar:
         table = pq.read_table(pa.BufferReader(data))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ManifestError(f"{place} is no Parquet file ({error}): {AGAIN}") from error
-    if (fault := _fault(table, entry)) is not None:
+    if (fault := _fault(table, entry, reads)) is not None:
         raise ManifestError(f"{place}: {fault}: {AGAIN}")
-    return Sidecar(table)
+    return Sidecar(table, reads)
 
 
-def _fault(table: pa.Table, entry: Entry) -> str | None:
+def _fault(table: pa.Table, entry: Entry, reads: Text) -> str | None:
     """What is wrong with a sidecar."""
     if table.schema.remove_metadata() != SIDECAR:
         return f"its columns are {', '.join(table.column_names)}"
     if table.num_rows != entry.samples:
         return f"it has {table.num_rows} samples, its index says {entry.samples}"
-    if any(column.null_count for column in table.columns):
+    may_lack = {"label"} - {reads}
+    if any(table[name].null_count for name in table.column_names if name not in may_lack):
         return "it has empty cells"
     strange = table.filter(pc.invert(pc.match_substring_regex(table["key"], KEY)))
     if strange.num_rows:

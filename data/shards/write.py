@@ -10,13 +10,12 @@ import math
 import re
 import tarfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -33,13 +32,15 @@ from gigagan.common.files import PARTIAL, flush, write_aside
 from gigagan.common.pictures import UndecodableError, decode, square
 from gigagan.common.progress import Progress, silent
 
-FORMAT = 3
+FORMAT = 4
 """Goes up when the same rows give other bytes, so that no set mixes the two."""
 COLUMNS = (
-    "key", "url", "caption", "source", "row", "sha256", "asked_from", "asked_until",
-    "width", "height", "similarity", "aesthetic", "unsafe", "watermark", "phash", "language",
+    "key", "url", "caption", "label", "source", "row", "sha256", "asked_from",
+    "asked_until", "width", "height", "similarity", "aesthetic", "unsafe", "watermark", "phash",
+    "language",
 )  # fmt: skip
 """What is read of the kept rows."""
+PROVENANCE = ("key", "label", "source", "row", "url", "sha256", "language")
 SCORES = ("similarity", "aesthetic", "unsafe", "watermark")
 RECIPE, BYTES, DIGEST, LACKS = b"recipe", b"tar_bytes", b"tar_sha256", b"lacks"
 """Metadata of a sidecar: what its shard was made from, what came of it, and of how many rows it
@@ -53,13 +54,37 @@ class ShardError(ValueError):
     """A training shard that cannot be written: which, and why."""
 
 
+class Labels(NamedTuple):
+    """What is labelled in a shard."""
+
+    classes: frozenset[str]
+    unlabelled: int
+    """Samples that have no label."""
+
+
 class Written(NamedTuple):
     """What became of one training shard."""
 
     entries: dict[int, Entry]
     """The shard's entry in the index by side; empty where no picture was left."""
+    labels: dict[int, Labels]
+    """What its samples are labelled by side; of the same sides."""
     lost: dict[str, str]
     """Key → why its picture is in no tar: `DAMAGED`, or `UNDECODABLE` with a reason."""
+
+
+class Originals(Protocol):
+    """Where the pictures of kept rows are; used as a context, by one process."""
+
+    def __enter__(self) -> Originals: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def read(self, row: Mapping[str, Any]) -> bytes | None:
+        """The bytes of a row's picture; None if they are gone, or others."""
+
+    def honoured(self) -> dict[str, bool | None]:
+        """Which reservations were asked for when they were fetched."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +99,8 @@ class ShardJob:
     stop: int
     sides: tuple[int, ...]
     codec: Literal["png", "jpg"]
+    opened: Callable[[Path], Originals] | None = None
+    """Where the pictures are; of a download of ours when None."""
 
     def __str__(self) -> str:
         return f"{self.out}: training shard {self.name}"
@@ -82,6 +109,10 @@ class ShardJob:
     def name(self) -> str:
         """Name of its tars, without suffix."""
         return f"train-{self.number:05d}"
+
+    def originals(self) -> Originals:
+        """Where its pictures are."""
+        return (self.opened or Downloaded)(self.download)
 
     def folder(self, side: int) -> Path:
         """Folder of the set with this side that it belongs to."""
@@ -97,12 +128,14 @@ def write(
     workers: int = 1,
     backend: Literal["processes", "ray"] = "processes",
     progress: Progress = silent,
+    opened: Callable[[Path], Originals] | None = None,
 ) -> dict[str, str]:
     """Write `out/RES/`: tars, their sidecars, and last `index.json`, one set per resolution.
 
     `kept` is Parquet with schema.SCORES, sorted by key. The download's order is a seeded shuffle,
     so that shard n is simply rows [n·S, (n+1)·S), and a fair sample. A second call writes only
-    what is missing, was made from other rows, or lacks a picture.
+    what is missing, was made from other rows, or lacks a picture. `opened` reads pictures that
+    were not downloaded by us: it is given `download`.
 
     Returns key → why (`DAMAGED`, `UNDECODABLE: …`) of rows that are in no shard, because their
     pictures are not those that were scored.
@@ -114,33 +147,50 @@ def write(
     num_rows = pq.read_metadata(kept).num_rows
     for side in config.resolutions:
         (out / f"{side:03d}").mkdir(parents=True, exist_ok=True)
-    jobs = _jobs(kept, download, out, config, num_rows)
-    found: dict[int, dict[int, Entry]] = {}
+    jobs = _jobs(kept, download, out, config, num_rows, opened)
+    found: dict[int, Written] = {}
     lost: dict[str, str] = {}
     done = 0
     for job, written in each(write_shard, jobs, workers=workers, backend=backend):
-        found[job.number] = written.entries
+        found[job.number] = written
         lost |= written.lost
         if damaged := [key for key, why in lost.items() if why == DAMAGED]:
             originals.refuse_many(len(damaged), num_rows, min(damaged), download)
         done += job.stop - job.start
         progress("writing training shards", done, num_rows)
     for side in config.resolutions:
-        shards = tuple(found[n][side] for n in sorted(found) if side in found[n])
-        samples = sum(entry.samples for entry in shards)
-        index = Index(resolution=side, codec=config.codec, samples=samples, shards=shards)
-        write_index(out / f"{side:03d}", index)
+        write_index(out / f"{side:03d}", _index(side, config.codec, found))
     return lost
 
 
+def _index(side: int, codec: Literal["png", "jpg"], found: dict[int, Written]) -> Index:
+    """The index of one resolution, of what was written by number of the shard."""
+    made = [found[number] for number in sorted(found) if side in found[number].entries]
+    shards = tuple(written.entries[side] for written in made)
+    labels = [written.labels[side] for written in made]
+    return Index(
+        resolution=side,
+        codec=codec,
+        samples=sum(entry.samples for entry in shards),
+        classes=tuple(sorted({name for label in labels for name in label.classes})),
+        unlabelled=sum(label.unlabelled for label in labels),
+        shards=shards,
+    )
+
+
 def _jobs(
-    kept: Path, download: Path, out: Path, config: FilterConfig, num_rows: int
+    kept: Path,
+    download: Path,
+    out: Path,
+    config: FilterConfig,
+    num_rows: int,
+    opened: Callable[[Path], Originals] | None,
 ) -> Iterator[ShardJob]:
     size = config.samples_per_shard
     for number, start in enumerate(range(0, num_rows, size)):
         stop = min(start + size, num_rows)
         sides = config.resolutions
-        yield ShardJob(kept, download, out, number, start, stop, sides, config.codec)
+        yield ShardJob(kept, download, out, number, start, stop, sides, config.codec, opened)
 
 
 def write_index(folder: Path, index: Index) -> None:
@@ -168,24 +218,26 @@ def write_shard(job: ShardJob) -> Written:
     Raises:
         ShardError: the rows are none of ours.
     """
-    honoured = _honoured(job.download)
+    honoured = job.originals().honoured()
     rows = [row | {"honoured": honoured} for row in _rows(job)]
     recipes = {side: _recipe(rows, side, job.codec) for side in job.sides}
     found = {side: _finished(job, side, recipes[side]) for side in job.sides}
     todo = [side for side, entry in found.items() if entry is None]
-    made = _make(job, rows, {side: recipes[side] for side in todo}) if todo else Written({}, {})
-    done = {side: entry for side, entry in found.items() if entry is not None}
-    return Written(done | made.entries, made.lost)
+    made, lost = _make(job, rows, {side: recipes[side] for side in todo}) if todo else ({}, {})
+    entries = {side: entry for side, entry in found.items() if entry is not None} | made
+    return Written(entries, {side: _labels(job.folder(side) / job.name) for side in entries}, lost)
 
 
-def _make(job: ShardJob, rows: list[dict[str, Any]], recipes: Mapping[int, str]) -> Written:
-    """Write the shard in these resolutions."""
+def _make(
+    job: ShardJob, rows: list[dict[str, Any]], recipes: Mapping[int, str]
+) -> tuple[dict[int, Entry], dict[str, str]]:
+    """Write the shard in these resolutions: its entries, and the rows that are in none."""
     sets = {side: ShardWriter(job.folder(side), job.name) for side in recipes}
     lost: dict[str, str] = {}
     try:
-        with _Originals(job.download) as pictures:
+        with job.originals() as pictures:
             for row in rows:
-                data = pictures.read(row["key"], row["sha256"])
+                data = pictures.read(row)
                 if data is None:
                     lost[row["key"]] = DAMAGED
                     continue
@@ -197,8 +249,8 @@ def _make(job: ShardJob, rows: list[dict[str, Any]], recipes: Mapping[int, str])
                 for side, picture in made.items():
                     sets[side].add(row, picture, job.codec)
         if len(lost) == len(rows):
-            return Written({}, lost)
-        return Written({n: sets[n].commit(recipes[n], lacks=len(lost)) for n in recipes}, lost)
+            return {}, lost
+        return {n: sets[n].commit(recipes[n], lacks=len(lost)) for n in recipes}, lost
     finally:
         for one in sets.values():
             one.discard()
@@ -259,16 +311,9 @@ def _check_keys(job: ShardJob, keys: list[str]) -> None:
         raise ShardError(f"{job.kept}: its keys do not ascend: sort it by key")
 
 
-def _honoured(download: Path) -> dict[str, bool | None]:
-    """Which reservations the download asked for; it keeps no picture that has one of them."""
-    plan = download / "plan.json"
-    said = json.loads(plan.read_text(encoding="utf-8")) if plan.exists() else {}
-    return {name: said.get(name) for name in ("honour_opt_outs", "honour_robots_txt")}
-
-
 def _provenance(row: dict[str, Any]) -> dict[str, Any]:
     """What is known of one sample, as it goes beside its picture."""
-    known = {name: row[name] for name in ("key", "source", "row", "url", "sha256", "language")}
+    known = {name: row[name] for name in PROVENANCE}
     asked = {"checked_from": _iso(row["asked_from"]), "checked_until": _iso(row["asked_until"])}
     return {
         **known,
@@ -304,7 +349,7 @@ def _json(document: object) -> bytes:
 # Originals --------------------------------------------------------------------------------------
 
 
-class _Originals:
+class Downloaded:
     """Downloaded pictures by key. Asked in the order of keys, it opens each tar once."""
 
     def __init__(self, download: Path) -> None:
@@ -313,16 +358,21 @@ class _Originals:
         self._file: io.FileIO | None = None
         self._members: dict[str, tars.Member] = {}
 
-    def __enter__(self) -> _Originals:
+    def __enter__(self) -> Downloaded:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close()
 
-    def read(self, key: str, sha256: str) -> bytes | None:
+    def honoured(self) -> dict[str, bool | None]:
+        """Which reservations the download asked for; it keeps no picture that has one of them."""
+        plan = self._download / "plan.json"
+        said = json.loads(plan.read_text(encoding="utf-8")) if plan.exists() else {}
+        return {name: said.get(name) for name in ("honour_opt_outs", "honour_robots_txt")}
+
+    def read(self, row: Mapping[str, Any]) -> bytes | None:
         """The bytes as they were downloaded; None if they are gone, or others."""
+        key, sha256 = row["key"], row["sha256"]
         shard = shard_of(self._download, key)
         if shard.tar != self._tar:
             self._open(shard.tar)
@@ -369,7 +419,7 @@ class ShardWriter:
         offset = self._member(f"{key}.{codec}", picture)
         self._member(f"{key}.txt", caption.encode())
         self._member(f"{key}.json", _json({**_provenance(row), "picture_sha256": digest}))
-        values = (key, caption, offset, len(picture), digest)
+        values = (key, caption, row["label"], offset, len(picture), digest)
         self._rows.append(dict(zip(SIDECAR.names, values, strict=True)))
 
     def _member(self, name: str, data: bytes) -> int:
@@ -430,6 +480,12 @@ def _entry(stem: Path, samples: int, num_bytes: int, digest: str) -> Entry:
         index_bytes=len(data),
         index_sha256=hashlib.sha256(data).hexdigest(),
     )
+
+
+def _labels(stem: Path) -> Labels:
+    """By the sidecar of a shard that is done."""
+    labels = pq.read_table(_sidecar(stem), columns=["label"])["label"]
+    return Labels(frozenset(labels.drop_null().unique().to_pylist()), labels.null_count)
 
 
 def _finished(job: ShardJob, side: int, recipe: str) -> Entry | None:

@@ -55,7 +55,7 @@ def harm(folder: Path, progress: Progress) -> str | None:
 
 STAGE = Stage(
     "download",
-    version=2,
+    version=3,
     run=run,
     external=external,
     unkeyed=unkeyed,

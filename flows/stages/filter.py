@@ -81,6 +81,6 @@ def unkeyed(config: PipelineConfig) -> tuple[str, ...]:
     return ("decontaminate",) if is_all_there else ()
 
 
-STAGE = Stage("filter", version=3, run=run, needs=needs, external=external, unkeyed=unkeyed)
+STAGE = Stage("filter", version=4, run=run, needs=needs, external=external, unkeyed=unkeyed)
 
 filter_ = stage_flow(STAGE, "the filter", example='{"filter.min_similarity": 0.2}', reads="score")

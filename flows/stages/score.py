@@ -39,6 +39,6 @@ def unkeyed(config: PipelineConfig) -> tuple[str, ...]:
     return ("devices", "batch_size")
 
 
-STAGE = Stage("score", version=1, run=run, needs=needs, unkeyed=unkeyed, gpu=True)
+STAGE = Stage("score", version=2, run=run, needs=needs, unkeyed=unkeyed, gpu=True)
 
 score = stage_flow(STAGE, "the scores", example='{"score.nsfw": null}', reads="download")

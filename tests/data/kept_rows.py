@@ -45,11 +45,17 @@ def key_at(place: int) -> str:
     return f"{shard_at(Path(), place).name}{place % PER_IMAGE_SHARD}"
 
 
-def row(place: int, picture: bytes, caption: str) -> dict:
+def kind(place: int) -> str | None:
+    """Its class; numbers as text, which sort otherwise than numbers."""
+    return str(9 + place % 3)
+
+
+def row(place: int, picture: bytes, caption: str, label: str | None = None) -> dict:
     return {
         "key": key_at(place),
         "url": f"http://host{place % 3}.example/{place}.png",
         "caption": caption,
+        "label": label,
         "source": "list-0",
         "row": 100 + place,
         "sha256": hashlib.sha256(picture).hexdigest(),
@@ -77,7 +83,9 @@ def member(name: str, data: bytes) -> tuple[tarfile.TarInfo, io.BytesIO]:
     return info, io.BytesIO(data)
 
 
-def write_kept(root: Path, count: int, picture=plain, keep=lambda place: True) -> tuple[Path, Path]:
+def write_kept(
+    root: Path, count: int, picture=plain, keep=lambda place: True, label=kind
+) -> tuple[Path, Path]:
     """(kept.parquet, download); places of the download that `keep` drops have no row."""
     download, pictures = root / "download", [picture(place) for place in range(count)]
     for start in range(0, count, PER_IMAGE_SHARD):
@@ -89,7 +97,7 @@ def write_kept(root: Path, count: int, picture=plain, keep=lambda place: True) -
                 name = shard_at(download, place).member(key_at(place))
                 archive.addfile(*member(name, pictures[place]))
                 archive.addfile(*member(name.replace(".jpg", ".json"), b"{}"))
-    rows = [row(i, pictures[i], f"colour {i % 7}") for i in range(count) if keep(i)]
+    rows = [row(i, pictures[i], f"colour {i % 7}", label(i)) for i in range(count) if keep(i)]
     kept = root / "kept.parquet"
     pq.write_table(pa.Table.from_pylist(rows, SCORES), kept, row_group_size=11)
     (download / "plan.json").write_text('{"honour_opt_outs": true}')

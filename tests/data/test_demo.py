@@ -91,6 +91,15 @@ def test_a_caption_tells_style_name_and_background():
             assert word in picture.caption
 
 
+def test_a_wrong_caption_leaves_the_label_of_the_picture():
+    rows = demo.Plan.of(changed(defect_fraction=0.6)).rows
+    assert all(row.label == row.picture.concept.name for row in rows if row.defect != "sixteen_bit")
+    assert not [row for row in rows if "black and white" in row.label]
+    wrong = [row for row in rows if row.defect == "wrong_caption"]
+    assert wrong
+    assert all(row.label not in row.caption for row in wrong)
+
+
 def test_most_training_captions_are_worded_as_held_out_ones():
     rows = demo.Plan.of(changed(max_concepts=60, pictures_per_style=8, defect_fraction=0)).rows
     share = Counter(row.picture.template for row in rows)

@@ -6,7 +6,9 @@ import hashlib
 import io
 import json
 import shutil
+import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,13 +16,19 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data.config import FilterConfig
+from data import demo
+from data.config import FilterConfig, ScoreConfig
 from data.filter import duplicates, pictures
 from data.filter import run as filter_stage
 from data.filter.truth import against_truth
 from data.layout import ImageShard
 from data.schema import FATES, SCORES
+from data.score import run as score
 from data.shards import write as shards
+from data.shards.loader import ShardLoader
+
+sys.path.append(str(Path(__file__).parent))  # several folders are called `tests`
+import score_tasks
 
 PER_SHARD, NUM_SHARDS = 7, 3
 CONFIG = FilterConfig(min_side=30, resolutions=(8, 16), samples_per_shard=5, languages=("en",))
@@ -191,7 +199,8 @@ def test_a_run_killed_in_the_shards_keeps_its_verdicts(stages, filtered, tmp_pat
 
 def test_pictures_that_were_kept_and_are_damaged_are_counted(stages, tmp_path, monkeypatch):
     lost = {"a": "damaged original", "b": "undecodable original: cut", "c": "damaged original"}
-    monkeypatch.setattr(shards, "write", lambda *_, **__: lost)
+    written = shards.write
+    monkeypatch.setattr(shards, "write", lambda *a, **k: written(*a, **k) | lost)
     report = filter_stage.run(tmp_path, *stages, CONFIG)
     counts = (report.counts[name] for name in ("ok", "damaged original", "undecodable original"))
     assert [*counts, report.funnel[-1].rows, report.metrics["kept"]] == [3, 2, 1, 3, 3]
@@ -249,3 +258,20 @@ def test_the_copy_of_two_twins_is_the_planted_one(tmp_path):
     assert against_truth(verdicts, truth) == {
         "none": {"ok": 1}, "same_bytes": {"same bytes": 1}, "unlisted": {"min_side": 1},
     }  # fmt: skip
+
+
+def test_labels_reach_the_batches_of_the_embedded_source(downloaded, config, tmp_path):
+    download, _ = downloaded
+    held = json.loads((download / "heldout" / "captions.json").read_text())["annotations"]
+    assert all(note["label"] == note["concept"] for note in held)
+    score.run(tmp_path / "scores", download, ScoreConfig(), score_tasks.fitted)
+    rules = FilterConfig(min_similarity=None, labels="require", resolutions=(32,))
+    report = filter_stage.run(tmp_path / "out", tmp_path / "scores", download, rules)
+    loader = ShardLoader(tmp_path / "out" / "shards" / "032", batch_size=2, seed=0, reads="label")
+    names = {row.label for row in demo.Plan.of(config.embedded).rows}
+    assert {*loader.classes} <= names
+    assert (report.metrics["classes"], report.metrics["unlabelled"]) == (len(loader.classes), 0)
+    assert ["labels", 0] in [[step.step, step.dropped] for step in report.funnel]
+    kept = pq.read_table(tmp_path / "out" / "kept.parquet").to_pylist()
+    right = [row for row in kept if row["label"] in row["caption"]]
+    assert len(right) > 0.7 * len(kept)

@@ -15,7 +15,7 @@ import pytest
 
 from data.config import DownloadConfig, ListColumn
 from data.lists import metadata
-from data.schema import ALIASES, MetadataError
+from data.schema import ALIASES, FATES, MetadataError, with_label
 
 ANY = {
     "min_side": None, "max_aspect": None, "max_unsafe": None, "max_watermark": None,
@@ -234,6 +234,37 @@ def test_numbers_of_every_layout_are_read(tmp_path, is_doubted):
     for number, kind in enumerate(NUMBERS):
         own = [row for row in rows if row["source"] == str(number)]
         assert [row["width"] for row in own] == [row["aesthetic"] for row in own] == expected, kind
+
+
+def labels(tmp_path: Path, name: str, values: pa.Array, **changes) -> list[str | None]:
+    urls = [f"http://a/{number}" for number in range(len(values))]
+    columns = {"url": urls, "caption": ["a b c"] * len(urls), name: values}
+    path = written(tmp_path / "a.parquet", **columns)
+    return [row["label"] for row in kept(tmp_path / "out", path, **changes)[1]]
+
+
+@pytest.mark.parametrize("name", ["label", "class", "class_name", "wnid", "WNID"])
+def test_a_list_s_column_of_labels_is_known_by_several_names(tmp_path, name):
+    values = pa.array(["n01440764", " größe 東京 ", None, "", "  ", "a\x07b"])
+    assert labels(tmp_path, name, values) == ["n01440764", "größe 東京", None, None, None, None]
+
+
+@pytest.mark.parametrize("type_", [pa.uint8(), pa.int64()])
+def test_integers_become_their_decimal_text(tmp_path, type_):
+    assert labels(tmp_path, "label", pa.array([7, None, 10], type_)) == ["7", None, "10"]
+
+
+@pytest.mark.parametrize("values", [pa.array([0.5]), pa.array([True]), pa.array([["a"]])])
+def test_labels_that_are_neither_text_nor_integers_are_refused_or_done_without(tmp_path, values):
+    with pytest.raises(MetadataError, match=r"'label'.*not text or integers.*null to do without"):
+        labels(tmp_path, "label", values)
+    assert labels(tmp_path, "label", values, columns={"label": None}) == [None]
+
+
+def test_fates_of_a_download_that_knew_of_no_labels_have_none():
+    old = pa.Table.from_pylist([{"key": "0", "caption": "a"}], FATES).drop_columns(["label"])
+    assert with_label(old).schema.names == FATES.names
+    assert with_label(old)["label"].to_pylist() == [None]
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):

@@ -112,6 +112,24 @@ def test_a_null_in_a_column_that_a_rule_reads_breaks_it_and_is_counted_apart(
     assert verdicts == ["ok"] * 3
 
 
+def test_labels_are_kept_or_required(chosen):
+    rows = table(label=["cat", None, "dog"])
+    assert chosen(rows)[0] == ["ok"] * 3
+    verdicts, found = chosen(rows, labels="require")
+    assert verdicts == ["ok", "labels", "ok"]
+    assert (found.counts["labels"], found.missing) == (1, {"labels": 1})
+    assert found.thresholds["labels"] == "require"
+    steps = select.funnel(found.counts, FilterConfig(labels="require"))
+    assert ("labels", 1, 2) in steps
+    assert "labels" not in [s.step for s in select.funnel({"ok": 3}, FilterConfig())]
+
+
+def test_requiring_labels_where_there_are_none_names_the_remedy(chosen):
+    why = "filter.labels is require, but none of the 2.*has a 'label'.*columns.label.*to keep"
+    with pytest.raises(UnscoredError, match=why):
+        chosen(table(label=[None, None]), labels="require")
+
+
 CAPTIONS = [
     "a red bicycle by the wall", "caption " * 40, "two words", "No no NO no no no", "word",
     "word " * 5,

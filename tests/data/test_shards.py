@@ -89,6 +89,7 @@ def test_a_sample_is_its_picture_resized_once_its_caption_and_its_provenance(who
         assert sample["txt"].decode() == f"colour {place % 7}"
     assert json.loads(found[key_at(3)]["json"]) == {
         "key": key_at(3),
+        "label": "9",
         "source": "list-0",
         "row": 103,
         "url": "http://host0.example/3.png",

@@ -86,7 +86,14 @@ def write_shards(folder: Path, num_samples: int = NUM_SAMPLES) -> Path:
                 index_sha256=digest(told),
             )
         )
-    index = Index(resolution=SIDE, codec="png", samples=num_samples, shards=tuple(entries))
+    index = Index(
+        resolution=SIDE,
+        codec="png",
+        samples=num_samples,
+        classes=(),
+        unlabelled=num_samples,
+        shards=tuple(entries),
+    )
     (folder / "index.json").write_text(index.text())
     return folder
 
@@ -103,7 +110,7 @@ def add_sample(archive: tarfile.TarFile, place: int) -> dict:
         member = tarfile.TarInfo(f"{key}.{kind}")
         member.size = len(content)
         archive.addfile(member, io.BytesIO(content))
-    values = (key, caption, offset, len(picture), digest(picture))
+    values = (key, caption, None, offset, len(picture), digest(picture))
     return dict(zip(SIDECAR.names, values, strict=True))
 
 
