@@ -201,6 +201,9 @@ class ScoreConfig(Frozen):
     """Judges how well picture and caption fit: `embedded:aligner`, or `open_clip:ARCH/WEIGHTS`."""
     nsfw: str | None = "embedded:opennsfw"
     """Scores unsafe pictures; not scored when null."""
+    generated: Literal["embedded:generated-v1", "univfd:vitl14"] | None = None
+    """Scores how likely a picture is a network's: `embedded:generated-v1`, or `univfd:vitl14`;
+    not scored when null. What each can tell, and cannot: docs/cleaning.md."""
     aesthetic: Literal["colourfulness", "laion-v2"] | None = "colourfulness"
     """`colourfulness` is Hasler–Süsstrunk's, a stand-in; `laion-v2` needs the encoder
     `open_clip:ViT-L-14/openai`, on whose embeddings it was fitted. Not scored when null."""
@@ -258,6 +261,8 @@ class FilterConfig(Frozen):
     """Greatest NSFW score."""
     max_watermark: float | None = Field(default=None, ge=0, le=1)
     """Greatest watermark score."""
+    max_generated: float | None = Field(default=None, ge=0, le=1)
+    """Greatest likelihood that a network made the picture; needs `score.generated`."""
     min_side: int = Field(default=64, ge=1)
     """Least short side of the decoded picture, px."""
     max_aspect: float = Field(default=2.0, ge=1)
@@ -289,6 +294,12 @@ class FilterConfig(Frozen):
     min_duplicate_cosine: float | None = Field(default=None, gt=0, le=1)
     """Also near duplicates: pictures of one cluster whose embeddings have at least this cosine
     (SemDeDup). Needs embeddings."""
+    influence: str | None = None
+    """Parquet of `python -m gigagan influence`: what a trained network learned from each picture,
+    great for one that learns against pictures of like captions. Pictures without a score, which
+    that training never saw, are kept, and counted in the report."""
+    drop_influence: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the pictures with an influence that is dropped, those of the greatest."""
     decontaminate: tuple[str, ...] = ()
     """Captions files in COCO's format, with their pictures in `images` beside them: training
     pictures that are near duplicates of one of theirs are dropped."""
@@ -313,6 +324,11 @@ class FilterConfig(Frozen):
                     f"filter.min_caption_{unit} is {least} and max_caption_{unit} {most}, which no "
                     "caption fulfils: lower the one or raise the other"
                 )
+        if (self.influence is None) != (self.drop_influence is None):
+            raise ValueError(
+                f"filter.influence is {self.influence!r} and drop_influence {self.drop_influence}: "
+                "the one says which picture did what and the other how many go; give both or none"
+            )
         if self.decontaminate and self.max_phash_distance is None:
             raise ValueError(
                 "filter.decontaminate looks for near duplicates, but filter.max_phash_distance is "

@@ -124,6 +124,7 @@ SCORES = pa.schema(
         ("caption_words", pa.int32()),
         ("caption_chars", pa.int32()),
         ("error", pa.string()),
+        ("generated", pa.float32()),
     ]
 )
 """One row a downloaded picture. `width` and `height` are those of the decoded picture; they and all

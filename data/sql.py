@@ -8,7 +8,7 @@ from pathlib import Path
 
 import duckdb
 
-HISTOGRAMS = ("similarity", "aesthetic", "unsafe", "watermark")
+HISTOGRAMS = ("similarity", "aesthetic", "unsafe", "watermark", "generated")
 BINS = 40
 
 

@@ -34,12 +34,15 @@ def _run(argv: list[str]) -> int:
         edit,
         evaluate,
         export,
+        influence,
         play,
         sample,
         upscale,
     )
 
-    commands = (describe, sample, edit, upscale, play, export, evaluate, blind, dissect)
+    commands = (
+        describe, sample, edit, upscale, play, export, evaluate, blind, dissect, influence,
+    )  # fmt: skip
     parser = argparse.ArgumentParser(
         prog="python -m gigagan",
         description="Text-to-image GANs: train, draw, edit, enlarge, measure.",

@@ -32,12 +32,16 @@ def encoders(config: ScoreConfig, worker: int = 0) -> Encoders:
 
     device = _device(config.devices, worker)
     nsfw = pretrained.nsfw(config.nsfw) if _is_computed("unsafe", config) and config.nsfw else None
+    generated = pretrained.generated(config.generated, device) if config.generated else None
     if {"similarity_b32", "similarity_l14"} & {*config.take_over}:
-        return Encoders(unsafe=nsfw)
+        return Encoders(unsafe=nsfw, generated=generated)
     made = _clip if config.encoder.startswith("open_clip:") else _embedded
     learned = config.aesthetic == "laion-v2" and _is_computed("aesthetic", config)
     return Encoders(
-        **made(config, device), aesthetic=pretrained.aesthetic() if learned else None, unsafe=nsfw
+        **made(config, device),
+        aesthetic=pretrained.aesthetic() if learned else None,
+        unsafe=nsfw,
+        generated=generated,
     )
 
 

@@ -243,6 +243,7 @@ _VALUES: dict[str, Callable[[Row], str]] = {
     "max_aspect": lambda row: f"{_size(row)}, {_aspect(row):.1f} : 1",
     "max_unsafe": lambda row: f"unsafe {row['unsafe']:.3f}",
     "max_watermark": lambda row: f"watermark {row['watermark']:.3f}",
+    "max_generated": lambda row: f"generated {row['generated']:.3f}",
     "languages": lambda row: f"language {row['language']}",
     "max_phash_change": lambda row: (
         f"{(row['phash'] ^ row['listed_phash']).bit_count()} bits from listed"

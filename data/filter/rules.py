@@ -9,15 +9,16 @@ import pyarrow as pa
 
 from data import sql
 from data.config import FilterConfig
+from data.filter import influence
 from data.lists.prefilter import BLANK, CONTROLS
 from data.schema import SCORES
 
 RULES = (
     "undecodable", "broken caption", "labels", "min_side", "max_aspect", "max_unsafe",
-    "max_watermark", "min_caption_words", "max_caption_words", "min_caption_chars",
+    "max_watermark", "max_generated", "min_caption_words", "max_caption_words", "min_caption_chars",
     "max_caption_chars", "min_distinct_words", "languages",
     "max_phash_change", "min_aesthetic", "top_aesthetic", "min_similarity", "top_similarity",
-    "contaminated", "same bytes", "near duplicate", "near duplicate (embedding)",
+    "drop_influence", "contaminated", "same bytes", "near duplicate", "near duplicate (embedding)",
 )  # fmt: skip
 """Every verdict but `ok`, in the order they are tried."""
 SAME = frozenset(RULES[-3:])
@@ -34,6 +35,7 @@ REMEDIES = {
     "unsafe": "set score.nsfw, or name unsafe in score.take_over",
     "watermark": "name watermark in score.take_over, for lists that bring it",
     "label": "name the lists' column that holds it in download.columns.label",
+    "generated": "set score.generated",
     "language": "set score.language",
     "phash": "score the pictures anew",
     "caption_words": "score the download anew",
@@ -80,7 +82,7 @@ def rules(database: duckdb.DuckDBPyConnection, config: FilterConfig) -> list[Rul
             config.max_aspect,
         ),
     ]
-    for name in ("max_unsafe", "max_watermark"):
+    for name in ("max_unsafe", "max_watermark", "max_generated"):
         if (limit := getattr(config, name)) is not None:
             asked.append(_bound(name, "<=", limit))
     for column in ("caption_words", "caption_chars"):
@@ -101,6 +103,10 @@ def rules(database: duckdb.DuckDBPyConnection, config: FilterConfig) -> list[Rul
             asked.append(_bound(f"min_{score}", ">=", least))
         if (share := getattr(config, f"top_{score}")) is not None:
             asked.append(_bound(f"top_{score}", ">=", _least_of_top(database, score, share)))
+    if (share := config.drop_influence) is not None:
+        most = influence.limit(database, config.influence, share)
+        kept = f"influence IS NULL OR influence <= {most!r}::DOUBLE"
+        asked.append(Rule("drop_influence", (), kept, most))
     _assert_scored(database, asked, config)
     return asked
 

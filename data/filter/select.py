@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from data import sql
 from data.config import FilterConfig
-from data.filter import duplicates, rules
+from data.filter import duplicates, influence, rules
 from data.filter.rules import (
     BROKEN_CAPTION,
     DISTINCT_WORDS,
@@ -38,8 +38,8 @@ from gigagan.common.progress import Progress, silent
 
 JUDGED = (
     "key", "error", "width", "height", "similarity", "aesthetic", "unsafe", "watermark", "language",
-    "label", "phash", "listed_phash", "miniature", "sha256", "caption_words",
-    "caption_chars",
+    "label", "phash", "listed_phash", "miniature", "sha256", "caption_words", "caption_chars",
+    "generated",
 )  # fmt: skip
 """Columns that decide; of captions it is what is counted in them."""
 MEMORY = "1GB"
@@ -121,6 +121,7 @@ def _state(scores: Path, config: FilterConfig) -> str:
     of_shards = {"resolutions", "samples_per_shard", "codec"}
     digest = hashlib.sha256(config.model_dump_json(exclude=of_shards).encode())
     files = score_files(scores) + [Path(name) for name in config.decontaminate]
+    files += [Path(config.influence)] if config.influence else []
     if config.min_duplicate_cosine is not None:
         files += score_files(scores, "embeddings")
     for path in filter(Path.exists, files):
@@ -153,7 +154,11 @@ def _open(database: duckdb.DuckDBPyConnection, scores: Path, config: FilterConfi
     database.sql(f"FROM {sql.parquet(files)}").create_view("files")
     counted = "NULL" if config.min_distinct_words is None else DISTINCT_WORDS
     of_captions = f"{BROKEN_CAPTION} AS broken_caption, {counted} AS distinct_words"
-    database.execute(f"CREATE TABLE scores AS SELECT {', '.join(JUDGED)}, {of_captions} FROM files")
+    influence.read(database, config.influence)
+    database.execute(
+        f"CREATE TABLE scores AS SELECT {', '.join(JUDGED)}, {of_captions}, influence "
+        f"FROM files LEFT JOIN {influence.TABLE} USING (key)"
+    )
 
 
 def _decide(
@@ -195,7 +200,22 @@ def _decide(
     for share in ("top_similarity", "top_aesthetic"):
         if share in thresholds:
             thresholds[share] = {"share": getattr(config, share), "least": thresholds[share]}
+    if "drop_influence" in thresholds:
+        thresholds["drop_influence"] = {
+            "share": config.drop_influence,
+            "most": thresholds["drop_influence"],
+            "kept without one": _num_without_influence(database),
+        }
     return Selection(counts, missing, thresholds, sql.histograms(database), state)
+
+
+def _num_without_influence(database: duckdb.DuckDBPyConnection) -> int:
+    """Pictures that are kept and have none."""
+    row = database.execute(
+        "SELECT count(*) FROM scores JOIN verdicts USING (key) WHERE code = 0 AND influence IS NULL"
+    ).fetchone()
+    assert row is not None
+    return int(row[0])
 
 
 # ---- rules on pairs of rows --------------------------------------------------------------------

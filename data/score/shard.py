@@ -42,8 +42,8 @@ FitSimilarity = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """The same of all pairs at once; float16, as they are stored, because all are in memory."""
 Aesthetic = Callable[[np.ndarray], np.ndarray]
 """Features of pictures [N, D], float32 → scores [N]."""
-Unsafe = Callable[[list[Image.Image]], np.ndarray]
-"""Pictures → probability of being unsafe, [N]."""
+Judge = Callable[[list[Image.Image]], np.ndarray]
+"""Pictures → probability of being unsafe, or made by a network, [N]."""
 
 AT_LEAST = 384
 """Short side to which great pictures are reduced while they are decoded, px. No encoder of ours
@@ -71,7 +71,8 @@ class Encoders:
     fit_similarity: FitSimilarity | None = None
     """… or all pairs at once, because it is fitted to them: at most MAX_FITTED."""
     aesthetic: Aesthetic | None = None
-    unsafe: Unsafe | None = None
+    unsafe: Judge | None = None
+    generated: Judge | None = None
 
     def __post_init__(self) -> None:
         judges = [self.similarity, self.fit_similarity]
@@ -124,6 +125,7 @@ class _Seen:
     keys: list[str] = field(default_factory=list)
     features: list[np.ndarray] = field(default_factory=list)
     unsafe: list[np.ndarray] = field(default_factory=list)
+    generated: list[np.ndarray] = field(default_factory=list)
 
     def places(self, keys: list[str]) -> list[int]:
         """Where these keys are in `keys`."""
@@ -184,6 +186,8 @@ def _look_at_all(
                 seen.features.append(np.asarray(features(images), np.float16))
             if unsafe is not None:
                 seen.unsafe.append(np.asarray(unsafe(images), np.float32))
+            if encoders.generated is not None:
+                seen.generated.append(np.asarray(encoders.generated(images), np.float32))
     for key in wanted.keys() - seen.looks.keys():
         seen.looks[key] = _Look(error=f"{DAMAGED}: gone, or not the bytes that were downloaded")
     return seen
@@ -284,6 +288,8 @@ def _of_pixels(
         columns["aesthetic"] = _spread(encoders.aesthetic(features_ND), is_seen_N)
     if seen.unsafe:
         columns["unsafe"] = _spread(np.concatenate(seen.unsafe)[places], is_seen_N)
+    if seen.generated:
+        columns["generated"] = _spread(np.concatenate(seen.generated)[places], is_seen_N)
     for name in ("unsafe", "watermark", "aesthetic"):
         if name in config.take_over:
             columns[name] = fates[name]

@@ -70,15 +70,21 @@ def needs(config: PipelineConfig) -> Mapping[str, Need]:
 
 
 def external(config: PipelineConfig) -> Mapping[str, str]:
-    """The evaluation captions that training must not contain."""
-    files = enumerate(map(Path, config.filter.decontaminate))
-    return {f"decontaminate:{n}": sha256_of(file) for n, file in files if file.is_file()}
+    """The evaluation captions that training must not contain, and influences by their file."""
+    files = {f"decontaminate:{n}": name for n, name in enumerate(config.filter.decontaminate)}
+    if config.filter.influence is not None:
+        files["influence"] = config.filter.influence
+    return {name: sha256_of(Path(file)) for name, file in files.items() if Path(file).is_file()}
 
 
 def unkeyed(config: PipelineConfig) -> tuple[str, ...]:
-    """Where those captions lie, for their content counts; a file that is not there has none."""
-    is_all_there = len(external(config)) == len(config.filter.decontaminate)
-    return ("decontaminate",) if is_all_there else ()
+    """Where those files lie, for their content counts; a file that is not there has none."""
+    found = external(config)
+    is_all_there = len(found.keys() - {"influence"}) == len(config.filter.decontaminate)
+    return (
+        *(("decontaminate",) if is_all_there else ()),
+        *(("influence",) if config.filter.influence is None or "influence" in found else ()),
+    )
 
 
 STAGE = Stage("filter", version=4, run=run, needs=needs, external=external, unkeyed=unkeyed)

@@ -11,7 +11,7 @@ from typing import Any
 
 from flows.config import PipelineConfig, StageName
 
-PLACED = ("open_clip:", "dino:", "dinov2:")
+PLACED = ("open_clip:", "dino:", "dinov2:", "univfd:")
 """How names of models begin whose weights no package has."""
 
 
@@ -33,6 +33,7 @@ def lacking(config: PipelineConfig, stage: StageName) -> list[str]:
     files: list[tuple[str, str | None]] = []
     if stage == StageName.FILTER:
         files = [("filter.decontaminate", name) for name in config.filter.decontaminate]
+        files.append(("filter.influence", config.filter.influence))
     if stage == StageName.EVALUATE:
         files = [("evaluate.captions", config.evaluate.captions)]
     for setting, name in files:

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gigagan.common.files import sha256_of
+from gigagan.models import generated as probes
 from gigagan.models import openclip
 from gigagan.models.aesthetic import AestheticPredictor
 from gigagan.models.dino import Dino
@@ -42,6 +43,7 @@ __all__ = [
     "aesthetic",
     "critic_encoder",
     "dinov2",
+    "generated",
     "image_encoder",
     "inception",
     "locate",
@@ -136,9 +138,16 @@ CATALOGUE = {
         licence="Apache-2.0",
         distribution="gigagan-pipeline",
     ),
+    "embedded:generated-v1": Weights(
+        package="gigagan",
+        file="models/weights/generated-v1.safetensors",
+        sha256="05547f1e8345816b9f36e7575a9438660d843abe4704ba017505136a73811763",
+        licence="Apache-2.0",
+        distribution="gigagan-pipeline",
+    ),
 }
-"""Every file that a package brings. Names of `open_clip:`, `dino:` and `dinov2:` are files of the
-user's."""
+"""Every file that a package brings. Names of `open_clip:`, `dino:`, `dinov2:` and `univfd:` are
+files of the user's."""
 
 
 # ---- files -------------------------------------------------------------------------------------
@@ -153,7 +162,7 @@ def locate(name: str) -> Path:
     if name.startswith("open_clip:"):
         architecture, tag = _split_open_clip(name)
         return _placed(name, f"{architecture}-{tag}")
-    if name.startswith(("dino:", "dinov2:")):
+    if name.startswith(("dino:", "dinov2:", "univfd:")):
         return _placed(name, name.replace(":", "-"))
     if name not in CATALOGUE:
         raise ValueError(
@@ -459,3 +468,31 @@ def _nsfw(name: str) -> Callable[[Sequence[Image.Image]], np.ndarray]:
         return probabilities_B2[:, 1]
 
     return scores
+
+
+def generated(
+    name: str = "embedded:generated-v1", device: torch.device | str = "cpu"
+) -> probes.GeneratedProbe:
+    """Pictures of any size to the probability [B] that each is a network's.
+
+    `embedded:generated-v1`, or `univfd:vitl14`, which reads `open_clip:ViT-L-14/openai`.
+    """
+    return _generated(name, torch.device(device))
+
+
+def probe_encoder(device: torch.device) -> ImageEncoder:
+    """The early stages that `embedded:generated-v1` was fitted on, and is read with."""
+    return _efficientnet("embedded:efficientnet-lite0", device, probes.STAGE_ENDS)
+
+
+@functools.cache
+def _generated(name: str, device: torch.device) -> probes.GeneratedProbe:
+    if name == "embedded:generated-v1":
+        return probes.embedded(locate(name), probe_encoder(device), device)
+    if name == "univfd:vitl14":
+        file = locate(name)
+        return probes.univfd(file, image_encoder("open_clip:ViT-L-14/openai", device), device)
+    raise ValueError(
+        f"{name!r} is not a detector of generated pictures: choose embedded:generated-v1 or "
+        "univfd:vitl14"
+    )

@@ -84,7 +84,12 @@ def member(name: str, data: bytes) -> tuple[tarfile.TarInfo, io.BytesIO]:
 
 
 def write_kept(
-    root: Path, count: int, picture=plain, keep=lambda place: True, label=kind
+    root: Path,
+    count: int,
+    picture=plain,
+    keep=lambda place: True,
+    label=kind,
+    caption=lambda place: f"colour {place % 7}",
 ) -> tuple[Path, Path]:
     """(kept.parquet, download); places of the download that `keep` drops have no row."""
     download, pictures = root / "download", [picture(place) for place in range(count)]
@@ -97,7 +102,7 @@ def write_kept(
                 name = shard_at(download, place).member(key_at(place))
                 archive.addfile(*member(name, pictures[place]))
                 archive.addfile(*member(name.replace(".jpg", ".json"), b"{}"))
-    rows = [row(i, pictures[i], f"colour {i % 7}", label(i)) for i in range(count) if keep(i)]
+    rows = [row(i, pictures[i], caption(i), label(i)) for i in range(count) if keep(i)]
     kept = root / "kept.parquet"
     pq.write_table(pa.Table.from_pylist(rows, SCORES), kept, row_group_size=11)
     (download / "plan.json").write_text('{"honour_opt_outs": true}')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,10 @@ def pairwise(worker: int = 0) -> Encoders:
 
 def fitted(worker: int = 0) -> Encoders:
     return Encoders(image_features, text_features, None, fit_similarity, None, unsafe)
+
+
+def detecting(worker: int = 0) -> Encoders:
+    return replace(fitted(), generated=lambda images: 1 - unsafe(images))
 
 
 class Killed:

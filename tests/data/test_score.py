@@ -106,6 +106,16 @@ def test_pictures_and_captions_are_joined_by_key_though_tars_are_in_another_orde
         assert len(one["caption"]) == one["caption_chars"]
 
 
+def test_generated_is_null_unless_a_detector_was_given_and_then_of_decodable_pictures(
+    scored, downloaded, tmp_path
+):
+    assert {one["generated"] for one in rows(scored[0]).values()} == {None}
+    score.run(tmp_path, downloaded, CONFIG, tasks.detecting)
+    for one in rows(tmp_path).values():
+        expected = None if one["error"] else pytest.approx(1 - one["unsafe"])
+        assert one["generated"] == expected
+
+
 def test_an_undecodable_picture_keeps_its_row_with_the_reason_and_without_scores(scored):
     by_row = {one["row"]: one for one in rows(scored[0]).values()}
     assert by_row[8]["error"].startswith("not a picture: ")

@@ -412,6 +412,21 @@ def test_captions_count_by_their_content_wherever_they_lie(bench, tmp_path, sett
     assert key(str(tmp_path / "absent.json")) not in (a, c)
 
 
+def test_influences_count_by_their_content_wherever_they_lie(bench, tmp_path):
+    from flows.stages.filter import STAGE
+
+    def key(name):
+        changes = {"filter.influence": str(tmp_path / name), "filter.drop_influence": 0.1}
+        config = bench.config.override(changes)
+        return bench.store.key(STAGE, config, STAGE.external(config))
+
+    for name, text in (("a.parquet", "x"), ("other/b.parquet", "x"), ("c.parquet", "y")):
+        write(tmp_path / name, text)
+    a, b, c = (key(name) for name in ("a.parquet", "other/b.parquet", "c.parquet"))
+    assert a == b != c
+    assert key("absent.parquet") not in (a, c)
+
+
 class Training:
     """A stage that counts to its length, from where its folder or a shorter run left off."""
 
