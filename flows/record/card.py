@@ -73,7 +73,7 @@ def render(name: str, store: Store, judged: Output, networks: Mapping[str, Outpu
     results = judged.json("results.json")
     sections = [
         _title(name, results, networks),
-        _use(name, networks),
+        _use(name, networks, results),
         _results(results, judged),
         _limits(results, networks, kept),
         _data(fetched, kept),
@@ -85,9 +85,22 @@ def render(name: str, store: Store, judged: Output, networks: Mapping[str, Outpu
     return scrub.text("\n\n".join(sections)) + "\n"
 
 
+_MAKES = {
+    "text": ("pictures from text", '["a caption"]'),
+    "class": ("pictures of classes", '["0"]'),
+    "nothing": ("pictures, told nothing", "1"),
+}
+"""What is drawn, and how it is asked for, by what the base is told."""
+
+
+def _condition(results: Mapping[str, Any]) -> str:
+    return str(results.get("protocol", {}).get("condition", "text"))
+
+
 def _title(name: str, results: Mapping[str, Any], networks: Mapping[str, Output]) -> str:
     size = "×".join(map(str, results.get("protocol", {}).get("generated_size", []))) or UNKNOWN
-    rows = [("Makes", f"pictures from text, {size} pixels when evaluated")]
+    what = _MAKES[_condition(results)][0]
+    rows = [("Makes", f"{what}, {size} pixels when evaluated")]
     for role, network in networks.items():
         count = _count(network.file(lineage.SNAPSHOT))
         rows.append((role.capitalize(), f"{count / 1e6:.2f} M parameters" if count else UNKNOWN))
@@ -245,14 +258,15 @@ def _files(networks: Mapping[str, Output]) -> str:
     return "## Files\n\n" + _table(("network", "output", "sha256", "file"), rows)
 
 
-def _use(name: str, networks: Mapping[str, Output]) -> str:
+def _use(name: str, networks: Mapping[str, Output], results: Mapping[str, Any]) -> str:
+    asked = _MAKES[_condition(results)][1]
     places = [network.place.folder / lineage.SNAPSHOT for network in networks.values()]
     files = ", ".join(f'"{path}"' for path in places)
     return (
         "## Use\n\n```python\nimport gigagan\n\n"
         f'sampler = gigagan.load("models:/{name}@champion")  # of MLFLOW_TRACKING_URI\n'
         f"sampler = gigagan.load({files})\n"
-        'sampler.sample(["a caption"], seed=0)[0].save("picture.png")\n```'
+        f'sampler.sample({asked}, seed=0)[0].save("picture.png")\n```'
     )
 
 

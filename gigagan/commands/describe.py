@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from gigagan.commands.options import Commands
-from gigagan.config import TrainBaseConfig
+from gigagan.config import GeneratorConfig, StyleTConfig, TrainBaseConfig, UpsamplerConfig
 from gigagan.config.presets import PRESETS, PUBLISHED, preset
 
 
@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> None:
     config = preset(args.preset)
     drawing = config.generator if isinstance(config, TrainBaseConfig) else config.upsampler
     # Where it is no terminal there is no width to keep to.
+    print(f"Conditioned on {_condition(drawing)}.")
     console = Console(width=None if sys.stdout.isatty() else 120)
     for network in (drawing, config.discriminator):
         found = summarize(network)
@@ -54,3 +55,10 @@ def run(args: argparse.Namespace) -> None:
         "Multiply-adds of one image's forward pass: convolutions and matrix products; without the "
         "frozen encoders."
     )
+
+
+def _condition(network: GeneratorConfig | StyleTConfig | UpsamplerConfig) -> str:
+    if network.text is not None:
+        return f"captions, by {network.text.encoder}"
+    classes = network.classes
+    return "nothing" if classes is None else f"{classes.number:,} classes"

@@ -76,12 +76,11 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Load the networks, then do the one thing; nothing is written before all of it is checked."""
-    from gigagan.inference.prompts import check_prompt
     from gigagan.inference.sampler import load
 
     check(args)
     sampler = load(args.base, args.upsampler, device=device(args))
-    args.prompts = [check_prompt(p, sampler.encoder, cut=args.cut) for p in args.prompts]
+    args.prompts = [sampler.condition.check(p, cut=args.cut) for p in args.prompts]
     if args.kind == "walk":
         _walk(sampler, args)
     else:

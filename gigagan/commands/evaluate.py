@@ -87,12 +87,11 @@ def _drawn_by(
     """The results of networks, which are opened once for every device."""
     from gigagan.evaluation import enlarge, measure, protocol
     from gigagan.evaluation.devices import Team
-    from gigagan.inference.prompts import is_cut
     from gigagan.inference.sampler import load, or_published
 
     base, upsampler = or_published(args.base, args.upsampler)
     samplers = [load(base, upsampler, device=device) for device in common["devices"]]
-    team = Team(samplers)
+    team, condition = Team(samplers), samplers[0].condition
     common["snapshots"] = {"base": base} | ({"upsampler": upsampler} if upsampler else {})
 
     def upscale(images: list[Image], prompts: list[str], seed: int) -> list[Image]:
@@ -106,7 +105,11 @@ def _drawn_by(
             )
 
     if protocol.named(config.protocol).task == "upsample":
+        told = samplers[0].upsampler_condition
+        common |= {"asks": told.asks, "classes": told.classes}
         return enlarge.evaluate(upscale, captions, args.out, config, **common)
+    reads_text = condition.asks == "text"
+    to_dissect = (samplers[0].base, samplers[0].encoder) if reads_text else None
     return measure.evaluate(
         sample,
         captions,
@@ -114,8 +117,10 @@ def _drawn_by(
         config,
         aligner=args.aligner,
         shards=args.shards,
-        generator=(samplers[0].base, samplers[0].encoder),
-        is_cut=lambda caption: is_cut(caption, samplers[0].encoder),
+        generator=to_dissect,
+        asks=condition.asks,
+        classes=condition.classes,
+        is_cut=condition.is_cut,
         **common,
     )
 

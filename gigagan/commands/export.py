@@ -35,7 +35,7 @@ def add(commands: Commands) -> None:
         "snapshot", help="what training wrote, or published:base, published:upsampler"
     )
     command.add_argument("out", type=Path, help=".safetensors (weights as bfloat16) or .onnx")
-    command.add_argument("--prompt", help="of an .onnx")
+    command.add_argument("--prompt", help="of an .onnx; none if unconditional")
     command.add_argument("--seed", type=int, default=0, help="of an upsampler's latent")
     add_overwrite(command)
 
@@ -78,22 +78,19 @@ def _halve(path: Path, args: argparse.Namespace) -> None:
 
 
 def _onnx(path: Path, args: argparse.Namespace) -> None:
+    from gigagan.inference.conditions import Untold, condition_of
     from gigagan.inference.onnx_export import export, read_about
-    from gigagan.inference.prompts import check_prompt
     from gigagan.models import snapshot
-    from gigagan.models.base import text_encoder_of
 
-    if args.prompt is None:
-        raise ValueError("an .onnx is of one prompt: give --prompt")
     network, _ = snapshot.load(path)
-    if network.config.text is None:
-        raise ValueError(f"{path} is of a network without text, which has no prompt")
-    encoder = text_encoder_of(network)
-    prompt = check_prompt(args.prompt, encoder)
+    told = condition_of(network, "cpu")
+    if args.prompt is None and not isinstance(told, Untold):
+        raise ValueError("an .onnx is of one prompt: give --prompt (of classes: a name or number)")
+    prompt = told.check(args.prompt or "")
     about = {**provenance({"network": path}), "prompt": prompt, "seed": args.seed}
     if is_made(args.out, about, overwrite=args.overwrite, read=read_about):
         print(f"{args.out} is there already")
         return
-    difference = export(args.out, network, encoder, prompt, seed=args.seed, about=about)
+    difference = export(args.out, network, told, prompt, seed=args.seed, about=about)
     size = args.out.stat().st_size / 1e6
     print(f"{args.out}: {size:.1f} MB, differs from the original by at most {difference:.1e}")

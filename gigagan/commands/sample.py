@@ -32,6 +32,8 @@ _EXAMPLES = """examples:
   python -m gigagan sample "flat emoji of a violin on a teal background" --count 4
   python -m gigagan sample --from-file prompts.txt --out drawn     # again: goes on where it ended
   python -m gigagan sample "outlined emoji of a bell" --truncation 0.7 | jq .path
+  python -m gigagan sample bell 7 --base classes.safetensors       # classes, by name or number
+  python -m gigagan sample --count 16 --base any.safetensors       # an unconditional network
 
 One line of JSON for each picture goes to stdout; the same stands in the PNG. In a file of prompts
 empty lines and lines that begin with # are passed over."""
@@ -47,7 +49,9 @@ def add(commands: Commands) -> None:
     )
     add_networks(command)
     add_drawing(command)
-    command.add_argument("prompts", nargs="*", help="one picture each")
+    command.add_argument(
+        "prompts", nargs="*", help="one picture each: words, or a class by name or number"
+    )
     command.add_argument("--from-file", type=Path, help="a text file with a prompt per line")
     command.add_argument("--out", type=Path, default=Path("samples"), help="folder (%(default)s)")
     command.add_argument("--count", type=int, default=1, help="pictures per prompt (%(default)s)")
@@ -72,21 +76,18 @@ def run(args: argparse.Namespace) -> None:
     """Draw what is not there yet; raises ValueError at the end if a prompt was no good."""
     check(args)
     given = list(_prompts(args))
-    if not given:
-        raise ValueError(
-            f"{args.from_file} holds no prompts"
-            if args.from_file
-            else "no prompts: give some, or --from-file"
-        )
+    if not given and args.from_file:
+        raise ValueError(f"{args.from_file} holds no prompts")
     from gigagan.inference.pictures import read_about, save_picture
-    from gigagan.inference.prompts import PromptError, check_prompt
+    from gigagan.inference.prompts import PromptError
     from gigagan.inference.sampler import load
 
     sampler = load(args.base, args.upsampler, device=device(args))
+    given = _fitting(given, sampler)
     wanted, refused, number = [], 0, 0
     for place, prompt in given:
         try:
-            checked = check_prompt(prompt, sampler.encoder, cut=args.cut)
+            checked = sampler.condition.check(prompt, cut=args.cut)
             wanted += [_Wanted(number + i, checked) for i in range(args.count)]
         except PromptError as error:
             print(f"{place}: {error}", file=sys.stderr)
@@ -136,6 +137,21 @@ def _prompts(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
             yield f"{args.from_file}:{number}", line
 
 
+def _fitting(given: list[tuple[str, str]], sampler: Sampler) -> list[tuple[str, str]]:
+    """The prompts, or an empty one for a network that reads none; ValueError for the other's."""
+    from gigagan.inference.conditions import Untold
+
+    reads_none = isinstance(sampler.condition, Untold)
+    if given and reads_none:
+        raise ValueError(
+            f"the network is unconditional and reads no prompts, {len(given)} were given: leave "
+            "them out, --count says how many pictures"
+        )
+    if not given and not reads_none:
+        raise ValueError("no prompts: give some, or --from-file")
+    return given or [("picture", "")]
+
+
 def _common(args: argparse.Namespace, sampler: Sampler) -> dict[str, Any]:
     upscaled = sampler.upsampler is not None and not args.no_upscale
     rules = {"seed": args.seed, "truncation": args.truncation, "upscaled": upscaled}
@@ -149,13 +165,10 @@ def _draw(
 
     The number goes into z by the seed's stream and into the upsampler by its place in the list.
     """
-    from gigagan.inference.prompts import check_prompt
-
     last = max(one.number for one, _ in batch)
     z_BZ = sampler.latents(last + 1, args.seed)[[one.number for one, _ in batch]]
-    prompts = [check_prompt(one.prompt, sampler.encoder, cut=args.cut) for one, _ in batch]
     return sampler.sample(
-        prompts,
+        [one.prompt for one, _ in batch],
         seed=args.seed,
         truncation=args.truncation,
         batch_size=args.batch_size,

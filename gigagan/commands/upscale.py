@@ -54,8 +54,8 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     """Enlarge what can be; raises ValueError at the end if some could not."""
     from gigagan.inference import tiles
+    from gigagan.inference.conditions import Untold
     from gigagan.inference.pictures import PictureError, open_picture, read_about, save_picture
-    from gigagan.inference.prompts import check_prompt
     from gigagan.inference.sampler import load
 
     check(args)
@@ -66,16 +66,20 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.base} alone does not enlarge: give --upsampler")
     if args.overlap is not None:
         tiles.starts(0, sampler.upsampler.config.input_resolution, args.overlap)
-    prompt_of_all = args.prompt
+    told, prompt_of_all = sampler.upsampler_condition, args.prompt
     if prompt_of_all is not None:
-        prompt_of_all = check_prompt(prompt_of_all, sampler.encoder, cut=args.cut)
+        prompt_of_all = told.check(prompt_of_all, cut=args.cut)
+    elif isinstance(told, Untold):
+        prompt_of_all = ""
     common = {**provenance(sampler.snapshots), "seed": args.seed, "times": args.times}
     common |= {"overlap": args.overlap}
     failed, missing = 0, []
     for path, target in zip(files, targets, strict=True):
         try:
             picture = open_picture(path)
-            prompt = prompt_of_all or (read_about(path) or {}).get("prompt")
+            prompt = prompt_of_all
+            if prompt is None:
+                prompt = (read_about(path) or {}).get("prompt")
             if prompt is None:
                 raise PictureError(f"{path} does not say what it shows: give --prompt")
         except ValueError as error:

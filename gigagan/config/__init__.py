@@ -28,6 +28,7 @@ from gigagan.config.training import (
     TrainStage,
     TrainUpsamplerConfig,
     WarmStartConfig,
+    with_class_names,
 )
 
 __all__ = [
@@ -57,4 +58,5 @@ __all__ = [
     "TrainedPart",
     "UpsamplerConfig",
     "WarmStartConfig",
+    "with_class_names",
 ]

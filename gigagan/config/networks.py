@@ -76,6 +76,17 @@ class ClassConfig(Frozen):
     """How many classes (ImageNet: 1000)."""
     width: int = Field(128, ge=8)
     """Width of a class's vector."""
+    names: tuple[str, ...] = ()
+    """The classes' names by their numbers; training fills them in from the shards."""
+
+    @model_validator(mode="after")
+    def _each_has_a_name(self) -> Self:
+        if self.names and len(set(self.names)) != self.number:
+            raise ValueError(
+                f"names has {len(set(self.names))} different ones for number = {self.number} "
+                "classes: leave it out, training fills it in"
+            )
+        return self
 
 
 PAPER_TEXT = TextConfig(
@@ -88,6 +99,12 @@ PAPER_TEXT = TextConfig(
     mlp_ratio=4,
     centred=False,
 )
+
+
+def check_one_condition(text: TextConfig | None, classes: ClassConfig | None) -> None:
+    """Refuse a network that would read captions and classes."""
+    if text and classes:
+        raise ValueError("text and classes are both set: set one of them to null")
 
 
 class BlockConfig(Frozen):
@@ -121,8 +138,7 @@ class BlockConfig(Frozen):
 
     @model_validator(mode="after")
     def _one_condition(self) -> Self:
-        if self.text and self.classes:
-            raise ValueError("text and classes are both set: set one of them to null")
+        check_one_condition(self.text, self.classes)
         return self
 
 

@@ -111,7 +111,7 @@ def paper_128_to_1024() -> TrainUpsamplerConfig:
 
 
 def imagenet_256() -> TrainBaseConfig:
-    """1000 classes → 256 px; the networks only: our training reads captions."""
+    """1000 classes → 256 px (GigaGAN, ImageNet); length of the run and batch are our choice."""
     return TrainBaseConfig(
         generator=GeneratorConfig.imagenet_256(),
         discriminator=DiscriminatorConfig.imagenet_256(),
@@ -123,7 +123,7 @@ def imagenet_256() -> TrainBaseConfig:
 
 
 def imagenet_64_to_256() -> TrainUpsamplerConfig:
-    """64 → 256 px without text; the networks only: our training reads captions."""
+    """64 → 256 px, unconditional; length of the run and batch are our choice."""
     trained = _paper_upsampler(
         UpsamplerConfig.imagenet_64_to_256(),
         DiscriminatorConfig.imagenet_64_to_256(),

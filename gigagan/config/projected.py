@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, Self
 from pydantic import Field, model_validator
 
 from gigagan.common.settings import Frozen
-from gigagan.config.networks import TextConfig
+from gigagan.config.networks import ClassConfig, TextConfig, check_one_condition
 from gigagan.config.stylegan_t import CLIP_TEXT
 
 StageKind = Literal["maps", "tokens"]
@@ -106,6 +106,10 @@ class ProjectedConfig(Frozen):
     text: TextConfig | None = TextConfig(width=384, depth=0)
     """The frozen encoder, whose pooled vector is read as it is: `depth` is 0, and `width` that of
     the vector. Null for a critic without text."""
+    classes: ClassConfig | None = None
+    """Classes instead of text: a learned vector each, which a head meets as it would a caption's
+    (projection discriminator, Miyato and Koyama 2018); with neither the critic is
+    unconditional."""
 
     @property
     def stages(self) -> Stages:
@@ -114,18 +118,19 @@ class ProjectedConfig(Frozen):
 
     @property
     def condition_width(self) -> int:
-        """Width of the caption's vector c; 0 without text."""
-        return self.text.width if self.text else 0
+        """Width of the vector c of caption or class; 0 without either."""
+        condition = self.text or self.classes
+        return condition.width if condition else 0
 
     @property
     def levels(self) -> int:
         """Levels of a pyramid that it looks at: the largest alone."""
         return 1
 
-    @property
-    def classes(self) -> None:
-        """Classes instead of text: there are none."""
-        return None
+    @model_validator(mode="after")
+    def _one_condition(self) -> Self:
+        check_one_condition(self.text, self.classes)
+        return self
 
     @model_validator(mode="after")
     def _knows_the_encoder(self) -> Self:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from gigagan.common.settings import Frozen
-from gigagan.config.networks import ClassConfig, TextConfig
+from gigagan.config.networks import ClassConfig, TextConfig, check_one_condition
 
 TrainedPart = Literal["all", "upper", "text_encoder"]
 UPPER_FROM = 64
@@ -57,6 +57,9 @@ class StyleTConfig(Frozen):
     text: TextConfig | None = TextConfig(width=384, depth=0)
     """The frozen encoder, whose pooled vector is read as it is: `depth` is 0, and `width` that of
     the vector. Null for a network without text."""
+    classes: ClassConfig | None = None
+    """Classes instead of text, whose learned vectors are c; with neither the network is
+    unconditional."""
     own_text_encoder: bool = False
     """Whether the network has a copy of that encoder, which the phase `text_encoder` trains."""
 
@@ -72,17 +75,13 @@ class StyleTConfig(Frozen):
 
     @property
     def condition_width(self) -> int:
-        """Width of the caption's vector c; 0 without text."""
-        return self.text.width if self.text else 0
+        """Width of the vector c of caption or class; 0 without either."""
+        condition = self.text or self.classes
+        return condition.width if condition else 0
 
     @property
     def text_width(self) -> int | None:
         """Width of t_local, which does not exist: there is no attention to tokens."""
-        return None
-
-    @property
-    def classes(self) -> ClassConfig | None:
-        """Classes instead of text: there are none."""
         return None
 
     @property
@@ -99,6 +98,11 @@ class StyleTConfig(Frozen):
     def noise_dim(self) -> int:
         """Values of all noise inputs of one picture: one per pixel of each layer."""
         return sum(count * (START << i) ** 2 for i, count in enumerate(self.layers))
+
+    @model_validator(mode="after")
+    def _one_condition(self) -> Self:
+        check_one_condition(self.text, self.classes)
+        return self
 
     @model_validator(mode="after")
     def _has_what_it_copies(self) -> Self:

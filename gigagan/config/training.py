@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
@@ -552,7 +553,7 @@ def _same_condition(
     *,
     guided: bool = False,
 ) -> None:
-    """Refuse networks that are conditioned on different things, and losses without captions."""
+    """Refuse networks that are conditioned on different things, and losses that ask for others."""
     g_encoder = generator.text.encoder if generator.text else None
     d_encoder = discriminator.text.encoder if discriminator.text else None
     if g_encoder != d_encoder:
@@ -567,14 +568,42 @@ def _same_condition(
             f"generator and discriminator know {g_classes} and {d_classes} classes: set "
             "classes.number of both to the same"
         )
-    if g_encoder is None:
-        weights = {
-            name: getattr(loss, name) for name in ("matching", "generator_matching", "contrastive")
-        }
-        used = [f"{name} = {weight}" for name, weight in weights.items() if weight]
-        used += [f"guidance = {loss.guidance}"] if guided else []
-        if used:
-            raise ValueError(f"loss.{used[0]} needs captions, but text is null: set it to 0")
+    if g_encoder is not None:
+        return
+    needs = {"contrastive": "captions, but text is null"}
+    if g_classes is None:
+        said = "captions or classes, but text and classes are null"
+        needs = {"matching": said, "generator_matching": said, **needs}
+    used = [
+        f"{name} = {value} needs {what}"
+        for name, what in needs.items()
+        if (value := getattr(loss, name))
+    ]
+    used += [f"guidance = {loss.guidance} needs captions, but text is null"] if guided else []
+    if used:
+        raise ValueError(f"loss.{used[0]}: set it to 0")
+
+
+def with_class_names(config: TrainStage, names: Sequence[str]) -> TrainStage:
+    """The section whose networks know these classes, by number.
+
+    Raises:
+        ValueError: the networks are built for another number of classes.
+    """
+    sections = [
+        name for name in ("generator", "upsampler", "discriminator") if hasattr(config, name)
+    ]
+    changes = {}
+    for name in sections:
+        section = getattr(config, name)
+        if section.classes.number != len(names):
+            raise ValueError(
+                f"{name}.classes.number = {section.classes.number}, but the shards hold "
+                f"{len(names)} classes: set it to {len(names)}"
+            )
+        known = section.classes.model_copy(update={"names": tuple(names)})
+        changes[name] = section.model_copy(update={"classes": known})
+    return config.model_copy(update=changes)
 
 
 class EvaluateConfig(Frozen):
@@ -586,6 +615,7 @@ class EvaluateConfig(Frozen):
         "gigagan-coco2014-256",
         "coco2017-512",
         "imagenet-256",
+        "imagenet-64-256",
         "upsampler-128-1024",
         "stylegan-t-coco-256",
         "stylegan-t-coco-64",

@@ -242,7 +242,7 @@ def measure(
     if not at.config.dissect_captions:
         reason = "evaluate.dissect_captions is 0"
     elif generator is None:
-        reason = "no torch network was given whose maps can be read"
+        reason = "no torch network that reads captions was given, whose maps could be read"
     elif gallery is None:
         reason = "no gallery.json beside the captions says which concepts there are"
     if generator is None or gallery is None or reason:

@@ -16,7 +16,7 @@ from gigagan.config import EvaluateConfig
 from gigagan.evaluation import drawing, judging, measure, protocol
 from gigagan.evaluation.devices import Device
 from gigagan.evaluation.findings import Findings, assemble, describe_rules
-from gigagan.evaluation.heldout import Heldout, read_heldout, subset
+from gigagan.evaluation.heldout import Asks, Heldout, read_heldout, subset
 from gigagan.evaluation.judges import fidelity
 from gigagan.evaluation.judges.features import open_rgb, square
 from gigagan.evaluation.report import looks
@@ -40,6 +40,8 @@ def evaluate(
     out: Path,
     config: EvaluateConfig,
     *,
+    asks: Asks = "text",
+    classes: Sequence[str] = (),
     snapshots: Mapping[str, Path] | None = None,
     devices: Sequence[Device] = ("cpu",),
     statistics: Path | None = None,
@@ -47,7 +49,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure an upsampler by FID, KID, patch-FID, LPIPS, PSNR and SSIM; writes as `measure` does.
 
-    Small versions are Pillow Lanczos of the centre square; each is enlarged with its own caption.
+    Small versions are Pillow Lanczos of the centre square; each is enlarged with its own caption,
+    or class, or with nothing, as `asks` says that the upsampler reads.
     LPIPS, PSNR and SSIM of plain enlargement stand beside them as `bilinear_…`, `bicubic_…` and
     `lanczos_…`.
 
@@ -60,7 +63,7 @@ def evaluate(
         raise protocol.ProtocolError(f"{at.rules.name} does not measure upsamplers")
     small_px = at.rules.input_resolution
     assert small_px is not None, "every protocol for upsamplers names its input"
-    everything = read_heldout(heldout)
+    everything = read_heldout(heldout).told(asks, classes)
     chosen = subset(everything, at.config.num_images, config.seed)
     protocol.check_counts(
         at.rules, num_generated=len(chosen.captions), num_real=len(everything.all_pictures)

@@ -22,7 +22,8 @@ from gigagan.models.aligner import Aligner
 _SPLITS = ("combination", "trained")
 HEADLINES = (
     *(f"naming_{how}_r1_{split}" for split in _SPLITS for how in ("pixels", "judge")),
-    *("fid", "kid", "background_colour_accuracy", "pixel_probe_median_rank", "shape_rank"),
+    *("class_accuracy_nearest_mean", "fid", "kid", "inception_score", "intra_class_lpips"),
+    *("background_colour_accuracy", "pixel_probe_median_rank", "shape_rank"),
 )
 
 
@@ -101,7 +102,7 @@ def describe(
     config = at.config
     facts = describe_rules(at, chosen.captions, everything.all_pictures, generated)
     names = [INCEPTION]
-    names += ["lpips-alex"] if config.diversity_prompts else []
+    names += ["lpips-alex"] if config.diversity_prompts or everything.asks == "class" else []
     names += [judge.image_encoder, judge.text_encoder] if judge is not None else []
     names += [TEXT_ENCODER] if everything.gallery is not None else []
     names += [name for name in (at.clip, config.cmmd, config.dinov2) if name is not None]
@@ -110,6 +111,7 @@ def describe(
         kind = config.protocol if is_embedded else "coco-captions"
         facts["name"] = f"{kind}-{at.px}"
     facts |= {
+        "condition": everything.asks,
         "num_with_real": len(chosen.paired),
         "num_pairs": min(MAX_PAIRS, len(chosen.paired)),
         "diversity": {"prompts": config.diversity_prompts, "seeds": config.diversity_seeds},

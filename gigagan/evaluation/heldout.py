@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -48,9 +48,13 @@ class Gallery:
         return {work.caption: place for place, work in enumerate(self.works)}
 
 
+Asks = Literal["text", "class", "nothing"]
+"""What a network is told that is held against a set."""
+
+
 @dataclass(frozen=True)
 class Heldout:
-    """Captions with the pictures that they describe."""
+    """Captions with the pictures that they describe; or names of classes with pictures of them."""
 
     captions: list[str]
     pictures: list[Path]
@@ -64,11 +68,58 @@ class Heldout:
     """What the pictures are told apart from, in sets that know their concepts."""
     rows: list[int] | None = None
     """Which captions have pictures, in order, where some have none."""
+    labels: list[str] | None = None
+    """Name of the class of each of `pictures`, in sets that know it."""
+    asks: Asks = "text"
+    """What `captions` are: sentences; names of classes, of which a picture is one of many; or
+    empty, for networks that read nothing."""
 
     @property
     def paired(self) -> list[int]:
         """Places in `captions` that `pictures` belong to."""
         return list(range(len(self.captions))) if self.rows is None else self.rows
+
+    def told(self, asks: Asks, classes: Sequence[str]) -> Heldout:
+        """The set for a network that is told this; raises ValueError as `by_class` does."""
+        if asks == "text":
+            return self
+        return self.by_class(classes) if asks == "class" else self.without_captions()
+
+    def by_class(self, names: Sequence[str]) -> Heldout:
+        """The pictures of these classes, with the names of their classes for captions.
+
+        Raises:
+            ValueError: the set knows no classes, or none of these.
+        """
+        if self.labels is None:
+            raise ValueError(
+                f"the held-out pictures (first: {self.pictures[0]}) have no classes: each of "
+                "their annotations needs a `label`"
+            )
+        known = set(names)
+        classes = {
+            picture: label
+            for picture, label in zip(self.pictures, self.labels, strict=True)
+            if label in known
+        }
+        if not classes:
+            raise ValueError(
+                f"no held-out picture is of a class that the network knows: they are of "
+                f"{self.labels[0]!r} and others, it knows {names[0]!r} and others"
+            )
+        labels = list(classes.values())
+        found = [*classes]
+        return Heldout(labels, found, found, None, self.palette, labels=labels, asks="class")
+
+    def without_captions(self) -> Heldout:
+        """The pictures alone, each for one that is drawn without being told anything."""
+        found = self.all_pictures
+        of = dict(zip(self.pictures, self.labels, strict=True)) if self.labels else None
+        return Heldout(
+            *([""] * len(found), found, found, None, self.palette),
+            labels=None if of is None else [of[picture] for picture in found],
+            asks="nothing",
+        )
 
 
 def read_heldout(path: Path) -> Heldout:
@@ -88,7 +139,22 @@ def read_heldout(path: Path) -> Heldout:
         backgrounds=[a["background"] for a in annotations] if has_backgrounds else None,
         palette=palette,
         gallery=read_gallery(file.parent),
+        labels=_labels(annotations, file),
     )
+
+
+def _labels(annotations: Sequence[Mapping[str, Any]], file: Path) -> list[str] | None:
+    """The classes of a set of which all annotations have one; None where none has."""
+    labels = [note.get("label") for note in annotations]
+    if not any(label is not None for label in labels):
+        return None
+    for note, label in zip(annotations, labels, strict=True):
+        if not isinstance(label, str) or not label.strip():
+            raise ValueError(
+                f"annotation {note['id']} of {file} has the label {label!r}, others have names of "
+                "classes: give each one"
+            )
+    return [" ".join(str(label).split()) for label in labels]
 
 
 def read_gallery(folder: Path) -> Gallery | None:
@@ -271,4 +337,5 @@ def subset(heldout: Heldout, num_images: int | None, seed: int) -> Heldout:
         captions=pick(heldout.captions),
         pictures=pick(heldout.pictures),
         backgrounds=None if backgrounds is None else pick(backgrounds),
+        labels=None if heldout.labels is None else pick(heldout.labels),
     )

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from gigagan.config import EvaluateConfig
-from gigagan.evaluation import naming
+from gigagan.evaluation import classes, naming
 from gigagan.evaluation.findings import Findings
 from gigagan.evaluation.heldout import Heldout
 from gigagan.evaluation.judges import alignment
@@ -62,8 +62,13 @@ def judge_all(
     sets = features_of(generated, everything.all_pictures, at)
     files = [*generated, *everything.all_pictures]
     known = dict(zip(files, itertools.chain(*sets["inception"]), strict=True))
-    naming.measure(findings, everything, drawn, known, at)
     measure_distances(findings, sets, at)
+    if everything.asks != "text":
+        for name in ("naming", "pixel_probe_median_rank", "aligner_similarity", "clip_score"):
+            findings.absent[name] = "the network reads no captions"
+        classes.measure(findings, everything, generated, chosen.captions, sets["inception"], at)
+        return None
+    naming.measure(findings, everything, drawn, known, at)
     if chosen.pictures:
         drawn_NHWC = pixels([generated[row] for row in chosen.paired[:MAX_PAIRS]], at.px)
         real_NHWC = pixels(chosen.pictures[:MAX_PAIRS], at.px)

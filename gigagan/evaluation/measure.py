@@ -20,9 +20,10 @@ from gigagan.common.files import sha256_of
 from gigagan.common.progress import Progress, silent
 from gigagan.config import EvaluateConfig
 from gigagan.evaluation import dissect, drawing, naming, protocol
+from gigagan.evaluation.classes import in_equal_shares
 from gigagan.evaluation.devices import Device
 from gigagan.evaluation.findings import Findings, assemble, describe
-from gigagan.evaluation.heldout import Gallery, Heldout, read_drawn, read_heldout, subset
+from gigagan.evaluation.heldout import Asks, Gallery, Heldout, read_drawn, read_heldout, subset
 from gigagan.evaluation.judging import judge_all, measure_diversity
 from gigagan.evaluation.naming import Drawn
 from gigagan.evaluation.report import looks
@@ -41,6 +42,8 @@ def evaluate(
     shards: Path | None = None,
     snapshots: Mapping[str, Path] | None = None,
     generator: dissect.Generator | None = None,
+    asks: Asks = "text",
+    classes: Sequence[str] = (),
     is_cut: Callable[[str], bool] = lambda caption: False,
     devices: Sequence[Device] = ("cpu",),
     statistics: Path | None = None,
@@ -53,6 +56,9 @@ def evaluate(
     `aligner` is the file fitted by the filter; `shards` holds training pictures, in which nearest
     neighbours are looked for; `snapshots` are the weight files under test, recorded by hash, and
     `generator` is dissected;
+    `asks` says what the networks are told: with `class` the names of the held-out pictures'
+    classes are drawn (or, by a protocol for classes, all `classes` in equal shares), with
+    `nothing` empty prompts;
     `is_cut` tells captions that the generator does not read to their end, which are counted;
     `statistics` keeps features of reference sets over evaluations. Returns what results.json holds:
     `protocol`, `metrics` (flat floats), `intervals`, `reference` (`real` and `chance`, by the same
@@ -63,9 +69,11 @@ def evaluate(
         PictureError: unreadable pictures in the reference.
     """
     at = setting(config, out, devices=devices, statistics=statistics, progress=progress)
-    _refuse_task(at, "text")
-    everything = read_heldout(heldout)
-    chosen = subset(everything, at.config.num_images, config.seed)
+    _refuse_condition(at, asks)
+    everything = read_heldout(heldout).told(asks, classes)
+    if asks != "text":
+        at, aligner = replace(at, config=at.config.model_copy(update={"clip": None})), None
+    chosen = _to_draw(everything, classes, at)
     protocol.check_counts(
         at.rules, num_generated=len(chosen.captions), num_real=len(everything.all_pictures)
     )
@@ -118,7 +126,7 @@ def score(
     as `num_with_real`.
     """
     at = setting(config, out, devices=devices, statistics=statistics, progress=progress)
-    _refuse_task(at, "text")
+    _refuse_condition(at, "text")
     generated, captions = read_drawn(drawn)
     everything = read_heldout(heldout)
     protocol.check_counts(
@@ -180,12 +188,24 @@ def finish(results: dict[str, Any], at: Setting) -> None:
     write_json(at.out / "results.json", results)
 
 
-def _refuse_task(at: Setting, task: str) -> None:
-    if at.rules.task != task:
-        raise protocol.ProtocolError(
-            f"{at.rules.name} measures {at.rules.task!r}, not {task!r}: pictures from captions and "
-            "enlarged pictures have protocols of their own"
-        )
+def _refuse_condition(at: Setting, asks: Asks) -> None:
+    """Refuse networks that are told what the protocol does not draw."""
+    if at.rules.task == asks or (at.rules.is_ours and at.rules.task == "text"):
+        return
+    raise protocol.ProtocolError(
+        f"{at.rules.name} measures {at.rules.task!r}, not {asks!r}: pictures from captions, of "
+        "classes and enlarged ones have protocols of their own; embedded-heldout and coco-captions "
+        "take networks that are told captions, classes or nothing"
+    )
+
+
+def _to_draw(everything: Heldout, classes: Sequence[str], at: Setting) -> Heldout:
+    """What is drawn; the real picture beside it is its own, or of its class, or none."""
+    if at.rules.task == "class":
+        asked = in_equal_shares(classes, at)
+        return replace(everything, captions=asked, pictures=[], rows=[], labels=asked)
+    chosen = subset(everything, at.config.num_images, at.config.seed)
+    return replace(chosen, pictures=[], rows=[]) if everything.asks == "nothing" else chosen
 
 
 def _chosen(captions: list[str], drawn: Sequence[Path], everything: Heldout) -> Heldout:

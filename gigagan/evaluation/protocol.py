@@ -38,9 +38,12 @@ class Protocol:
     about: str
     source: str
     """Whose numbers it makes comparable, and where the rules are from."""
-    task: Literal["text", "upsample"] = "text"
-    """Draw captions, or enlarge small versions of the reference pictures."""
+    task: Literal["text", "class", "upsample"] = "text"
+    """Draw captions (or what else a network is told, where no paper's name is on it), classes in
+    equal shares, or enlarge small versions of the reference pictures."""
     num_generated: int | None = None
+    num_classes: int | None = None
+    """Classes that a network must know, where they are drawn."""
     num_real: int | None = None
     """Pictures in the reference: exactly so many."""
     resolution: int | None = None
@@ -60,6 +63,11 @@ class Protocol:
     """In place of the settings' `sweep`, whose distance is KID."""
     published: tuple[tuple[str, Mapping[str, float]], ...] = ()
     """What others report under these rules: (model, numbers by our metrics' names)."""
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether nobody else's numbers compare, and any network may be measured."""
+        return self.num_generated is None
 
 
 _PSI = tuple(tenths / 10 for tenths in range(2, 11))
@@ -108,6 +116,19 @@ PROTOCOLS = {
         ),
         Protocol(
             "imagenet-256",
+            "FID-50k and Inception Score: the 1,000 classes of ImageNet in equal shares at 256 px, "
+            "against its validation pictures",
+            "Kang et al. 2023, class-conditional; numbers recalled, not read in the paper; whether "
+            "theirs are against the validation pictures, as ours, is not known",
+            task="class",
+            num_generated=50_000,
+            num_classes=1_000,
+            num_real=50_000,
+            resolution=256,
+            published=(("GigaGAN (paper)", {"fid": 3.45, "inception_score": 225.52}),),
+        ),
+        Protocol(
+            "imagenet-64-256",
             "64 → 256 px on the 50,000 validation pictures of ImageNet",
             "Kang et al. 2023, the unconditional upsampler; counts recalled, not read in the paper",
             task="upsample",

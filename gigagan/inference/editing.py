@@ -49,7 +49,7 @@ class Edit:
 
 
 def interpolate(a: Text, b: Text, amount: float) -> Text:
-    """Between two texts of as many samples; 0 and 1 are the texts themselves.
+    """Between two texts, or classes, of as many samples; 0 and 1 are the texts themselves.
 
     Global descriptors are mixed. Attention sees the tokens of both, those of a with their part
     exp(q·k) times 1 − amount, those of b times amount: by the logarithm of that in the mask, which
@@ -57,8 +57,8 @@ def interpolate(a: Text, b: Text, amount: float) -> Text:
     """
     if amount in (0, 1):
         return b if amount else a
-    assert a.global_BT is not None
-    assert b.global_BT is not None
+    if a.global_BT is None or b.global_BT is None:  # a network that reads nothing
+        return a
     global_BT = a.global_BT.lerp(b.global_BT, amount)
     if a.local_BLT is None or b.local_BLT is None or a.mask_BL is None or b.mask_BL is None:
         return Text(global_BT=global_BT)

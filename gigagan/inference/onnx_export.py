@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from gigagan.common.files import filled_aside
+from gigagan.inference.conditions import Condition
 from gigagan.models.baking import bake
 from gigagan.models.base import BaseGenerator
-from gigagan.models.encoders import TextEncoder
 from gigagan.models.text import Text
 from gigagan.models.upsampler import Upsampler
 
@@ -65,7 +65,7 @@ class StyleUpsampler(nn.Module):
 def export(
     path: Path,
     network: BaseGenerator | Upsampler,
-    encoder: TextEncoder,
+    told: Condition,
     prompt: str,
     *,
     seed: int = 0,
@@ -81,7 +81,7 @@ def export(
             draws otherwise than the network, and is not kept.
     """
     _check_packages()
-    text = _alone(network.read(encoder.encode([prompt])))
+    text = _alone(network.read(told([prompt])))
     module, inputs, others = _module(network, text, torch.Generator().manual_seed(seed))
     path.parent.mkdir(parents=True, exist_ok=True)
     with filled_aside(path) as partial:

@@ -76,6 +76,11 @@ class Table:
     """What the page's controls do, without a page: settings to a file with its picture."""
 
     def __init__(self, sampler: Sampler, folder: Path) -> None:
+        if not sampler.condition.example:
+            raise ValueError(
+                "the network is unconditional, and the page is for prompts: use "
+                "`python -m gigagan sample --count 16`"
+            )
         self.sampler = sampler
         self.folder = folder
         self._number = 0
@@ -224,7 +229,7 @@ def _add_controls(gr: Any, sampler: Sampler) -> tuple[list[Any], Any]:
     levels, can_upscale = len(sampler.base.levels), sampler.upsampler is not None
     prompt = gr.Textbox(
         label="Prompt",
-        value="flat emoji of a violin on a teal background",
+        value=sampler.condition.example,
         max_length=MAX_PROMPT,
         lines=2,
         elem_id="prompt",

@@ -1,11 +1,12 @@
 """Prompts to pictures: the base generator, then the upsampler, in single passes.
 
+A prompt is what the base reads: words, the name or number of a class, or nothing.
+
 Shape letters: B batch, Z latent, S style, C colour, H W image.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,18 +15,17 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from gigagan.common.pictures import as_rgb
 from gigagan.inference import resolver, tiles
+from gigagan.inference.conditions import Condition, Untold, Words, condition_of
 from gigagan.inference.editing import Edit, interpolate
-from gigagan.inference.prompts import check_prompt
 from gigagan.models import snapshot
-from gigagan.models.base import BaseGenerator, text_encoder_of
-from gigagan.models.encoders import TextEncoder, TextFeatures
+from gigagan.models.base import BaseGenerator
+from gigagan.models.encoders import TextEncoder
 from gigagan.models.generator import Late
 from gigagan.models.pixels import from_uint8, to_uint8
-from gigagan.models.text import Text
+from gigagan.models.text import Features, Text
 from gigagan.models.upsampler import Upsampler
 from gigagan.seeds import derived
 
@@ -33,7 +33,6 @@ PUBLISHED = Path(__file__).parents[1] / "snapshots"
 """Trained networks that come with the package: emoji, text → 32 px → 128 px."""
 MAX_OUTPUT_PIXELS = 2**28
 """Of an enlarged picture: 268 million, 16384 × 16384."""
-_KEPT_TEXTS = 256
 
 
 def load(
@@ -49,7 +48,8 @@ def load(
     takes the place of the pair's.
 
     Raises:
-        SnapshotError: a file is missing, damaged, or of the other kind.
+        SnapshotError: a file is missing, damaged, or of the other kind; or the upsampler reads
+            what the base is not told.
         MissingWeightsError: the frozen text encoder's weights are not installed.
     """
     path, upsampler = or_published(path, upsampler)
@@ -85,9 +85,9 @@ def or_published(base: str | Path | None, upsampler: str | Path | None) -> tuple
 class Finest(NamedTuple):
     """What decides a batch's details under the upsampler."""
 
-    features: TextFeatures
+    features: Features
     seed: int
-    other: TextFeatures | None = None
+    other: Features = None
     """Features of a second prompt, blended in by the share `amount`."""
     amount: float = 0.0
 
@@ -117,9 +117,32 @@ class Sampler:
         self.device = torch.device(device)
         self.snapshots = dict(snapshots or {})
         """The files that the networks came from, for provenance."""
-        self.encoder = _encoder(base, self.device)
-        """The text encoder of the base."""
-        self._texts: OrderedDict[tuple[str, str], tuple[Tensor, Tensor]] = OrderedDict()
+        self.condition = condition_of(base, self.device)
+        """What the base is told."""
+        self.upsampler_condition = self._condition_of_upsampler()
+        """What the upsampler is told; of the base without one."""
+
+    def _condition_of_upsampler(self) -> Condition:
+        if self.upsampler is None:
+            return self.condition
+        told = condition_of(self.upsampler, self.device)
+        if told.name == self.condition.name:
+            return self.condition
+        if isinstance(told, Untold) or (
+            isinstance(told, Words) and isinstance(self.condition, Words)
+        ):
+            return told
+        raise snapshot.SnapshotError(
+            f"the upsampler reads {_kind(told)}, but the base is told {_kind(self.condition)}: "
+            "give one that reads the same, or an unconditional one"
+        )
+
+    @property
+    def encoder(self) -> TextEncoder:
+        """The text encoder of the base; raises ValueError where it has none."""
+        if not isinstance(self.condition, Words):
+            raise ValueError(f"the base reads {_kind(self.condition)} and has no text encoder")
+        return self.condition.encoder
 
     @property
     def resolution(self) -> int:
@@ -130,7 +153,7 @@ class Sampler:
     @torch.inference_mode()
     def sample(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | int,
         *,
         seed: int,
         truncation: float = 1.0,
@@ -144,6 +167,8 @@ class Sampler:
     ) -> list[Image.Image]:
         """One picture per prompt; equal prompts get different latents.
 
+        An unconditional network is given the number of pictures, or so many empty prompts.
+
         `truncation` ψ below 1 trades variety for typicality (GigaGAN, section 3.6). A picture
         depends on its prompt, its place in the list and the seed, not on `batch_size`. `edit`
         changes every one of them; `latents_BZ` takes the place of the seed's draws of z, and
@@ -151,14 +176,17 @@ class Sampler:
         prompts through that are longer than the encoder reads.
 
         Raises:
-            PromptError: a prompt is empty, too long or has control characters.
+            PromptError: a prompt is empty, too long or has control characters; of no class that
+                the network knows; or there is one where it reads none.
             ValueError: another argument is out of its range, or pixels came out as NaN.
         """
         if not 0 <= truncation <= 1:
             raise ValueError(f"truncation={truncation}: give a value from 0 to 1")
-        prompts = [check_prompt(p, self.encoder, cut=cut) for p in prompts]
+        if isinstance(prompts, int):
+            prompts = [""] * prompts
+        prompts = [self.condition.check(p, cut=cut) for p in prompts]
         if edit is not None and edit.prompt is not None:
-            edit = replace(edit, prompt=check_prompt(edit.prompt, self.encoder, cut=cut))
+            edit = replace(edit, prompt=self.condition.check(edit.prompt, cut=cut))
         z_BZ = self.latents(len(prompts), seed) if latents_BZ is None else latents_BZ
         if z_BZ.shape != (len(prompts), self.base.config.latent_dim):
             raise ValueError(
@@ -197,13 +225,13 @@ class Sampler:
         edit: Edit | None,
     ) -> Drawing:
         """Text and style of a batch, changed as asked."""
-        features = self._encode(self.encoder, batch)
+        features = self.condition(batch)
         text, finest = self.base.read(features), self._for_upsampler(batch, features)
         style_BS = self._style(text, z_BZ, truncation)
         if edit is None:
             return Drawing(text, style_BS, None, Finest(finest, seed))
         second = batch if edit.prompt is None else [edit.prompt] * len(batch)
-        other_features = self._encode(self.encoder, second)
+        other_features = self.condition(second)
         other_text = self.base.read(other_features)
         other_finest = self._for_upsampler(second, other_features)
         other_BS = self._style(other_text, other_BZ, truncation)
@@ -220,37 +248,14 @@ class Sampler:
         )
         return Drawing(text, style_BS, Late(other_BS, tokens, level), late)
 
-    def _for_upsampler(self, prompts: Sequence[str], features: TextFeatures) -> TextFeatures:
+    def _for_upsampler(self, prompts: Sequence[str], features: Features) -> Features:
         """Of prompts with these features for the base: what the upsampler was trained to read."""
-        if self.upsampler is None:
-            return features
-        encoder = _encoder(self.upsampler, self.device)
-        is_same = encoder.name == self.encoder.name
-        return features if is_same else self._encode(encoder, prompts)
+        is_same = self.upsampler_condition is self.condition
+        return features if is_same else self.upsampler_condition(prompts)
 
     def _style(self, text: Text, z_BZ: Tensor, truncation: float) -> Tensor:
         style_BS = self.base.style(z_BZ.to(self.device), text)
         return self.base.truncate(style_BS, text, truncation) if truncation < 1 else style_BS
-
-    def _encode(self, encoder: TextEncoder, prompts: Sequence[str]) -> TextFeatures:
-        """Features of the prompts; a prompt that came lately is not encoded again."""
-        keys = [(encoder.name, prompt) for prompt in prompts]
-        found = {key: self._texts[key] for key in keys if key in self._texts}
-        if new := list(dict.fromkeys(key for key in keys if key not in found)):
-            features = encoder.encode([prompt for _, prompt in new])
-            for row, key in enumerate(new):
-                tokens_LD = features.tokens_BLD[row][features.mask_BL[row]]
-                found[key] = tokens_LD, features.pooled_BD[row].clone()
-        self._texts |= found
-        while len(self._texts) > _KEPT_TEXTS:
-            self._texts.popitem(last=False)
-        tokens = [found[key][0] for key in keys]
-        mask = [torch.ones(len(x), dtype=torch.bool, device=x.device) for x in tokens]
-        return TextFeatures(
-            pad_sequence(tokens, batch_first=True),
-            pad_sequence(mask, batch_first=True),
-            torch.stack([found[key][1] for key in keys]),
-        )
 
     @torch.inference_mode()
     def upscale(
@@ -287,8 +292,8 @@ class Sampler:
         config = self.upsampler.config
         tile, factor = config.input_resolution, config.resolution // config.input_resolution
         overlap = tiles.usual_overlap(tile) if overlap is None else overlap
-        encoder = _encoder(self.upsampler, self.device)
-        prompts = [check_prompt(p, encoder, cut=cut) for p in prompts]
+        told = self.upsampler_condition
+        prompts = [told.check(p, cut=cut) for p in prompts]
         for image in images:
             _check_output(image, factor)
         if not faithful:
@@ -297,7 +302,7 @@ class Sampler:
         for index, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
             small_CHW = _from_picture(image)
             z_1Z, noise_CHW = _randomness(config.latent_dim, small_CHW.shape, seed, index)
-            text = self.upsampler.read(self._encode(encoder, [prompt]))
+            text = self.upsampler.read(told([prompt]))
             network = self._tile_network(self.upsampler.style(z_1Z.to(self.device), text), text)
             large = tiles.enlarge(
                 small_CHW,
@@ -337,12 +342,11 @@ class Sampler:
                 f"a picture of {odd[0][0]}×{odd[0][1]} px, but faithful=False takes those of "
                 f"{tile}×{tile} px: leave it at True"
             )
-        encoder = _encoder(self.upsampler, self.device)
         pictures: list[Image.Image] = []
         for start in range(0, len(images), batch_size):
             chunk = images[start : start + batch_size]
             small = torch.stack([_from_picture(i) for i in chunk]).to(self.device)
-            features = self._encode(encoder, prompts[start : start + batch_size])
+            features = self.upsampler_condition(prompts[start : start + batch_size])
             places = range(start, start + len(small))
             pictures += self._finish(small, Finest(features, seed), places)
         return pictures
@@ -376,13 +380,9 @@ def _randomness(
     return z_1Z, torch.randn(*shape, generator=random)
 
 
-def _encoder(network: BaseGenerator | Upsampler, device: torch.device) -> TextEncoder:
-    """The text encoder that a network was trained with."""
-    if network.config.text is None:
-        raise snapshot.SnapshotError(
-            "the snapshot is of a network without text, which has no prompts to draw"
-        )
-    return text_encoder_of(network, device)
+def _kind(told: Condition) -> str:
+    """For messages."""
+    return "captions" if isinstance(told, Words) else told.name.partition(":")[0]
 
 
 def _check_output(image: Image.Image, factor: int) -> None:

@@ -10,9 +10,10 @@ from torch import nn
 from gigagan.config.networks import GeneratorConfig
 from gigagan.config.stylegan_t import StyleTConfig
 from gigagan.models import pretrained
-from gigagan.models.encoders import TextEncoder, TextFeatures
+from gigagan.models.encoders import TextEncoder
 from gigagan.models.generator import Generator
 from gigagan.models.stylegan_t import StyleGANT
+from gigagan.models.text import Features
 from gigagan.models.upsampler import Upsampler
 
 BaseGenerator = Generator | StyleGANT
@@ -34,8 +35,8 @@ def text_encoder_of(
 
 
 def features_of(
-    generator: nn.Module, captions: Sequence[str], frozen: Callable[[Sequence[str]], TextFeatures]
-) -> TextFeatures:
+    generator: nn.Module, captions: Sequence[str], frozen: Callable[[Sequence[str]], Features]
+) -> Features:
     """What a generator is given of captions: its own encoder's features, else the frozen one's."""
     tower = generator.tower if isinstance(generator, StyleGANT) else None
     return frozen(captions) if tower is None else tower(captions)

@@ -25,7 +25,7 @@ from gigagan.models.layers import (
     upsample,
     without_autocast,
 )
-from gigagan.models.text import Features, NoBranch, PooledText, Text
+from gigagan.models.text import Features, Text, vector_branch
 
 
 class SpectralConv(nn.Module):
@@ -204,7 +204,7 @@ class ProjectedHeads(nn.Module):
         self.config = config
         self.has_tokens = config.stages.kind == "tokens"
         channels = tuple(stage_channels or config.stages.channels)
-        self.text = NoBranch() if config.text is None else PooledText(config.text)
+        self.text = vector_branch(config.text, config.classes)
         self.projection: RandomProjection | None = None
         if config.random_projection and not self.has_tokens:
             self.projection = RandomProjection(channels, config.maps, mixing=config.mixing)
@@ -221,7 +221,7 @@ class ProjectedHeads(nn.Module):
         )
 
     def read(self, features: Features) -> Tensor | None:
-        """Frozen features of captions → c, B T; None if unconditional."""
+        """Frozen features of captions, or class numbers B → c, B T; None if unconditional."""
         text: Text = self.text(features)
         return text.global_BT
 

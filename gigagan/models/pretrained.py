@@ -19,6 +19,7 @@ from typing import IO, Any, Literal
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gigagan.common.files import sha256_of
@@ -46,6 +47,7 @@ __all__ = [
     "generated",
     "image_encoder",
     "inception",
+    "inception_classifier",
     "locate",
     "lpips",
     "nsfw",
@@ -350,6 +352,29 @@ def _inception(device: torch.device) -> Callable[[Tensor], Tensor]:
             return network((x_BCHW.to(device).float() - 128) / 128)
 
     return features
+
+
+def inception_classifier() -> np.ndarray:
+    """The last layer of FID's Inception, [1008, 2048], without its bias: features → logits.
+
+    Of the file `inception-2015-12-05` that the user places: pytorch-fid's or torch-fidelity's
+    weights of the same network, of which `fc.weight` is read. The packaged one ends before it.
+
+    Raises:
+        MissingWeightsError: it is not there.
+        WrongWeightsError: it has no such layer.
+    """
+    name = "inception-2015-12-05"
+    path = _placed(f"the classifier of {name}", name)
+    if path.suffix == ".safetensors":
+        tensors = load_file(path)
+    else:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    weight = tensors.get("fc.weight")
+    if weight is None or weight.shape != (1008, 2048):
+        raise WrongWeightsError(f"{path} has no fc.weight of 1008 × 2048: place {name}'s")
+    found: np.ndarray = weight.float().numpy()
+    return found
 
 
 _DINOV2 = {

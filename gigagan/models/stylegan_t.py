@@ -31,7 +31,7 @@ from gigagan.models.layers import (
     upsample,
     without_autocast,
 )
-from gigagan.models.text import Features, NoBranch, PooledText, Text
+from gigagan.models.text import Features, Text, vector_branch
 from gigagan.models.tower import TextTower
 
 
@@ -204,7 +204,7 @@ class StyleGANT(nn.Module):
     def __init__(self, config: StyleTConfig) -> None:
         super().__init__()
         self.config = config
-        self.text = NoBranch() if config.text is None else PooledText(config.text)
+        self.text = vector_branch(config.text, config.classes)
         self.tower: TextTower | None = None
         if config.own_text_encoder and config.text is not None:
             self.tower = TextTower(config.text.encoder)
@@ -242,7 +242,7 @@ class StyleGANT(nn.Module):
                 yield parameter
 
     def read(self, features: Features) -> Text:
-        """Frozen features (or None) → t_global alone: c, of unit mean square."""
+        """Frozen features (or class numbers B, or None) → t_global alone: c, of unit rms."""
         text: Text = self.text(features)
         return text
 

@@ -6,7 +6,8 @@ Shape letters in this file:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,24 @@ from gigagan.models.layers import EqualLinear, rms_normalize
 
 Features = TextFeatures | Tensor | None
 """What a network reads: a frozen encoder's features, class numbers B, or nothing."""
+
+
+class Reader(Protocol):
+    """Captions, or names of classes → what networks read of them, on a device."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where."""
+
+    def __call__(self, captions: Sequence[str], /) -> Features:
+        """One per sample."""
+
+
+def rows_of(features: Features, rows: slice) -> Features:
+    """Of some samples of a batch."""
+    if isinstance(features, TextFeatures):
+        return TextFeatures(*(part[rows] for part in features))
+    return None if features is None else features[rows]
 
 
 class Text(NamedTuple):
@@ -141,13 +160,13 @@ class ClassBranch(nn.Module):
         """
         if not isinstance(features, Tensor):
             raise TypeError(f"a class-conditional network was given {type(features).__name__}")
-        if features.numel() and not 0 <= int(features.min()) <= int(features.max()) < len(
-            self.vectors
-        ):
-            raise ValueError(
-                f"classes from {int(features.min())} to {int(features.max())}: the network "
-                f"knows 0 to {len(self.vectors) - 1}"
-            )
+        if features.is_cpu and features.numel():  # a GPU would have to be waited for
+            lowest, highest = int(features.min()), int(features.max())
+            if not 0 <= lowest <= highest < len(self.vectors):
+                raise ValueError(
+                    f"classes from {lowest} to {highest}: the network knows 0 to "
+                    f"{len(self.vectors) - 1}"
+                )
         return Text(global_BT=rms_normalize(self.vectors[features]))
 
 
@@ -157,6 +176,13 @@ class NoBranch(nn.Module):
     def forward(self, features: Features) -> Text:
         """An empty text, whatever the features."""
         return Text()
+
+
+def vector_branch(text: TextConfig | None, classes: ClassConfig | None) -> nn.Module:
+    """The branch of a network that learns no layers over captions."""
+    if text is not None:
+        return PooledText(text)
+    return NoBranch() if classes is None else ClassBranch(classes)
 
 
 def condition_branch(config: BlockConfig, *, attends: bool) -> nn.Module:

@@ -25,7 +25,10 @@ from gigagan.models.layers import (
 
 
 class VisionHead(nn.Module):
-    """A fixed random projection, a 3×3 convolution and a logit modulated by the text."""
+    """A fixed random projection, a 3×3 convolution and a logit modulated by text or class.
+
+    With `text_width` 0 nothing modulates it.
+    """
 
     projection: Tensor
 
@@ -33,14 +36,20 @@ class VisionHead(nn.Module):
         super().__init__()
         self.register_buffer("projection", torch.randn(maps, in_maps, 1, 1) / math.sqrt(in_maps))
         self.conv = EqualConv2d(maps, maps, 3, gain=ACTIVATION_GAIN)
-        self.to_logit = AdaptiveConv(
-            maps, 1, style_dim=text_width, num_kernels=1, size=1, demodulate=False
-        )
+        self.to_logit: AdaptiveConv | EqualConv2d
+        if text_width:
+            self.to_logit = AdaptiveConv(
+                maps, 1, style_dim=text_width, num_kernels=1, size=1, demodulate=False
+            )
+        else:
+            self.to_logit = EqualConv2d(maps, 1, 1)
 
-    def forward(self, stage_BCHW: Tensor, text_BT: Tensor) -> Tensor:
+    def forward(self, stage_BCHW: Tensor, text_BT: Tensor | None) -> Tensor:
         """Maps of one stage of the encoder and text → logits B H W."""
         x = F.conv2d(rms_normalize(stage_BCHW, dim=1), self.projection.to(stage_BCHW.dtype))
-        return self.to_logit(activate(self.conv(x)), text_BT).squeeze(1)
+        given = () if text_BT is None else (text_BT,)
+        logits_B1HW: Tensor = self.to_logit(activate(self.conv(x)), *given)
+        return logits_B1HW.squeeze(1)
 
 
 class VisionAidedDiscriminator(nn.Module):
@@ -53,7 +62,7 @@ class VisionAidedDiscriminator(nn.Module):
         )
 
     def forward(
-        self, stages: Sequence[Tensor], text_BT: Tensor, *, num_sets: int = 1
+        self, stages: Sequence[Tensor], text_BT: Tensor | None, *, num_sets: int = 1
     ) -> list[Tensor]:
         """Maps per stage and text → logits per stage; a picture's are the same in any set."""
         return [head(s, text_BT) for head, s in zip(self.heads, stages, strict=True)]

@@ -20,11 +20,19 @@ from pydantic import TypeAdapter, ValidationError
 from data.shards.loader import CorruptShardsError, ShardLoader
 from gigagan.common.exits import FAILED, HARDWARE, PREEMPTED, STOPPED, tell
 from gigagan.common.files import write_aside
-from gigagan.config import TextConfig, TrainStage
+from gigagan.config import (
+    GeneratorConfig,
+    StyleTConfig,
+    TextConfig,
+    TrainStage,
+    UpsamplerConfig,
+    with_class_names,
+)
 from gigagan.evaluation.heldout import Heldout, read_heldout
 from gigagan.models import pretrained
+from gigagan.models.classes import ClassNumbers, Nothing
 from gigagan.models.encoders import TextEncoder
-from gigagan.models.text import TextBranch
+from gigagan.models.text import Reader, TextBranch
 from gigagan.training import acceleration, loop, step
 from gigagan.training.augment import Augment
 from gigagan.training.auxiliary import Auxiliary, auxiliary_losses
@@ -121,6 +129,8 @@ def run(
     tell(HARDWARE, hardware, log.say)
     acceleration.prepare(config.system, world.device)
     loader = _loader(config, shards, world)
+    if config.network.classes is not None:
+        config = with_class_names(config, loader.classes)
     heldout = read_heldout(heldout_path) if heldout_path else None
 
     # Networks: the same initial weights on every rank.
@@ -131,10 +141,15 @@ def run(
     discriminator = task.discriminator().to(world.device)
     log.say(f"{_millions(generator)} M parameters in G, {_millions(discriminator)} M in D")
 
-    # Frozen models, and the captions' features.
-    captions = CaptionFeatures(_text_encoder(config.network.text, world), world.device)
-    _warm(captions, loader, heldout, run_dir / TEXT_FEATURES, world, log)
-    _centre(captions, loader, generator, discriminator)
+    # Frozen models, and what networks read.
+    captions = _reader(config.network, world)
+    if isinstance(captions, CaptionFeatures):
+        _warm(captions, loader, heldout, run_dir / TEXT_FEATURES, world, log)
+        _centre(captions, loader, generator, discriminator)
+    elif heldout is not None:
+        heldout = _asking(heldout, captions, log)
+    if isinstance(captions, ClassNumbers):
+        captions(config.prompts)  # one of no class shall not wait for the first picture
     auxiliary: Auxiliary | None = None
     if task.has_auxiliary:
         auxiliary = auxiliary_losses(config, loader, captions, run_dir, world, log)
@@ -178,6 +193,7 @@ def _loader(config: TrainStage, shards: Path | str, world: World) -> ShardLoader
         rank=world.rank,
         world_size=world.size,
         threads=acceleration.loader_threads(config.system, world.device, local_ranks=local_ranks),
+        reads="caption" if config.network.classes is None else "label",
     )
     resolution = config.network.resolution
     if loader.resolution != resolution:
@@ -199,13 +215,27 @@ def _write_result(path: Path, result: loop.Result) -> None:
     write_aside(path, json.dumps(figures, indent=2))
 
 
-def _text_encoder(config: TextConfig | None, world: World) -> TextEncoder:
+def _reader(network: GeneratorConfig | StyleTConfig | UpsamplerConfig, world: World) -> Reader:
+    """What captions, or names of classes, become for these networks."""
+    if network.text is not None:
+        return CaptionFeatures(_text_encoder(network.text, world), world.device)
+    if network.classes is None:
+        return Nothing(world.device)
+    return ClassNumbers(network.classes, world.device)
+
+
+def _asking(heldout: Heldout, reader: Reader, log: Log) -> Heldout | None:
+    """Held-out pictures for probes of a network that reads no captions."""
+    if not isinstance(reader, ClassNumbers):
+        return heldout.without_captions()
+    if heldout.labels is None:
+        log.say("the held-out pictures have no labels: probes do without them")
+        return None
+    return heldout.by_class(reader.names)
+
+
+def _text_encoder(config: TextConfig, world: World) -> TextEncoder:
     """The frozen text encoder, of the widths that the networks were built for."""
-    if config is None:
-        raise ValueError(
-            "text = null: shards carry captions and no class numbers, so only text-conditional "
-            "networks can be trained here; give generator and discriminator a text section"
-        )
     encoder = pretrained.text_encoder(config.encoder, world.device)
     for field, width in {
         "encoder_width": encoder.width,

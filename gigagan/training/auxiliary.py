@@ -25,6 +25,7 @@ from gigagan.models.heads import ProjectedHeads
 from gigagan.models.layers import full_precision, without_autocast
 from gigagan.models.openclip import OpenClipText
 from gigagan.models.pixels import from_uint8
+from gigagan.models.text import Features, Reader
 from gigagan.models.vision import VisionAidedDiscriminator
 from gigagan.training.captions import CaptionFeatures
 from gigagan.training.distributed.world import World
@@ -105,7 +106,8 @@ class Auxiliary:
 
     config: LossConfig
     encoder: ImageEncoder
-    space: JointSpace
+    space: JointSpace | None
+    """None where there are no captions: the settings refuse losses that look into it."""
     heads: VisionAidedDiscriminator | ProjectedHeads
     world: World = field(default_factory=World)
     """The contrastive loss compares the images and captions of all ranks."""
@@ -123,11 +125,12 @@ class Auxiliary:
         """Features at the side that the loss uses; differentiable in the images."""
         return see(self.encoder, images_BCHW, side=self.config.vision_resolution)
 
-    def discriminator_loss(self, real: Tensor, fake: Tensor, text_BT: Tensor) -> Tensor:
+    def discriminator_loss(self, real: Tensor, fake: Tensor, text_BT: Tensor | None) -> Tensor:
         """Logistic loss of the heads, mean over stages."""
         with torch.no_grad():
             stages = self.see(torch.cat([real, fake])).stages
-        logits = self.heads(stages, text_BT.repeat(2, 1), num_sets=2)
+        twice_BT = None if text_BT is None else text_BT.repeat(2, 1)
+        logits = self.heads(stages, twice_BT, num_sets=2)
         weights = [1 / len(logits)] * len(logits)
         real_logits, fake_logits = zip(*(x.chunk(2) for x in logits), strict=True)
         return losses.as_real(real_logits, weights) + losses.as_fake(fake_logits, weights)
@@ -136,11 +139,13 @@ class Auxiliary:
         self,
         augmented: Tensor,
         fake: Tensor,
-        text_BT: Tensor,
+        text_BT: Tensor | None,
         captions: Sequence[str],
-        text: TextFeatures,
+        text: Features,
     ) -> tuple[Tensor, Tensor]:
         """The heads' non-saturating loss, and InfoNCE against the captions of the batch.
+
+        Without captions the latter is 0.
 
         The heads see images augmented as D does; the contrastive loss, which tells what they
         show, sees them as they are.
@@ -149,6 +154,9 @@ class Auxiliary:
         seen = plain if augmented is fake else self.see(augmented)
         logits = self.heads(seen.stages, text_BT)
         vision = losses.as_real(logits, [1 / len(logits)] * len(logits))
+        if self.space is None:
+            return vision, vision.new_zeros(())
+        assert isinstance(text, TextFeatures)
         gather = self.world.gather_with_gradient
         contrastive = losses.info_nce(
             gather(self.space.embed_images(plain.pooled_BD)),
@@ -162,12 +170,14 @@ class Auxiliary:
         fake_BCHW: Tensor,
         crop: tuple[int, int],
         captions: Sequence[str],
-        text: TextFeatures,
+        text: Features,
     ) -> Tensor:
         """Mean squared angle between images and captions (StyleGAN-T, section 3.4).
 
         Of images larger than `GUIDANCE_SIDE` the crop at these pixels is looked at.
         """
+        assert self.space is not None
+        assert isinstance(text, TextFeatures)
         (top, left), side = crop, GUIDANCE_SIDE
         seen = self.see(fake_BCHW[:, :, top : top + side, left : left + side])
         images_BE = self.space.embed_images(seen.pooled_BD)
@@ -177,7 +187,7 @@ class Auxiliary:
 def auxiliary_losses(
     config: TrainStage,
     samples: Samples,
-    captions: CaptionFeatures,
+    captions: Reader,
     run_dir: Path,
     world: World,
     log: Log,
@@ -196,6 +206,8 @@ def auxiliary_losses(
         stage_channels = () if is_projected else encoder.stage_channels
         heads = VisionAidedDiscriminator(stage_channels, text_width=text_width)
     heads.to(world.device)
+    if not isinstance(captions, CaptionFeatures):
+        return Auxiliary(config.loss, encoder, None, heads, world)
     if name.startswith("open_clip:"):
         tower = pretrained.text_encoder(name, world.device)
         assert isinstance(tower, OpenClipText)

@@ -1,5 +1,7 @@
 """What a step is given: a batch, and everything random of it, drawn from (seed, position).
 
+A class-conditional network's caption is the name of its class.
+
 Shape letters: B batch (of all ranks where said so), C colour, H W image, Z latent, N noise inputs.
 """
 
@@ -12,12 +14,12 @@ import torch
 from torch import Tensor
 
 from gigagan.config import TrainStage
-from gigagan.models.encoders import TextFeatures
 from gigagan.models.layers import pyramid
 from gigagan.models.pixels import from_uint8
+from gigagan.models.text import Features, Reader, rows_of
 from gigagan.seeds import derived
 from gigagan.training.augment import Augment, Draws
-from gigagan.training.captions import CaptionFeatures, RecentCaptions, mismatch
+from gigagan.training.captions import RecentCaptions, mismatch
 from gigagan.training.distributed.world import World
 from gigagan.training.tasks import task_of
 from gigagan.training.transfer import place
@@ -64,10 +66,10 @@ class Inputs(NamedTuple):
     """Pyramid of real images in [−1, 1], largest first."""
     captions: Sequence[str]
     """Their captions …"""
-    text: TextFeatures
-    """… and what the frozen encoder says of them."""
+    text: Features
+    """… and what networks read of them."""
     z_BZ: Tensor
-    other_text: TextFeatures
+    other_text: Features
     """Another caption for every sample …"""
     has_other_B: tuple[bool, ...]
     """… where there is one: False if all captions lately were the same. Known to the host, which
@@ -99,7 +101,7 @@ def recent_captions(
 def draw(
     config: TrainStage,
     augment: Augment,
-    captions: CaptionFeatures,
+    captions: Reader,
     recent: RecentCaptions,
     batch: Batch,
     images_seen: int,
@@ -185,9 +187,9 @@ def _rows(inputs: Inputs, rows: slice) -> Inputs:
     return inputs._replace(
         real=[x[rows] for x in inputs.real],
         captions=inputs.captions[rows],
-        text=TextFeatures(*(x[rows] for x in inputs.text)),
+        text=rows_of(inputs.text, rows),
         z_BZ=inputs.z_BZ[rows],
-        other_text=TextFeatures(*(x[rows] for x in inputs.other_text)),
+        other_text=rows_of(inputs.other_text, rows),
         has_other_B=inputs.has_other_B[rows],
         given=tuple(x[rows] for x in inputs.given),
         noise_BN=None if inputs.noise_BN is None else inputs.noise_BN[rows],

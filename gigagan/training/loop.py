@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from gigagan.config import TrainStage
 from gigagan.models import snapshot
+from gigagan.models.text import Reader
 from gigagan.training import step
 from gigagan.training.acceleration import autocast, uncompiled
-from gigagan.training.captions import CaptionFeatures
 from gigagan.training.distributed.world import World
 from gigagan.training.guard import Divergence
 from gigagan.training.inputs import Inputs, Loader, draw, recent_captions, split
@@ -44,7 +44,7 @@ class Result(NamedTuple):
 def train(
     config: TrainStage,
     players: step.Players,
-    captions: CaptionFeatures,
+    captions: Reader,
     loader: Loader,
     probe: Probe,
     run_dir: Path,
@@ -155,7 +155,7 @@ def _steps(run: Run, stream: Iterator[Inputs], after_step: Callable[[Phase], Non
         after_step(phase)
 
 
-def _inputs(run: Run, captions: CaptionFeatures, loader: Loader) -> Iterator[Inputs]:
+def _inputs(run: Run, captions: Reader, loader: Loader) -> Iterator[Inputs]:
     """What each step is given, from the run's position on."""
     config = run.config
     recent = recent_captions(config, loader.captions_between, run.images_seen)
@@ -176,7 +176,7 @@ def _inputs(run: Run, captions: CaptionFeatures, loader: Loader) -> Iterator[Inp
 def _tick(
     run: Run,
     phase: Phase,
-    captions: CaptionFeatures,
+    captions: Reader,
     loader: Loader,
     probe: Probe,
     watch: StallWatch,
@@ -217,7 +217,7 @@ def _require_grad(value: bool, *modules: nn.Module) -> None:
         module.requires_grad_(value)
 
 
-def _look(run: Run, probe: Probe, captions: CaptionFeatures, loader: Loader) -> dict[str, float]:
+def _look(run: Run, probe: Probe, captions: Reader, loader: Loader) -> dict[str, float]:
     """A tick: picture and probes of the averaged generator, vital signs of the trained one.
 
     Raises nothing of what the guard finds: vital signs only warn.
@@ -242,7 +242,7 @@ def _look(run: Run, probe: Probe, captions: CaptionFeatures, loader: Loader) -> 
     return look.scalars
 
 
-def _save_snapshot(run: Run, captions: CaptionFeatures, loader: Loader, path: Path) -> None:
+def _save_snapshot(run: Run, captions: Reader, loader: Loader, path: Path) -> None:
     """The averaged generator, for users."""
     averaged = run.ema.network
     task_of(run.config).complete(averaged, captions, loader)

@@ -16,8 +16,8 @@ from torch import Tensor
 from gigagan import losses
 from gigagan.config import TrainStage
 from gigagan.models.discriminator import Discriminator, LevelMaps
-from gigagan.models.encoders import TextFeatures
 from gigagan.models.layers import full_precision
+from gigagan.models.text import Features
 from gigagan.training.critic import Critic, of_pictures
 from gigagan.training.inputs import Inputs
 from gigagan.training.tasks import Loss, Metrics
@@ -45,9 +45,9 @@ class MultiScaleCritic(Critic):
         reals = augment.apply(inputs.real[:levels], inputs.draws[0], seen)
         drawn = augment.apply([x.detach() for x in fakes[:levels]], inputs.draws[1], seen)
         both = [torch.cat(pair) for pair in zip(reals, drawn, strict=True)]
-        text_BT = _read(d, inputs.text)
+        text_BT = d.read(inputs.text)
         features = d.trunk(both, num_sets=2)
-        logits = d.predict(features, text_BT.repeat(2, 1))
+        logits = d.predict(features, None if text_BT is None else text_BT.repeat(2, 1))
         real_logits, fake_logits = [x[:B] for x in logits], [x[B:] for x in logits]
         loss, metrics = self.told_apart(config, real_logits, fake_logits)
 
@@ -60,7 +60,8 @@ class MultiScaleCritic(Critic):
 
         # Vision-aided: the heads on the frozen encoder.
         if players.auxiliary is not None and strength > 0:
-            loss_vision = players.auxiliary.discriminator_loss(reals[0], drawn[0], text_BT.detach())
+            fixed_BT = None if text_BT is None else text_BT.detach()
+            loss_vision = players.auxiliary.discriminator_loss(reals[0], drawn[0], fixed_BT)
             loss = loss + loss_vision
             metrics["d/vision"] = loss_vision.detach()
         return Loss(loss, metrics)
@@ -71,7 +72,7 @@ class MultiScaleCritic(Critic):
         """Through D, beside its caption and another, and through the frozen image encoder."""
         players, d = self.players, self.network
         with torch.no_grad():
-            text_BT = _read(d, inputs.text)
+            text_BT = d.read(inputs.text)
         seen = players.augment.apply(
             list(fakes[: d.config.levels]), inputs.draws[2], inputs.images_seen
         )
@@ -84,7 +85,7 @@ class MultiScaleCritic(Critic):
             metrics["g/mismatch"] = loss_adversarial.new_zeros(())
         if config.loss.generator_matching > 0 and any(inputs.has_other_B):
             there = [row for row, has_other in enumerate(inputs.has_other_B) if has_other]
-            rows = place(torch.tensor(there, device="cpu"), text_BT.device)
+            rows = place(torch.tensor(there, device="cpu"), seen[0].device)
             picked = _rows(features, rows)
             with torch.no_grad():
                 other_BT = _read(d, inputs.other_text).index_select(0, rows)
@@ -121,8 +122,8 @@ def _rows(features: Sequence[LevelMaps], rows: Tensor) -> list[LevelMaps]:
     return [f._replace(maps_BCHW=f.maps_BCHW.index_select(0, rows)) for f in features]
 
 
-def _read(d: Discriminator, text: TextFeatures) -> Tensor:
-    """t_D: what is trained here has a text branch."""
-    text_BT = d.read(text)
+def _read(d: Discriminator, other: Features) -> Tensor:
+    """t_D of other captions or classes: the settings refuse a weight for them without either."""
+    text_BT = d.read(other)
     assert text_BT is not None
     return text_BT

@@ -24,8 +24,8 @@ from gigagan.evaluation.judges.features import square
 from gigagan.evaluation.report.results import caption_grid
 from gigagan.models.base import BaseGenerator, features_of
 from gigagan.models.pixels import from_uint8, to_uint8
+from gigagan.models.text import Reader
 from gigagan.models.upsampler import Upsampler
-from gigagan.training.captions import CaptionFeatures
 
 BATCH, UPSAMPLER_BATCH = 64, 8
 Z_PROMPTS, Z_PER_PROMPT = 4, 8
@@ -50,13 +50,14 @@ class Probe(Protocol):
 class BaseProbe:
     """Probes of the base generator.
 
-    Without a held-out set only the grid and the effect of z are looked at, without a gallery the
-    own picture is looked for among all of the set by coarse layout.
+    Without a held-out set only the grid and the effect of z are looked at, and so where captions
+    are names of classes, or empty: no real picture is the one that should be drawn. Without a
+    gallery the own picture is looked for among all of the set by coarse layout.
     """
 
     def __init__(
         self,
-        captions: CaptionFeatures,
+        captions: Reader,
         heldout: Heldout | None,
         *,
         resolution: int,
@@ -65,11 +66,13 @@ class BaseProbe:
     ) -> None:
         self.features = captions
         self.resolution = resolution
+        self.has_pairs = heldout is None or heldout.asks == "text"
         self.gallery = heldout.gallery if heldout else None
         self.heldout_captions = heldout.captions[:num_captions] if heldout else []
         self.names = (heldout.backgrounds or [])[:num_captions] if heldout else []
         self.palette = heldout.palette if heldout else None
-        self.prompts = list(prompts) or self.heldout_captions[:GRID_PROMPTS]
+        distinct = list(dict.fromkeys(self.heldout_captions))
+        self.prompts = list(prompts) or distinct[:GRID_PROMPTS]
         self.heldout_pictures = heldout.pictures[:num_captions] if heldout else []
         self.real = _read(self.heldout_pictures, resolution) if self.heldout_pictures else None
 
@@ -77,7 +80,7 @@ class BaseProbe:
     def look(self, generator: BaseGenerator) -> Look:
         """Draw and measure with a generator in evaluation mode."""
         scalars: dict[str, float] = {}
-        if self.real is not None and len(self.heldout_captions) > 1:
+        if self.real is not None and self.has_pairs and len(self.heldout_captions) > 1:
             drawn = self._draw(generator, self.heldout_captions, seed=1)
             if self.gallery is None:
                 rank = alignment.pixel_probe_rank(drawn, self.real)
@@ -145,7 +148,7 @@ class BaseProbe:
         parts = []
         for start in range(0, len(prompts), BATCH):
             features = features_of(generator, prompts[start : start + BATCH], self.features)
-            latents = z[start : start + BATCH].to(features.pooled_BD.device)
+            latents = z[start : start + BATCH].to(self.features.device)
             parts.append(to_uint8(generator(latents, features)[0]))
         return np.concatenate(parts)
 
@@ -169,7 +172,7 @@ class UpsamplerProbe:
 
     def __init__(
         self,
-        captions: CaptionFeatures,
+        captions: Reader,
         heldout: Heldout | None,
         perceptual: nn.Module | None,
         *,
@@ -239,7 +242,7 @@ class UpsamplerProbe:
         for start in range(0, len(small), UPSAMPLER_BATCH):
             rows = slice(start, start + UPSAMPLER_BATCH)
             features = self.features(captions[rows])
-            inputs = (x[rows].to(features.pooled_BD.device) for x in (small_NCHW, noise_NCHW, z_NZ))
+            inputs = (x[rows].to(self.features.device) for x in (small_NCHW, noise_NCHW, z_NZ))
             parts.append(to_uint8(generator(*inputs, features)[0]))
         return np.concatenate(parts)
 

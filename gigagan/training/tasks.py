@@ -34,8 +34,8 @@ from gigagan.models.generator import Generator
 from gigagan.models.heads import ProjectedHeads
 from gigagan.models.layers import full_precision, without_autocast
 from gigagan.models.stylegan_t import StyleGANT
+from gigagan.models.text import Reader
 from gigagan.models.upsampler import Upsampler, shrink
-from gigagan.training.captions import CaptionFeatures
 from gigagan.training.distributed.world import World
 from gigagan.training.probes import BaseProbe, Probe, UpsamplerProbe
 
@@ -120,15 +120,15 @@ class Task(ABC, Generic[Config, Network]):
         return None
 
     @abstractmethod
-    def probe(self, captions: CaptionFeatures, samples: Samples, heldout: Heldout | None) -> Probe:
+    def probe(self, captions: Reader, samples: Samples, heldout: Heldout | None) -> Probe:
         """What looks at the averaged generator every so often."""
 
-    def complete(self, averaged: Network, captions: CaptionFeatures, loader: Loader) -> None:
+    def complete(self, averaged: Network, captions: Reader, loader: Loader) -> None:
         """Put into an averaged generator what its users want and training does not."""
 
 
 class BaseTask(Task[TrainBaseConfig, Generator | StyleGANT]):
-    """The base generator: pictures from captions."""
+    """The base generator: pictures from captions, classes or nothing."""
 
     def generator(self) -> Generator | StyleGANT:
         """A new G."""
@@ -154,7 +154,7 @@ class BaseTask(Task[TrainBaseConfig, Generator | StyleGANT]):
             crop = top, left
         return Given(noise_BN=noise_BN, crop=crop)
 
-    def probe(self, captions: CaptionFeatures, samples: Samples, heldout: Heldout | None) -> Probe:
+    def probe(self, captions: Reader, samples: Samples, heldout: Heldout | None) -> Probe:
         """Pictures of fixed prompts, and figures of held-out captions."""
         prompts = self.config.prompts
         if not prompts and heldout is None:
@@ -169,9 +169,7 @@ class BaseTask(Task[TrainBaseConfig, Generator | StyleGANT]):
         )
 
     @torch.no_grad()
-    def complete(
-        self, averaged: Generator | StyleGANT, captions: CaptionFeatures, loader: Loader
-    ) -> None:
+    def complete(self, averaged: Generator | StyleGANT, captions: Reader, loader: Loader) -> None:
         """w̄ for truncation: over the first captions of the training set, one latent each.
 
         StyleGAN-T's has followed training already.
@@ -226,7 +224,7 @@ class UpsamplerTask(Task[TrainUpsamplerConfig, Upsampler]):
             terms["g/lpips"] = distance.detach()
         return Loss(loss, terms)
 
-    def probe(self, captions: CaptionFeatures, samples: Samples, heldout: Heldout | None) -> Probe:
+    def probe(self, captions: Reader, samples: Samples, heldout: Heldout | None) -> Probe:
         """LPIPS and PSNR to pictures that were held out, or else to the first ones of training."""
         first = next(samples.batches(0))
         return UpsamplerProbe(

@@ -8,7 +8,7 @@ from gigagan.config.presets import ladder
 
 
 def test_the_four_presets_are_there():
-    assert presets() == ["demo", "emoji", "emoji-pure", "laion-64", "smoke"]
+    assert presets() == ["demo", "emoji", "emoji-classes", "emoji-pure", "laion-64", "smoke"]
 
 
 @pytest.mark.parametrize("name", presets())

@@ -78,7 +78,7 @@ def test_edits_go_from_one_prompt_to_the_other(sampler):
 def test_an_onnx_file_draws_the_same(sampler, tmp_path):
     pytest.importorskip("onnxscript")
     path = tmp_path / "g.onnx"
-    assert onnx_export.export(path, sampler.base, sampler.encoder, ONE) < 1e-4
+    assert onnx_export.export(path, sampler.base, sampler.condition, ONE) < 1e-4
 
 
 def test_a_snapshot_of_neither_kind_is_refused(files):

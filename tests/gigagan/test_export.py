@@ -7,6 +7,7 @@ import torch
 
 from gigagan.__main__ import main
 from gigagan.inference import onnx_export
+from gigagan.inference.conditions import Words
 from gigagan.inference.onnx_export import export
 from gigagan.models import pretrained, snapshot
 from gigagan.models.generator import Generator
@@ -30,7 +31,7 @@ def exported(encoder, tmp_path_factory):
     torch.manual_seed(0)
     network = Generator(small.GENERATOR).eval().requires_grad_(False)
     path = tmp_path_factory.mktemp("exported") / "g.onnx"
-    assert export(path, network, encoder, PROMPT, about={"version": "x"}) < 1e-4
+    assert export(path, network, Words(encoder), PROMPT, about={"version": "x"}) < 1e-4
     return network, path
 
 
@@ -60,7 +61,7 @@ def test_an_upsampler_takes_any_number_of_tiles(encoder, tmp_path):
     network = Upsampler(small.UPSAMPLER).eval().requires_grad_(False)
     torch.nn.init.normal_(network.levels[-1].to_rgb.bank)  # zero in a new one
     path = tmp_path / "u.onnx"
-    assert export(path, network, encoder, PROMPT, seed=3) < 1e-4
+    assert export(path, network, Words(encoder), PROMPT, seed=3) < 1e-4
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for count in (1, 5):
         tile = np.zeros((count, 3, 8, 8), np.float32)
@@ -73,7 +74,7 @@ def test_a_file_that_draws_otherwise_is_not_kept(exported, encoder, tmp_path, mo
     torch.manual_seed(1)
     network = Generator(small.GENERATOR).eval().requires_grad_(False)
     with pytest.raises(ValueError, match=r"g\.onnx would draw otherwise"):
-        export(tmp_path / "g.onnx", network, encoder, PROMPT)
+        export(tmp_path / "g.onnx", network, Words(encoder), PROMPT)
     assert not list(tmp_path.iterdir())
 
 

@@ -299,7 +299,7 @@ def test_a_fixed_protocol_refuses_other_settings(heldout, tmp_path):
 
 
 def test_an_upsamplers_protocol_is_not_measured_on_captions(heldout, tmp_path):
-    config = QUICK.model_copy(update={"protocol": "imagenet-256", "resolution": None})
+    config = QUICK.model_copy(update={"protocol": "imagenet-64-256", "resolution": None})
     with pytest.raises(ProtocolError, match="upsample"):
         evaluate(sampler, heldout, tmp_path, config)
 

@@ -35,6 +35,7 @@ class FakeSampler:
         self.asked = []
         self.base = SimpleNamespace(levels=[1, 2, 3])
         self.upsampler = None
+        self.condition = SimpleNamespace(example="a bell")
 
     def sample(self, prompts, **settings):
         self.asked.append((prompts, settings))

@@ -76,9 +76,9 @@ def test_a_prompt_that_comes_again_is_not_encoded_again(snapshots, monkeypatch):
 def test_kept_features_are_those_of_the_encoder(snapshots):
     sampler = gigagan.load(*snapshots)
     prompts = ["a red cat on a hill", "sun", "a red cat on a hill"]
-    sampler._encode(sampler.encoder, ["sun"])
+    sampler.condition(["sun"])
     for ours, theirs in zip(
-        sampler._encode(sampler.encoder, prompts), sampler.encoder.encode(prompts), strict=True
+        sampler.condition(prompts), sampler.encoder.encode(prompts), strict=True
     ):
         assert ours.shape == theirs.shape
         mask = sampler.encoder.encode(prompts).mask_BL
@@ -88,10 +88,10 @@ def test_kept_features_are_those_of_the_encoder(snapshots):
 
 
 def test_no_more_prompts_are_kept_than_said(snapshots, monkeypatch):
-    monkeypatch.setattr("gigagan.inference.sampler._KEPT_TEXTS", 2)
+    monkeypatch.setattr("gigagan.inference.conditions._KEPT_TEXTS", 2)
     sampler = gigagan.load(*snapshots)
     sampler.sample(["a", "b", "c", "d"], seed=0)
-    assert [prompt for _, prompt in sampler._texts] == ["c", "d"]
+    assert list(sampler.condition._texts) == ["c", "d"]
 
 
 def test_any_seed_that_a_command_takes_reaches_the_upsampler(snapshots):

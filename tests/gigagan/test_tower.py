@@ -132,7 +132,6 @@ def test_a_snapshot_draws_with_the_text_encoder_that_was_trained(stages):
 def test_an_upsampler_reads_the_frozen_encoder_beside_a_base_with_its_own(stages, monkeypatch):
     _, folder, _ = stages
     base, _ = snapshot.load(folder / "snapshot.safetensors")
-    sampler = Sampler(base)
     read = []
     text = TEXT.model_copy(update={"depth": 0})
     config = UPSAMPLER.model_copy(update={"input_resolution": 128, "text": text})
@@ -141,7 +140,7 @@ def test_an_upsampler_reads_the_frozen_encoder_beside_a_base_with_its_own(stages
         def __init__(self):
             self.config = config
 
-    sampler.upsampler = Larger()
+    sampler = Sampler(base, Larger())
     monkeypatch.setattr(sampler, "_finish", lambda _, finest, __: read.append(finest) or [])
     captions = ["a shade of value7"]
     sampler.sample(captions, seed=0)

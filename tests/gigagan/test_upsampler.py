@@ -37,6 +37,8 @@ class Words:
     def __init__(self):
         self.asked = []
 
+    device = torch.device("cpu")
+
     def __call__(self, captions):
         self.asked += captions
         tokens = torch.stack([torch.full((3, 384), float(len(c))) for c in captions])

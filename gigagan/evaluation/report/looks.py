@@ -58,6 +58,8 @@ class Subject:
     @property
     def title(self) -> str:
         """What the captions have in common, by the gallery, and nobody trained on."""
+        if self.chosen.asks != "text":
+            return _TITLES[self.chosen.asks]
         gallery = self.chosen.gallery
         splits = set()
         if gallery is not None:
@@ -76,6 +78,8 @@ class Subject:
 
 _TITLES: dict[str | None, str] = {
     None: "Held-out captions",
+    "class": "By the names of classes",
+    "nothing": "Drawn without being told anything",
     "trained": "Captions trained on",
     "combination": "Never-trained combinations of concept, style and background",
     "unseen": "Concepts never trained",
@@ -165,7 +169,9 @@ def _draw_grids(subject: Subject, at: Setting) -> None:
         ]
         (at.out / name).unlink(missing_ok=True)
         if rows:
-            grid = caption_grid(rows, title=f"{title}: generated (left), real (right)", columns=4)
+            has_real = any(real is not None for *_, real in pairs)
+            shown = f"{title}: generated (left), real (right)" if has_real else title
+            grid = caption_grid(rows, title=shown, columns=4)
             grid.save(at.out / name)
     if subject.variants:
         grid = caption_grid(

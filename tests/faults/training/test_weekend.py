@@ -204,6 +204,51 @@ def test_two_ranks_log_what_one_does(start, whole, tmp_path):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
 
 
+def conditioned(kind):
+    """A short run of networks that are told a class, or nothing."""
+    tree = CONFIG.model_dump() | {"total_images": 16, "sample_images": 28, "checkpoint_images": 8}
+    told = {"text": None, "classes": {"number": 2, "width": 8} if kind == "class" else None}
+    for network in ("generator", "discriminator"):
+        tree[network] |= told
+    if kind == "nothing":
+        tree["loss"]["matching"] = 0
+    return type(CONFIG).model_validate(tree)
+
+
+@pytest.mark.parametrize("kind", ["class", "nothing"])
+def test_networks_without_captions_resume_and_share_ranks_as_those_with_captions(
+    kind, start, tmp_path
+):
+    config, one, killed, two = conditioned(kind), *(tmp_path / name for name in ("1", "k", "2"))
+    assert start(one, config=config)[0] == 0
+    assert start(killed, fault("kill_in_step", at=12), config=config)[0] == KILLED
+    assert start(killed, config=config)[0] == 0
+    same(state(killed, 16), state(one, 16))
+    statuses, outputs = start(two, config=config, num_ranks=2)
+    assert statuses == [0, 0], outputs
+    ours, theirs = ([x for x in lines(run) if "probe/z_sensitivity" not in x] for run in (two, one))
+    assert len(ours) == len(theirs) > 2
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+
+
+def test_a_prompt_of_no_class_is_refused_before_the_first_step(start, tmp_path):
+    config = conditioned("class").model_copy(update={"prompts": ("large", "lage")})
+    status, output = start(tmp_path / "run", config=config)
+    assert status == 1
+    assert "no class 'lage', did you mean 'large'?" in output
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_number_of_classes_that_is_not_the_shards_is_refused_with_both(start, tmp_path):
+    tree = conditioned("class").model_dump()
+    for network in ("generator", "discriminator"):
+        tree[network]["classes"]["number"] = 5
+    status, output = start(tmp_path / "run", config=type(CONFIG).model_validate(tree))
+    assert status == 1
+    assert "generator.classes.number = 5, but the shards hold 2 classes: set it to 2" in output
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_of_every_number_share_an_epoch_between_them_from_any_position(shards, world_size):
     n, epochs = tiny_run.NUM_SAMPLES, 6

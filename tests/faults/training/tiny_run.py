@@ -46,6 +46,7 @@ from tests.gigagan.small import BASE, WordEncoder
 
 SIDE, NUM_SAMPLES, PER_SHARD = 8, 13, 5
 FAULTS, RANK = "TINY_FAULTS", "RANK"
+LABELS = ("large", "small")
 CONFIG = BASE.model_copy(
     update={
         "loss": BASE.loss.model_copy(update={"recent_captions": 7}),
@@ -65,7 +66,10 @@ CONFIG = BASE.model_copy(
 
 
 def write_shards(folder: Path, num_samples: int = NUM_SAMPLES) -> Path:
-    """Shards as the filter stage writes them: noise, and captions that differ in a word or two."""
+    """Shards as the filter stage writes them: noise, and captions that differ in a word or two.
+
+    The label is a picture's size, as its caption says it.
+    """
     folder.mkdir(parents=True)
     entries = []
     for shard, start in enumerate(range(0, num_samples, PER_SHARD)):
@@ -90,8 +94,8 @@ def write_shards(folder: Path, num_samples: int = NUM_SAMPLES) -> Path:
         resolution=SIDE,
         codec="png",
         samples=num_samples,
-        classes=(),
-        unlabelled=num_samples,
+        classes=LABELS,
+        unlabelled=0,
         shards=tuple(entries),
     )
     (folder / "index.json").write_text(index.text())
@@ -104,13 +108,14 @@ def add_sample(archive: tarfile.TarFile, place: int) -> dict:
     pixels = random.integers(256, size=(SIDE, SIDE, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(png, "PNG")
     key, picture = f"{place:08d}", png.getvalue()
-    caption = f"a {'large' if place % 2 else 'small'} thing number{place % 9}"
+    label = LABELS[place % 2 == 0]
+    caption = f"a {label} thing number{place % 9}"
     offset = archive.offset + tarfile.BLOCKSIZE
     for kind, content in (("png", picture), ("txt", caption.encode())):
         member = tarfile.TarInfo(f"{key}.{kind}")
         member.size = len(content)
         archive.addfile(member, io.BytesIO(content))
-    values = (key, caption, None, offset, len(picture), digest(picture))
+    values = (key, caption, label, offset, len(picture), digest(picture))
     return dict(zip(SIDECAR.names, values, strict=True))
 
 
