@@ -2,7 +2,7 @@
 
 Softplus, norms and log-softmax are computed in float32 whatever the logits' type.
 
-Shape letters: B batch, E embedding, C colour, H W image.
+Shape letters: B batch, E embedding, C colour, H W image, P parameters, K classes.
 """
 
 from __future__ import annotations
@@ -106,6 +106,70 @@ def squared_angle(images_BE: Tensor, texts_BE: Tensor) -> Tensor:
     """
     cosine_B = F.cosine_similarity(_full(images_BE), _full(texts_BE), dim=1)
     return cosine_B.clamp(-1 + 1e-6, 1 - 1e-6).arccos().square().mean()
+
+
+def adaptive_mix(
+    mixed_BE: Tensor, first_BE: Tensor, second_BE: Tensor, share_B: Tensor, noise_BE: Tensor
+) -> Tensor:
+    """mean (1 − cos(F(λ x + (1 − λ) y), λ F(x) + (1 − λ) F(y) + ε)): AdaptiveMix, as in its code.
+
+    The second argument of the cosine is fixed: only the mix's features learn (Liu et al. 2023).
+    """
+    first_BE, second_BE = _full(first_BE.detach()), _full(second_BE.detach())
+    target_BE = second_BE.lerp(first_BE, share_B[:, None]) + noise_BE
+    return 1 - F.cosine_similarity(_full(mixed_BE), _full(target_BE), dim=1).mean()
+
+
+def augmentation_error(
+    told: Sequence[Tensor], parameters: Sequence[Tensor], is_on_B: Tensor
+) -> Tensor:
+    """Σ over kinds of augmentation of mean (ω̂ − ω)², B P each (AugSelf-GAN, Hou et al. 2023).
+
+    A picture that was not augmented adds nothing; the mean is over all, so that parts of a batch
+    and ranks have the mean of the whole.
+    """
+    pairs = zip(told, parameters, strict=True)
+    errors = [((_full(a) - b).square().mean(1) * is_on_B).mean() for a, b in pairs]
+    return torch.stack(errors).sum()
+
+
+def neighbour_entropy(x_BE: Tensor) -> Tensor:
+    """mean_b ½ log(min_{c≠b} ‖x̂_b − x̂_c‖² + 10⁻⁶) of directions x̂ = x / ‖x‖.
+
+    Times E, and but for a constant, the entropy of what the batch is drawn from, as Kozachenko and
+    Leonenko (1987) estimate it. MEE (Liu et al. 2022) raises log mean_b min_c of the features as
+    they are, c among those of earlier batches.
+    """
+    x_BE = F.normalize(_full(x_BE), dim=1)
+    with torch.no_grad():
+        nearest_B = torch.cdist(x_BE, x_BE).fill_diagonal_(torch.inf).argmin(1)
+    squared_B = (x_BE - x_BE[nearest_B]).square().sum(1)
+    return 0.5 * (squared_B + 1e-6).log().mean()
+
+
+def adc_discriminator(real_BK: Tensor, fake_BK: Tensor, classes_B: Tensor) -> Tensor:
+    """−mean log C(k⁺ | real) − mean log C(k⁻ | generated): ADC-GAN (Hou et al. 2022, section 4).
+
+    Logits are of 2 K classes: first the real ones k⁺, then the generated ones k⁻.
+    """
+    num_classes = real_BK.shape[1] // 2
+    real = F.cross_entropy(_full(real_BK), classes_B)
+    return real + F.cross_entropy(_full(fake_BK), classes_B + num_classes)
+
+
+def adc_generator(fake_BK: Tensor, classes_B: Tensor) -> Tensor:
+    """−mean (log C(k⁺ | x) − log C(k⁻ | x)) of generated images: a difference of two logits."""
+    real_BK, fake_BK = _full(fake_BK).chunk(2, dim=1)
+    return (fake_BK - real_BK).gather(1, classes_B[:, None]).mean()
+
+
+def gaussian_kl(mean_BE: Tensor, log_variance_BE: Tensor) -> Tensor:
+    """Mean over B and E of KL(N(μ, σ²) ‖ N(0, 1)) = ½ (μ² + σ² − 1 − log σ²).
+
+    StackGAN's regularisation (Zhang et al. 2017, equation 2) per dimension, as in its code.
+    """
+    mean_BE, log_variance_BE = _full(mean_BE), _full(log_variance_BE)
+    return 0.5 * (mean_BE.square() + log_variance_BE.exp() - 1 - log_variance_BE).mean()
 
 
 def regression(

@@ -4,7 +4,9 @@ Every setting trains the generator of the preset `demo` on the same shards until
 for so long; how many images that is, a short trial on the idle machine says first. Then all are
 evaluated alike, by captions never trained. `--table critics` compares critics, with and without a
 warm start, `recipes` the networks of both papers behind one; `heads` changes what projected heads
-weigh there, `discriminator` one thing of GigaGAN's at a time.
+weigh there, `discriminator` one thing of GigaGAN's at a time; `options` adds one term of
+docs/options.md at a time to a critic from the start, and to heads behind a warm start; `classes`
+does so for classes, of which it wants the shards and held-out pictures of the preset emoji-classes.
 
 What is in `--out` is not done again; a training that was interrupted goes on.
 """
@@ -40,6 +42,7 @@ OWN = ("discriminator", "loss", "optimizer", "augment")
 _OPTIMIZER: dict[str, Any] = {"warmup_images": 800, "ema_half_life_images": 2_000}
 _LOSS: dict[str, Any] = {"matching": 0.5, "contrastive": 0, "vision": 0}
 _AUGMENT: dict[str, Any] = {"diffaugment": ["translation", "cutout"]}
+_AUGSELF: dict[str, Any] = {"augself": 1.0, "augself_generator": 1.0}
 MULTI_SCALE: dict[str, Any] = {
     "discriminator": {
         "channels": [24, 48, 96, 96],
@@ -79,6 +82,9 @@ BOTH: dict[str, Any] = {
     "augment": _AUGMENT,
 }
 COLD: dict[str, Any] = {"warm_start": {"images": 0}}
+_CLASSES: dict[str, Any] = {
+    name: {"text": None, "classes": {"number": 64}} for name in ("generator", "discriminator")
+}
 
 
 def _with(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,6 +124,38 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
             "A14 matching 0.3": {"loss": {"matching": 0.3}},
         }.items()
     },
+    "options": {
+        **{
+            name: _with(_with(MULTI_SCALE, COLD), changes)
+            for name, changes in {
+                "multi-scale": {},
+                "multi-scale, AdaptiveMix": {"options": {"adaptive_mix": 1.0}},
+                "multi-scale, entropy": {"options": {"entropy": 0.1}},
+                "multi-scale, conditioning augmentation": {
+                    "generator": {"text": {"conditioning_augmentation": True}},
+                    "options": {"conditioning_kl": 1.0},
+                },
+                "multi-scale, DiffAugment": {"augment": _AUGMENT},
+                "multi-scale, DiffAugment, AugSelf": {"augment": _AUGMENT, "options": _AUGSELF},
+            }.items()
+        },
+        **{
+            name: _with(PROJECTED, changes)
+            for name, changes in {
+                "heads, warm start": {},
+                "heads, warm start, AdaptiveMix": {"options": {"adaptive_mix": 1.0}},
+                "heads, warm start, entropy": {"options": {"entropy": 0.1}},
+                "heads, warm start, AugSelf": {"options": _AUGSELF},
+            }.items()
+        },
+    },
+    "classes": {
+        name: _with(_with(_with(MULTI_SCALE, COLD), _CLASSES), changes)
+        for name, changes in {
+            "by class": {},
+            "by class, ADC": {"options": {"classifier": 1.0}},
+        }.items()
+    },
     "recipes": {
         "GigaGAN's generator and critic": MULTI_SCALE,
         "GigaGAN's generator, StyleGAN-T's critic": PROJECTED,
@@ -147,6 +185,7 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
 METRICS = {
     "naming_pixels_r1_combination": "own picture nearest of 64",
     "naming_judge_r1_combination": "… by the judge",
+    "class_accuracy_nearest_mean": "class accuracy",
     "kid": "KID × 10³",
     "fid": "FID",
     "background_colour_accuracy": "background",
@@ -374,6 +413,8 @@ def _draw(place: Place, folders: Mapping[str, Path], table: str) -> None:
     works = {w.caption: w for w in everything.gallery.works if w.split == "combination"}
     drawn = [drawn_in(folder) for folder in folders.values()]
     captions = [c for c in works if all(c in pictures for pictures in drawn)]
+    if not captions:  # classes are all trained
+        return
     captions = captions[:: max(len(captions) // NUM_ROWS, 1)][:NUM_ROWS]
     rows = [
         (c, [*(Image.open(found[c]) for found in drawn), Image.open(works[c].picture)])

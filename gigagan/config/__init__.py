@@ -9,6 +9,7 @@ from gigagan.config.networks import (
     TextConfig,
     UpsamplerConfig,
 )
+from gigagan.config.options import OptionsConfig
 from gigagan.config.projected import ProjectedConfig
 from gigagan.config.stylegan_t import StyleTConfig, TrainedPart
 from gigagan.config.training import (
@@ -45,6 +46,7 @@ __all__ = [
     "HealthConfig",
     "LossConfig",
     "OptimizerConfig",
+    "OptionsConfig",
     "PhaseConfig",
     "ProjectedConfig",
     "StyleConfig",

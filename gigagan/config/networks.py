@@ -51,6 +51,9 @@ class TextConfig(Frozen):
     """Whether the mean of the training captions' features is taken out of them (paper: no).
 
     Without it captions of a narrow set differ little, and the style w hardly with them."""
+    conditioning_augmentation: bool = False
+    """Whether training draws t_global around a learned mean, with a learned spread (StackGAN);
+    drawing pictures takes the mean. Of a generator alone; goes with `options.conditioning_kl`."""
 
     @model_validator(mode="after")
     def _widths_agree(self) -> Self:
@@ -281,6 +284,11 @@ class DiscriminatorConfig(BlockConfig):
     def resolution(self) -> int:
         """Side of the largest input image in pixels."""
         return 4 << (len(self.channels) - 1)
+
+    @property
+    def embedding_width(self) -> int:
+        """Features of a picture without its caption: what leaves the last stage."""
+        return self.channels[-1]
 
     @property
     def pairs(self) -> list[tuple[int, int]]:

@@ -123,6 +123,11 @@ class ProjectedConfig(Frozen):
         return condition.width if condition else 0
 
     @property
+    def embedding_width(self) -> int:
+        """Features of a picture without its caption: `maps` of each stage."""
+        return self.maps * len(self.stages.channels)
+
+    @property
     def levels(self) -> int:
         """Levels of a pyramid that it looks at: the largest alone."""
         return 1

@@ -13,6 +13,7 @@ from gigagan.config.networks import (
     GeneratorConfig,
     UpsamplerConfig,
 )
+from gigagan.config.options import OptionsConfig, check_options
 from gigagan.config.projected import ProjectedConfig, check_encoder
 from gigagan.config.stylegan_t import UPPER_FROM, StyleTConfig, TrainedPart
 from gigagan.seeds import LARGEST
@@ -343,6 +344,8 @@ class TrainConfig(Frozen):
     """A start by regression, before there is a discriminator; off."""
     augment: AugmentConfig = AugmentConfig()
     """Augmentation of what D sees."""
+    options: OptionsConfig = OptionsConfig()
+    """Terms beside the losses that neither paper has; none is on."""
     health: HealthConfig = HealthConfig()
     """When steps are skipped and when a run goes back to its last checkpoint."""
     system: SystemConfig = SystemConfig()
@@ -402,6 +405,7 @@ class TrainBaseConfig(TrainConfig):
         else:
             _same_resolution(self.generator, self.discriminator, self.loss)
         _same_condition(self.generator, self.discriminator, self.loss, guided=self.is_guided)
+        check_options(self.options, self.generator, self.discriminator, self.augment.diffaugment)
         _something_to_learn(self.warm_start, self.warm_start.regression)
         _phases_follow(self.phases)
         for number, phase in enumerate(self.phases):
@@ -452,6 +456,7 @@ class TrainUpsamplerConfig(TrainConfig):
             )
         _same_resolution(self.upsampler, self.discriminator, self.loss)
         _same_condition(self.upsampler, self.discriminator, self.loss)
+        check_options(self.options, self.upsampler, self.discriminator, self.augment.diffaugment)
         _something_to_learn(self.warm_start, self.warm_start.regression + self.pixel + self.lpips)
         return self
 

@@ -173,6 +173,7 @@ class Discriminator(nn.Module):
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()
         self.config = config
+        self.options: nn.Module | None = None  # what options of training learn beside it
         self.text = condition_branch(config, attends=False)
         self.from_rgb = nn.ModuleList(
             EqualConv2d(3, config.channels[i], 1, gain=ACTIVATION_GAIN)

@@ -202,6 +202,7 @@ class ProjectedHeads(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.options: nn.Module | None = None  # what options of training learn beside them
         self.has_tokens = config.stages.kind == "tokens"
         channels = tuple(stage_channels or config.stages.channels)
         self.text = vector_branch(config.text, config.classes)

@@ -49,10 +49,46 @@ class Text(NamedTuple):
     """True where there is a real token."""
     global_BT: Tensor | None = None
     """t_global: one vector per caption or class; None in an unconditional network."""
+    mean_BT: Tensor | None = None
+    """μ(t) of a branch with conditioning augmentation …"""
+    log_variance_BT: Tensor | None = None
+    """… and log σ²(t)."""
 
     def repeat_interleave(self, count: int) -> Text:
         """Each sample `count` times in a row."""
         return Text(*(x if x is None else x.repeat_interleave(count, dim=0) for x in self))
+
+
+class ConditioningAugmentation(nn.Module):
+    """A caption's t_global → N(μ(t), diag σ²(t)) (StackGAN, Zhang et al. 2017, section 3.2).
+
+    Before the first step σ is 1, that of the distribution to which the KL term draws it. What the
+    networks see has unit mean square, as without it.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.to_mean = EqualLinear(width, width)
+        self.to_log_variance = EqualLinear(width, width)
+        nn.init.zeros_(self.to_log_variance.weight)
+
+    def forward(self, text: Text) -> Text:
+        """The mean for t_global, and the distribution for `scattered`."""
+        assert text.global_BT is not None
+        mean_BT = self.to_mean(text.global_BT)
+        return text._replace(
+            global_BT=rms_normalize(mean_BT),
+            mean_BT=mean_BT,
+            log_variance_BT=self.to_log_variance(text.global_BT),
+        )
+
+
+def scattered(text: Text, noise_BT: Tensor) -> Text:
+    """t_global drawn with this N(0, 1) noise: μ + σ ⊙ ε, at unit mean square."""
+    assert text.mean_BT is not None
+    assert text.log_variance_BT is not None
+    drawn_BT = text.mean_BT + (0.5 * text.log_variance_BT).exp() * noise_BT
+    return text._replace(global_BT=rms_normalize(drawn_BT))
 
 
 class TextLayer(nn.Module):
@@ -102,6 +138,9 @@ class TextBranch(nn.Module):
             TextLayer(config.width, head_width=config.head_width, mlp_ratio=config.mlp_ratio)
             for _ in range(config.depth)
         )
+        self.augmentation: ConditioningAugmentation | None = None
+        if config.conditioning_augmentation:
+            self.augmentation = ConditioningAugmentation(config.width)
 
     @torch.no_grad()
     def centre(self, mean_token_D: Tensor, mean_pooled_P: Tensor) -> None:
@@ -127,9 +166,13 @@ class TextBranch(nn.Module):
         for layer in self.layers:
             x = layer(x, mask)
         if not self.attends:
-            return Text(global_BT=rms_normalize(x[:, 0]))
-        x = rms_normalize(x)
-        return Text(local_BLT=x[:, 1:], mask_BL=mask_BL, global_BT=x[:, 0])
+            text = Text(global_BT=rms_normalize(x[:, 0]))
+        else:
+            x = rms_normalize(x)
+            text = Text(local_BLT=x[:, 1:], mask_BL=mask_BL, global_BT=x[:, 0])
+        if self.augmentation is not None:
+            text = self.augmentation(text)
+        return text
 
 
 class PooledText(TextBranch):

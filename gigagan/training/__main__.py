@@ -161,6 +161,7 @@ def run(
         task.perceptual(world.device),
         Augment(config.augment),
         encoder,
+        world,
     )
     probe = task.probe(captions, loader, heldout)
     result = loop.train(

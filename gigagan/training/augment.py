@@ -24,6 +24,8 @@ BLUR_REACH = 4
 """A Gaussian is cut off at this many σ, where it has fallen to 0.03 % of its height."""
 TRANSLATION = 8
 """Images move by up to 1/8 of their side (DiffAugment)."""
+NUM_PARAMETERS = {"color": 3, "translation": 2, "cutout": 2}
+"""Numbers that say what an augmentation did to an image."""
 
 
 class Draws(NamedTuple):
@@ -90,6 +92,23 @@ class Augment:
         steps = (_steps(coarsest[2]), _steps(coarsest[3]))
         with without_autocast(levels[0].device):
             return [self._augment(x_BCHW, draws, steps) for x_BCHW in levels]
+
+    def parameters(self, levels: Sequence[Tensor], draws: Draws) -> list[Tensor]:
+        """What was done to each image, in 0 … 1: B 3 for "color", else B 2, as the policy lists.
+
+        Of shifts and centres what is left of the numbers drawn, which are rounded to whole steps.
+        """
+        H, W = levels[-1].shape[2:]
+        steps = (_steps(H), _steps(W))
+        size_2 = draws.shift_B2.new_tensor(steps)
+        most_2 = draws.shift_B2.new_tensor([n // TRANSLATION for n in steps])
+        colour = draws.brightness_B + 0.5, draws.saturation_B / 2, draws.contrast_B - 0.5
+        found = {
+            "color": torch.stack(colour, dim=1),
+            "translation": shifts(draws.shift_B2, steps) / most_2 / 2 + 0.5,
+            "cutout": centres(draws.cutout_B2, steps) / size_2,
+        }
+        return [found[kind] for kind in self.config.diffaugment]
 
     def _augment(self, x_BCHW: Tensor, draws: Draws, steps: tuple[int, int]) -> Tensor:
         wide_BCHW = full_precision(x_BCHW)

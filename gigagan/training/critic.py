@@ -20,9 +20,11 @@ from gigagan.models.discriminator import Discriminator
 from gigagan.models.encoders import ImageEncoder
 from gigagan.models.heads import ProjectedHeads
 from gigagan.models.layers import full_precision
+from gigagan.models.text import Text
 from gigagan.models.upsampler import Upsampler
 from gigagan.training.augment import Augment, mean_sign
 from gigagan.training.auxiliary import Auxiliary
+from gigagan.training.distributed.world import World
 from gigagan.training.inputs import Inputs
 from gigagan.training.tasks import Loss, Metrics
 from gigagan.training.transfer import place
@@ -38,6 +40,8 @@ class Drawn(list[Tensor]):
         super().__init__(images)
         self.stages: list[Tensor] | None = None
         """Features with their way back to the generator, once a critic has looked."""
+        self.text: Text | None = None
+        """The captions' distributions, where they have them."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class Players:
     """What is done to all images that D sees; nothing by default."""
     encoder: ImageEncoder | None = None
     """The frozen encoder on whose features a projected critic's heads are."""
+    world: World = field(default_factory=World)
+    """The entropy compares the images of all ranks."""
 
 
 class Critic(ABC):
@@ -81,6 +87,13 @@ class Critic(ABC):
     @abstractmethod
     def judge(self, images: Sequence[Tensor], inputs: Inputs) -> Tensor:
         """The weighted mean logit of pictures as they are, beside the captions: a pyramid → B."""
+
+    @abstractmethod
+    def embed(self, images: Sequence[Tensor], *, num_sets: int = 1) -> Tensor:
+        """D's features of pictures as they are, without a caption: a pyramid → B F.
+
+        They are `num_sets` sets laid end to end, over which statistics are taken apart.
+        """
 
     @abstractmethod
     def penalty(self, inputs: Inputs) -> Loss:

@@ -21,6 +21,7 @@ from gigagan.seeds import derived
 from gigagan.training.augment import Augment, Draws
 from gigagan.training.captions import RecentCaptions, mismatch
 from gigagan.training.distributed.world import World
+from gigagan.training.options import Chance
 from gigagan.training.tasks import task_of
 from gigagan.training.transfer import place
 
@@ -82,6 +83,8 @@ class Inputs(NamedTuple):
     """Top and left corner of the crop on which LPIPS, or guidance, is measured."""
     draws: tuple[Draws | None, ...] = (None, None, None)
     """Augmentation of real and generated images in D's step, and of generated ones in G's."""
+    chance: Chance = Chance()
+    """What options draw at random."""
     images_seen: int = 0
     """Position, for what fades."""
     in_second_half_B: tuple[bool, ...] | None = None
@@ -131,6 +134,7 @@ def draw(
     for _ in range(3):  # of real and generated images in D's step, and of generated ones in G's
         drawn = augment.draw(B, random, augmented_share)
         draws.append(drawn and drawn.shared(world.share))
+    chance = Chance.draw(config, random).shared(world.share)
 
     recent.add(batch.planned_captions)
     text = captions(batch.captions)
@@ -160,6 +164,7 @@ def draw(
         noise_BN=given.noise_BN,
         crop=given.crop,
         draws=tuple(draws),
+        chance=chance,
         images_seen=images_seen,
         in_second_half_B=tuple(row >= B // 2 for row in world.rows(B)),
     )
@@ -194,5 +199,6 @@ def _rows(inputs: Inputs, rows: slice) -> Inputs:
         given=tuple(x[rows] for x in inputs.given),
         noise_BN=None if inputs.noise_BN is None else inputs.noise_BN[rows],
         draws=tuple(d and d.shared(lambda x: x[rows]) for d in inputs.draws),
+        chance=inputs.chance.shared(lambda x: x[rows]),
         in_second_half_B=None if inputs.in_second_half_B is None else inputs.in_second_half_B[rows],
     )

@@ -18,6 +18,7 @@ from gigagan.config import TrainStage
 from gigagan.models.discriminator import Discriminator, LevelMaps
 from gigagan.models.layers import full_precision
 from gigagan.models.text import Features
+from gigagan.training import options
 from gigagan.training.critic import Critic, of_pictures
 from gigagan.training.inputs import Inputs
 from gigagan.training.tasks import Loss, Metrics
@@ -57,6 +58,9 @@ class MultiScaleCritic(Critic):
 
         loss, more = self.mismatched(config, inputs, loss, beside_other)
         metrics |= more
+        if config.options.reads_features:
+            extra = options.discriminator_terms(self, config, inputs, fakes, _embedding(features))
+            loss, metrics = loss + extra.loss, metrics | extra.metrics
 
         # Vision-aided: the heads on the frozen encoder.
         if players.auxiliary is not None and strength > 0:
@@ -93,6 +97,10 @@ class MultiScaleCritic(Critic):
             loss_match = present * losses.as_fake(d.predict(picked, other_BT), players.weights)
             loss = loss + config.loss.generator_matching * loss_match
             metrics["g/mismatch"] = loss_match.detach()
+        if config.options.reads_features:
+            seen_BF = _embedding(features)
+            own = options.generator_terms(self, config, inputs, fakes, seen_BF, inputs.draws[2])
+            loss, metrics = loss + own.loss, metrics | own.metrics
         if players.auxiliary is not None and strength > 0:
             vision, contrastive = players.auxiliary.generator_losses(
                 seen[0], fakes[0], text_BT, inputs.captions, inputs.text
@@ -107,6 +115,11 @@ class MultiScaleCritic(Critic):
         logits = self.network(list(images[: self.network.config.levels]), inputs.text)
         return of_pictures(logits, self.players.weights)
 
+    def embed(self, images: Sequence[Tensor], *, num_sets: int = 1) -> Tensor:
+        """By the largest picture's maps behind the last stage."""
+        levels = list(images[: self.network.config.levels])
+        return _embedding(self.network.trunk(levels, num_sets=num_sets))
+
     def penalty(self, inputs: Inputs) -> Loss:
         """R1 with respect to the images before their augmentation (StyleGAN2-ADA)."""
         players, d = self.players, self.network
@@ -115,6 +128,11 @@ class MultiScaleCritic(Critic):
         logits = d(seen, inputs.text, double_backward=True)
         penalty = losses.r1_penalty(logits, players.weights, real)
         return Loss(penalty, {"d/r1": penalty.detach()})
+
+
+def _embedding(features: Sequence[LevelMaps]) -> Tensor:
+    """The largest picture's maps behind the last stage, of 1 px: B F."""
+    return [f.maps_BCHW for f in features if f.level == 0][-1].flatten(1)
 
 
 def _rows(features: Sequence[LevelMaps], rows: Tensor) -> list[LevelMaps]:

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from gigagan.config import TrainStage
+from gigagan.models.encoders import ImageEncoder
 from gigagan.models.heads import ProjectedHeads
+from gigagan.models.layers import full_precision
+from gigagan.training import options
 from gigagan.training.augment import Draws
 from gigagan.training.auxiliary import see
 from gigagan.training.critic import Critic, Drawn, of_pictures
@@ -57,7 +60,11 @@ class ProjectedCritic(Critic):
             return heads.predict(picked, other_BT.index_select(0, samples))
 
         loss, more = self.mismatched(config, inputs, loss, beside_other)
-        return Loss(loss, metrics | more)
+        metrics |= more
+        if config.options.reads_features:
+            extra = options.discriminator_terms(self, config, inputs, fakes, _embedding(maps))
+            loss, metrics = loss + extra.loss, metrics | extra.metrics
+        return Loss(loss, metrics)
 
     def generator_loss(
         self, config: TrainStage, inputs: Inputs, fakes: Sequence[Tensor], strength: float
@@ -65,14 +72,24 @@ class ProjectedCritic(Critic):
         """Through the heads as D's step has left them."""
         with torch.no_grad():
             text_BT = self.heads.read(inputs.text)
-        logits = self.heads(self._stages(fakes, inputs), text_BT)
-        loss = self.game(config).generator(logits, self.players.weights)
-        return loss, {"g/adversarial": loss.detach()}
+        maps = self.heads.trunk(self._stages(fakes, inputs))
+        loss = self.game(config).generator(self.heads.predict(maps, text_BT), self.players.weights)
+        metrics = {"g/adversarial": loss.detach()}
+        if config.options.reads_features:
+            seen_BF = _embedding(maps)
+            own = options.generator_terms(self, config, inputs, fakes, seen_BF, inputs.draws[1])
+            loss, metrics = loss + own.loss, metrics | own.metrics
+        return loss, metrics
 
     def judge(self, images: Sequence[Tensor], inputs: Inputs) -> Tensor:
         """By the heads of all stages."""
         stages = self._see(images[0], inputs, None)
         return of_pictures(self.heads(stages, self.heads.read(inputs.text)), self.players.weights)
+
+    def embed(self, images: Sequence[Tensor], *, num_sets: int = 1) -> Tensor:
+        """By the mean over positions of what meets the caption, of all stages."""
+        stages = see(self._encoder, images[0], side=self.heads.config.side).stages
+        return _embedding(self.heads.trunk(stages, num_sets=num_sets))
 
     def penalty(self, inputs: Inputs) -> Loss:
         """There is none: the settings refuse a weight for it."""
@@ -88,7 +105,16 @@ class ProjectedCritic(Critic):
 
     def _see(self, images_BCHW: Tensor, inputs: Inputs, draws: Draws | None) -> list[Tensor]:
         """What the encoder makes of pictures, augmented."""
+        (seen_BCHW,) = self.players.augment.apply([images_BCHW], draws, inputs.images_seen)
+        return list(see(self._encoder, seen_BCHW, side=self.heads.config.side).stages)
+
+    @property
+    def _encoder(self) -> ImageEncoder:
         encoder = self.players.encoder
         assert encoder is not None
-        (seen_BCHW,) = self.players.augment.apply([images_BCHW], draws, inputs.images_seen)
-        return list(see(encoder, seen_BCHW, side=self.heads.config.side).stages)
+        return encoder
+
+
+def _embedding(maps: Sequence[Tensor]) -> Tensor:
+    """What the heads make of a picture before it meets a caption, B M N each → B F."""
+    return torch.cat([full_precision(x_BMN).mean(2) for x_BMN in maps], dim=1)

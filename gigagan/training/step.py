@@ -14,10 +14,13 @@ from gigagan import losses
 from gigagan.config import TrainStage
 from gigagan.models.base import BaseGenerator, features_of
 from gigagan.models.heads import ProjectedHeads
+from gigagan.models.stylegan_t import StyleGANT
+from gigagan.models.text import scattered
 from gigagan.models.upsampler import Upsampler
 from gigagan.training.critic import Critic, Drawn, Players
 from gigagan.training.inputs import Inputs
 from gigagan.training.multi_scale import MultiScaleCritic
+from gigagan.training.options import condition_kl
 from gigagan.training.phases import Phase
 from gigagan.training.projected import ProjectedCritic
 from gigagan.training.tasks import Loss, Metrics, task_of
@@ -48,8 +51,26 @@ def add(metrics: Metrics, terms: Metrics, share: float) -> None:
 def synthesize(generator: BaseGenerator | Upsampler, inputs: Inputs) -> Drawn:
     """The generated pyramid, largest first."""
     noise = () if inputs.noise_BN is None else (inputs.noise_BN,)
+    if (noise_BT := inputs.chance.condition_BT) is not None:
+        return _from_distribution(generator, inputs, noise_BT)
     text = features_of(generator, inputs.captions, lambda captions: inputs.text)
     return Drawn(generator(*inputs.given, inputs.z_BZ, text, *noise))
+
+
+def _from_distribution(
+    generator: BaseGenerator | Upsampler, inputs: Inputs, noise_BT: Tensor
+) -> Drawn:
+    """With captions drawn from what conditioning augmentation makes of them."""
+    assert not isinstance(generator, StyleGANT)  # the settings refuse it
+    text = scattered(generator.read(inputs.text), noise_BT)
+    style_BS = generator.style(inputs.z_BZ, text)
+    if isinstance(generator, Upsampler):
+        small_BCHW, noise_BCHW = inputs.given
+        drawn = Drawn(generator.synthesize(small_BCHW, noise_BCHW, style_BS, text))
+    else:
+        drawn = Drawn(generator.synthesize(style_BS, text))
+    drawn.text = text
+    return drawn
 
 
 def critic_of(players: Players) -> Critic:
@@ -105,6 +126,9 @@ def generator_loss(
         loss = losses.regression(fakes, inputs.real[: len(fakes)], gradients=gradients)
         terms.append(phase.regression * loss)
         metrics["g/regression"] = loss.detach()
+    if isinstance(fakes, Drawn) and fakes.text is not None:
+        terms.append(config.options.conditioning_kl * (kl := condition_kl(fakes.text)))
+        metrics["g/conditioning_kl"] = kl.detach()
     own = task_of(config).own_loss(players.perceptual, inputs, fakes[0])
     if own is not None:
         terms.append(own.loss)

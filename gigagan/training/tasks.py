@@ -33,9 +33,11 @@ from gigagan.models.encoders import ImageEncoder
 from gigagan.models.generator import Generator
 from gigagan.models.heads import ProjectedHeads
 from gigagan.models.layers import full_precision, without_autocast
+from gigagan.models.options import OptionHeads
 from gigagan.models.stylegan_t import StyleGANT
 from gigagan.models.text import Reader
 from gigagan.models.upsampler import Upsampler, shrink
+from gigagan.training.augment import NUM_PARAMETERS
 from gigagan.training.distributed.world import World
 from gigagan.training.probes import BaseProbe, Probe, UpsamplerProbe
 
@@ -87,9 +89,23 @@ class Task(ABC, Generic[Config, Network]):
     def discriminator(self) -> Discriminator | ProjectedHeads:
         """A new D, likewise."""
         config = self.config.discriminator
+        made: Discriminator | ProjectedHeads
         if isinstance(config, ProjectedConfig):
-            return ProjectedHeads(config)
-        return Discriminator(config)
+            made = ProjectedHeads(config)
+        else:
+            made = Discriminator(config)
+        made.options = self.option_heads()
+        return made
+
+    def option_heads(self) -> OptionHeads | None:
+        """What options learn beside D; None where none does."""
+        config, options = self.config.discriminator, self.config.options
+        if not (options.augself or options.classifier):
+            return None
+        kinds = self.config.augment.diffaugment if options.augself else ()
+        classes = config.classes.number if options.classifier and config.classes else 0
+        num_told = [NUM_PARAMETERS[kind] for kind in kinds]
+        return OptionHeads(config.embedding_width, num_told=num_told, num_classes=classes)
 
     def prediction_weights(self, discriminator: Discriminator | ProjectedHeads) -> list[float]:
         """Weights of D's predictions, in the order in which it gives them."""

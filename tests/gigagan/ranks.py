@@ -19,6 +19,7 @@ from gigagan.models.heads import ProjectedHeads
 from gigagan.training.distributed.optimizer import ShardedAdamW, consolidate, make_optimizer
 from gigagan.training.distributed.reducer import GradientReducer
 from gigagan.training.distributed.world import World, join
+from gigagan.training.step import synthesize
 
 BETAS = (0.0, 0.99)
 
@@ -285,6 +286,31 @@ def heads(world, folder):
         assert torch.equal(world.mean(x), x)  # the same on both
 
 
+def options(world, folder):
+    """Terms beside the losses: what compares a batch sees all of it, what is told of it a share."""
+    from .test_options import TEXT, d_loss, g_loss, given_to, players
+
+    # AdaptiveMix pairs the pictures of a rank: other pairs than one process would have.
+    own = TEXT.options.model_copy(update={"adaptive_mix": 0.0})
+    config = TEXT.model_copy(update={"options": own, "batch_size": 8})
+    ours, alone = players(config, world), players(config)
+    inputs, everything = given_to(config, ours, world), given_to(config, alone, World())
+    for side, loss in (("discriminator", d_loss), ("generator", g_loss)):
+        net, whole = getattr(ours, side), getattr(alone, side)
+        reduce = GradientReducer(world, net)
+        for made in (ours, alone):
+            made.discriminator.requires_grad_(side == "discriminator")
+        reduce.arm()
+        loss(ours, config, inputs, synthesize(ours.generator, inputs)).loss.backward()
+        reduce.finish()
+        fakes = synthesize(alone.generator, everything)
+        loss(alone, config, everything, fakes).loss.backward()
+        for (name, a), b in zip(net.named_parameters(), whole.parameters(), strict=True):
+            assert (a.grad is None) == (b.grad is None), name
+            if a.grad is not None:
+                torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
 def dies(world, folder):
     x = torch.ones(5)
     for step in range(100):
@@ -305,7 +331,7 @@ def perform(argv):
     assert (world.size, world.device.type) == (2, "cpu")
     assert isinstance(world, World)
     assert world.shares_memory == (os.environ["LOCAL_WORLD_SIZE"] == "2")
-    acts = {f.__name__: f for f in (reducer, gather, heads, sharded, dies, hangs)}
+    acts = {f.__name__: f for f in (reducer, gather, heads, options, sharded, dies, hangs)}
     acts[name](world, Path(folder))
     world.leave()
     return 0

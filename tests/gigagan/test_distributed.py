@@ -66,7 +66,7 @@ def test_cores_that_do_not_fit_the_ranks_are_named(cores, monkeypatch, asked):
         _keep_to_core(0, 2)
 
 
-@pytest.mark.parametrize("name", ["reducer", "gather", "heads"])
+@pytest.mark.parametrize("name", ["reducer", "gather", "heads", "options"])
 def test_two_ranks_equal_one_process(two_ranks, name, tmp_path):
     status, words = two_ranks(name, tmp_path)
     assert status == [0, 0], words
