@@ -18,7 +18,7 @@ from flows.places import runs
 from flows.resources import Resources as Resources  # part of this module's interface
 from flows.resources import ResourcesConfig
 from gigagan.common.settings import Frozen, SettingsError, dotted_keys, nearest, problems, unknown
-from gigagan.config import EvaluateConfig, TrainBaseConfig, TrainUpsamplerConfig
+from gigagan.config import AdaptConfig, EvaluateConfig, TrainBaseConfig, TrainUpsamplerConfig
 from gigagan.config import presets as training_presets
 
 PRESETS = Path(__file__).with_name("presets")
@@ -37,6 +37,13 @@ class StageName(StrEnum):
     TRAIN_BASE = "train-base"
     TRAIN_UPSAMPLER = "train-upsampler"
     EVALUATE = "evaluate"
+    ADAPT = "adapt"
+
+
+OPTIONAL = frozenset({StageName.ADAPT})
+"""Stages that run only where they are named."""
+USUAL = tuple(stage for stage in StageName if stage not in OPTIONAL)
+"""Those of a whole pipeline, in their order."""
 
 
 class PipelineConfig(Frozen):
@@ -61,6 +68,8 @@ class PipelineConfig(Frozen):
     """Shards and a base generator to an upsampler."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Both networks to numbers and pictures."""
+    adapt: AdaptConfig = AdaptConfig()
+    """A base and a few pictures, or a thing to forget, to an adapter; only where it is named."""
     resources: ResourcesConfig = ResourcesConfig()
     """What each stage runs on."""
 

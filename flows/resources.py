@@ -29,6 +29,7 @@ USED = {
     "train_base": _PROCESS,
     "train_upsampler": _PROCESS,
     "evaluate": _PROCESS,
+    "adapt": _PROCESS,
 }
 """What each stage makes use of; the data stages work in the pipeline's own process."""
 
@@ -242,6 +243,8 @@ class ResourcesConfig(Frozen):
     """For training the upsampler."""
     evaluate: Resources = Resources()
     """For the evaluation."""
+    adapt: Resources = Resources()
+    """For adapting a base."""
 
     @model_validator(mode="after")
     def _used(self) -> ResourcesConfig:
@@ -259,8 +262,8 @@ class ResourcesConfig(Frozen):
                     f"{stage}.processes = {given.processes} with backend inline, which is one "
                     "process: choose auto, torchrun, slurm or kubernetes"
                 )
-        if (ranks := self.evaluate.processes * self.evaluate.nodes) > 1:
-            raise ValueError(
-                f"evaluate has {ranks} processes: it works in one, on all GPUs that it sees"
-            )
+        for stage in ("evaluate", "adapt"):
+            given = getattr(self, stage)
+            if (ranks := given.processes * given.nodes) > 1:
+                raise ValueError(f"{stage} has {ranks} processes: it works in one")
         return self

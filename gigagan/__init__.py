@@ -5,13 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from gigagan.inference.sampler import Sampler
+    from gigagan.models.adapters import Given
 
 __all__ = ["load"]
 
 
 def load(
-    snapshot: str | None = None, upsampler: str | None = None, *, device: str = "cpu"
+    snapshot: str | None = None,
+    upsampler: str | None = None,
+    *,
+    adapters: Sequence[Given] = (),
+    device: str = "cpu",
 ) -> Sampler:
     """Open a snapshot (and an upsampler's) for sampling; see `gigagan.inference.sampler.load`.
 
@@ -19,7 +26,7 @@ def load(
     """
     from gigagan.inference.sampler import load as load_sampler
 
-    return load_sampler(snapshot, upsampler, device=device)
+    return load_sampler(snapshot, upsampler, adapters=adapters, device=device)
 
 
 def __getattr__(name: str) -> Any:

@@ -28,6 +28,7 @@ def _run(argv: list[str]) -> int:
         return train(argv[1:])
     # Not before `main`: an interrupt may come while modules are read.
     from gigagan.commands import (
+        adapt,
         blind,
         describe,
         dissect,
@@ -41,7 +42,7 @@ def _run(argv: list[str]) -> int:
     )
 
     commands = (
-        describe, sample, edit, upscale, play, export, evaluate, blind, dissect, influence,
+        describe, sample, edit, upscale, play, export, evaluate, blind, dissect, influence, adapt,
     )  # fmt: skip
     parser = argparse.ArgumentParser(
         prog="python -m gigagan",
@@ -52,7 +53,8 @@ def _run(argv: list[str]) -> int:
     for command in commands:
         command.add(known)
     args = parser.parse_args(argv)
-    command = next(c for c in commands if c.__name__.endswith(f".{args.command}"))
+    name = "adapt" if args.command == "unlearn" else args.command
+    command = next(c for c in commands if c.__name__.endswith(f".{name}"))
     try:
         command.run(args)
     except (ValueError, OSError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 import fsspec
 from rich.console import Console
 
-from flows.config import PipelineConfig, StageName
+from flows.config import USUAL, PipelineConfig, StageName
 from gigagan.common.settings import parse_assignments
 
 DEFAULT_PRESET = "demo"
@@ -118,8 +118,8 @@ def deployment_of(preset: str) -> str:
 
 
 def named_stages(names: Sequence[str] | None) -> list[StageName]:
-    """Stages by name, in the pipeline's order; all when none is named."""
+    """Stages by name, in the pipeline's order; all the usual ones when none is named."""
     unknown = [name for name in names or () if name not in list(StageName)]
     if unknown:
         raise UsageError(f"unknown stage {unknown[0]!r}: the stages are {', '.join(StageName)}")
-    return [stage for stage in StageName if names is None or stage in names]
+    return [stage for stage in StageName if stage in (USUAL if names is None else names)]

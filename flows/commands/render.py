@@ -7,7 +7,7 @@ from flows.config import PipelineConfig, StageName
 from flows.record import scrub
 from flows.record.tracking import child_environment, tracking_uri
 from flows.stage import Context, MissingInputError, Stage
-from flows.stages import evaluate, train_base
+from flows.stages import adapt, evaluate, train_base
 from flows.stages.full_pipeline import STAGES
 from flows.storage.store import Resolved, Store
 from gigagan.common.settings import SettingsError
@@ -16,6 +16,7 @@ PROCESSES = {
     StageName.TRAIN_BASE: train_base.PROCESS,
     StageName.TRAIN_UPSAMPLER: train_base.PROCESS,
     StageName.EVALUATE: evaluate.PROCESS,
+    StageName.ADAPT: adapt.PROCESS,
 }
 UNKNOWN = "KEY"
 """Instead of a key that follows from what is not there yet."""

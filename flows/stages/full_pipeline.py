@@ -12,11 +12,20 @@ from prefect.runtime import flow_run
 
 from flows import progress
 from flows.conductor import link_to, prefect_tags
-from flows.config import PipelineConfig, StageName
+from flows.config import USUAL, PipelineConfig, StageName
 from flows.record.tracking import PIPELINE, Tracker
 from flows.safety.aftermath import suppressed
 from flows.stage import Manifest, MissingInputError, Stage, StageOutput
-from flows.stages import download, evaluate, filter, outside, score, train_base, train_upsampler
+from flows.stages import (
+    adapt,
+    download,
+    evaluate,
+    filter,
+    outside,
+    score,
+    train_base,
+    train_upsampler,
+)
 from flows.storage.store import Store, Upstream
 from flows.storage.upstream import locate
 
@@ -27,11 +36,13 @@ ORDER = (
     (train_base.STAGE, train_base.train_base),
     (train_upsampler.STAGE, train_upsampler.train_upsampler),
     (evaluate.STAGE, evaluate.evaluate),
+    (adapt.STAGE, adapt.adapt),
 )
 """All stages with their flows, as they run."""
 STAGES = {StageName(stage.name): stage for stage, _ in ORDER}
 FLOWS = {StageName(stage.name): run for stage, run in ORDER}
-ALL = list(STAGES)
+ALL = list(USUAL)
+"""Those that run unless others are named."""
 
 
 @flow(name=PIPELINE, persist_result=True)
@@ -53,7 +64,7 @@ def full_pipeline(
         config: all settings; the deployment comes with those of its preset
     """
     config = config.override(overrides)
-    chosen = [name for name in ALL if name in stages and name not in upstream]
+    chosen = [name for name in STAGES if name in stages and name not in upstream]
     refuse_if_lacking(config, chosen, force, upstream)
     Store.of(config).prepare()
     tracker = Tracker(config.name, config.store_path)
@@ -114,7 +125,7 @@ def plan(
     given = _given(config, store, upstream or {})
     pending: list[str] = []  # stages whose output may change, so that later keys are open
     steps = []
-    for name in ALL:
+    for name in STAGES:
         if name not in stages or name in given:
             continue
         this = STAGES[name]

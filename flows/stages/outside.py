@@ -36,6 +36,14 @@ def lacking(config: PipelineConfig, stage: StageName) -> list[str]:
         files.append(("filter.influence", config.filter.influence))
     if stage == StageName.EVALUATE:
         files = [("evaluate.captions", config.evaluate.captions)]
+    if stage == StageName.ADAPT:
+        adapt = config.adapt
+        if adapt.pictures is None and adapt.unlearn is None:
+            found.append("adapt.pictures and adapt.unlearn are null: give one of them")
+        for setting in ("base", "pictures", "measure_pictures", "old_captions"):
+            path = getattr(adapt, setting)
+            if path and not Path(path).exists():
+                found.append(f"adapt.{setting}: {path!r} is not there (seen from {Path.cwd()})")
     for setting, name in files:
         if name and not Path(name).is_file():
             found.append(f"{setting}: there is no file {name!r} (seen from {Path.cwd()})")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from gigagan.commands.options import (
     Commands,
+    adapters,
+    add_adapters,
     add_drawing,
     add_networks,
     add_overwrite,
@@ -47,6 +49,7 @@ def add(commands: Commands) -> None:
     def kind(name: str, help: str, out: str = "edited-{}") -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = kinds.add_parser(name, help=help)
         add_networks(parser)
+        add_adapters(parser)
         add_drawing(parser)
         parser.add_argument(
             "--out", type=Path, default=Path(out.format(name)), help="(%(default)s)"
@@ -79,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     from gigagan.inference.sampler import load
 
     check(args)
-    sampler = load(args.base, args.upsampler, device=device(args))
+    sampler = load(args.base, args.upsampler, adapters=adapters(args), device=device(args))
     args.prompts = [sampler.condition.check(p, cut=args.cut) for p in args.prompts]
     if args.kind == "walk":
         _walk(sampler, args)

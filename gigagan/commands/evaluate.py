@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gigagan.commands.options import Commands, add_networks, devices
+from gigagan.commands.options import Commands, adapters, add_adapters, add_networks, devices
 from gigagan.common.exits import PROGRESS, tell
 from gigagan.config import EvaluateConfig
 
@@ -32,6 +32,7 @@ def add(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_networks(command, has_team=True)
+    add_adapters(command)
     command.add_argument("--config", type=Path, help="JSON or YAML of an evaluation section")
     command.add_argument("--protocol", help="named rules; --protocols lists them")
     command.add_argument("--num-images", type=int, help="captions (the protocol's, or all)")
@@ -90,9 +91,10 @@ def _drawn_by(
     from gigagan.inference.sampler import load, or_published
 
     base, upsampler = or_published(args.base, args.upsampler)
-    samplers = [load(base, upsampler, device=device) for device in common["devices"]]
+    given = adapters(args)
+    samplers = [load(base, upsampler, adapters=given, device=d) for d in common["devices"]]
     team, condition = Team(samplers), samplers[0].condition
-    common["snapshots"] = {"base": base} | ({"upsampler": upsampler} if upsampler else {})
+    common["snapshots"] = samplers[0].snapshots
 
     def upscale(images: list[Image], prompts: list[str], seed: int) -> list[Image]:
         with team.one() as sampler:

@@ -30,6 +30,31 @@ def add_networks(command: argparse.ArgumentParser, has_team: bool = False) -> No
     command.add_argument("--device", help=f"{names} ({default}; without any the CPU)")
 
 
+def add_adapters(command: argparse.ArgumentParser) -> None:
+    """Which adapters of the base, if any."""
+    command.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="add an adapter's updates to the base, times a weight (1); may be repeated",
+    )
+
+
+def adapters(args: argparse.Namespace) -> list[tuple[str, float]]:
+    """Files and weights of `--adapter`; what follows the last colon is a weight if it reads so."""
+    pairs = []
+    for given in args.adapter:
+        file, _, amount = given.rpartition(":")
+        try:
+            pairs.append((file, float(amount)) if file else (given, 1.0))
+        except ValueError:
+            if not Path(given).exists():
+                raise ValueError(f"--adapter {given}: {amount!r} is no weight") from None
+            pairs.append((given, 1.0))
+    return pairs
+
+
 def device(args: argparse.Namespace) -> str:
     """The one device of `--device`."""
     found = devices(args)

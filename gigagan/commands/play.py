@@ -8,13 +8,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from gigagan.commands.options import Commands, add_networks, device
+from gigagan.commands.options import Commands, adapters, add_adapters, add_networks, device
 
 
 def add(commands: Commands) -> None:
     """Add the command `play` with its arguments."""
     command = commands.add_parser("play", help="a page to play with a model, on this machine")
     add_networks(command)
+    add_adapters(command)
     command.add_argument("--host", default="127.0.0.1", help="address to serve on (%(default)s)")
     command.add_argument("--port", type=int, default=7860, help="(%(default)s)")
 
@@ -24,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
     from gigagan.inference import page
     from gigagan.inference.sampler import load
 
-    sampler = load(args.base, args.upsampler, device=device(args))
+    sampler = load(args.base, args.upsampler, adapters=adapters(args), device=device(args))
     if args.host not in page.LOOPBACK:
         print(
             f"warning: {args.host} lets other machines draw here; nothing asks who they are",

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from gigagan.commands.options import (
     Commands,
+    adapters,
+    add_adapters,
     add_drawing,
     add_networks,
     add_overwrite,
@@ -48,6 +50,7 @@ def add(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_networks(command)
+    add_adapters(command)
     add_drawing(command)
     command.add_argument(
         "prompts", nargs="*", help="one picture each: words, or a class by name or number"
@@ -82,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     from gigagan.inference.prompts import PromptError
     from gigagan.inference.sampler import load
 
-    sampler = load(args.base, args.upsampler, device=device(args))
+    sampler = load(args.base, args.upsampler, adapters=adapters(args), device=device(args))
     given = _fitting(given, sampler)
     wanted, refused, number = [], 0, 0
     for place, prompt in given:

@@ -15,6 +15,8 @@ from gigagan.config.stylegan_t import StyleTConfig, TrainedPart
 from gigagan.config.training import (
     FREE_TO_CHANGE,
     GUIDANCE_SIDE,
+    AdaptConfig,
+    AdaptedLayers,
     AnyDiscriminator,
     AnyGenerator,
     AugmentConfig,
@@ -35,6 +37,8 @@ from gigagan.config.training import (
 __all__ = [
     "FREE_TO_CHANGE",
     "GUIDANCE_SIDE",
+    "AdaptConfig",
+    "AdaptedLayers",
     "AnyDiscriminator",
     "AnyGenerator",
     "AugmentConfig",

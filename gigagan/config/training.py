@@ -674,4 +674,59 @@ class EvaluateConfig(Frozen):
     """Training pictures searched, evenly spread over the shards."""
 
 
+AdaptedLayers = Literal["modulation", "convolutions", "text"]
+"""Mapping network and affine layers of styles; banks of adaptive convolutions; text layers T."""
+
+
+class AdaptConfig(Frozen):
+    """A base taught something new, or made to forget a thing, by low-rank updates of its weights.
+
+    G regresses on the new pictures (`WarmStartConfig` says what that suits), and on old captions
+    draws what the base draws at the same z."""
+
+    base: str | None = None
+    """Snapshot of the base; null: what the stage train-base left."""
+    pictures: str | None = None
+    """Folder of new pictures with captions: a captions.json in COCO's format, or fake_images/
+    beside captions.txt. Null with `unlearn`."""
+    unlearn: str | None = Field(None, pattern=r"\S")
+    """Thing to forget, as captions call it (`padlock`): captions with it then draw what the base
+    draws for the same caption with `replacement`. Null with `pictures`."""
+    replacement: str = Field("something", pattern=r"\S")
+    """What stands for it and its article."""
+    old_captions: str | None = None
+    """Captions of what must stay: a text file with one a line, a COCO file or folder, or the
+    package's trained_on.json. Null: those of the held-out set, its whole gallery."""
+    layers: tuple[AdaptedLayers, ...] = Field(("modulation", "convolutions", "text"), min_length=1)
+    """Which weights are adapted."""
+    rank: int | None = Field(4, ge=1)
+    """Rank of every update; null: full updates, in a file as large as these weights."""
+    total_images: int = Field(12_000, ge=1)
+    """Length in images seen, new and old; 200 a second on a core at 32 px."""
+    batch_size: int = Field(16, ge=2)
+    """Images per step: half are new, half old."""
+    lr: float = Field(5e-3, gt=0)
+    """Learning rate of Adam, relative to a weight's size; over the last half it falls to 0."""
+    keep: float = Field(1.0, ge=0)
+    """Weight of what must stay against what is new."""
+    gradients: float = Field(0.5, ge=0)
+    """Weight of pictures' edges in both losses, relative to the L1's."""
+    checkpoint_images: int = Field(4_000, ge=1)
+    """Images between two checkpoints."""
+    measure_pictures: str | None = None
+    """Folder of further new pictures, on which it is measured; null: those it learned from."""
+    measure_captions: int = Field(128, ge=2)
+    """Most captions, new and old each, on which it is measured before and after; KID on 48."""
+    seed: Seed = 0
+    """Seed of the factors, of the order and of latents."""
+
+    @model_validator(mode="after")
+    def _one_task(self) -> Self:
+        if self.pictures is not None and self.unlearn is not None:
+            raise ValueError(
+                f"pictures = {self.pictures} and unlearn = {self.unlearn}: give one of them"
+            )
+        return self
+
+
 TrainStage = TrainBaseConfig | TrainUpsamplerConfig

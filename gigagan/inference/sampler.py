@@ -21,6 +21,7 @@ from gigagan.inference import resolver, tiles
 from gigagan.inference.conditions import Condition, Untold, Words, condition_of
 from gigagan.inference.editing import Edit, interpolate
 from gigagan.models import snapshot
+from gigagan.models.adapters import Given, apply
 from gigagan.models.base import BaseGenerator
 from gigagan.models.encoders import TextEncoder
 from gigagan.models.generator import Late
@@ -39,15 +40,18 @@ def load(
     path: str | Path | None = None,
     upsampler: str | Path | None = None,
     *,
+    adapters: Sequence[Given] = (),
     device: str = "cpu",
 ) -> Sampler:
     """Open the snapshot of a base generator and, if given, that of an upsampler.
 
     Without any, both of those that come with the package. `models:/gigagan@champion`, or
     `models:/gigagan/VERSION`, opens both of a pair registered in MLflow; an upsampler that is given
-    takes the place of the pair's.
+    takes the place of the pair's. `adapters` are files, or pairs of a file and its weight, whose
+    updates are added to the base's weights.
 
     Raises:
+        AdapterError: one of them does not fit the base.
         SnapshotError: a file is missing, damaged, or of the other kind; or the upsampler reads
             what the base is not told.
         MissingWeightsError: the frozen text encoder's weights are not installed.
@@ -68,6 +72,7 @@ def load(
                 f"makes {base.config.resolution} px"
             )
     files = {"base": path} | ({} if upsampler is None else {"upsampler": upsampler})
+    files |= apply(base, adapters)
     return Sampler(base, larger, device=device, snapshots=files)
 
 

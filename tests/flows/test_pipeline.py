@@ -6,10 +6,10 @@ from prefect.logging.handlers import APILogHandler
 from rich.console import Console
 
 from flows.commands.watch import watch
-from flows.config import StageName
+from flows.config import USUAL, StageName
 from flows.record.tracking import Tracker
 from flows.stage import MissingInputError
-from flows.stages import download, filter, score
+from flows.stages import adapt, download, filter, score
 from flows.stages.full_pipeline import full_pipeline, plan
 
 pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("prefect_server")]
@@ -40,7 +40,7 @@ def log_of_newest(capsys) -> list[str]:
 def test_stages_run_in_order_and_leave_a_complete_record(config, ran, capsys):
     assert [step.action for step in plan(config)] == ["run"] * 6
     outputs = full_pipeline(config=config)
-    assert ran == list(StageName) == list(outputs)
+    assert ran == list(USUAL) == list(outputs)
     log = log_of_newest(capsys)
     assert log[:6] == [
         "stage 1 of 6, download: Metadata to images.",
@@ -50,7 +50,7 @@ def test_stages_run_in_order_and_leave_a_complete_record(config, ran, capsys):
         "score started",
         "score done",
     ]
-    assert [line for line in log if "done" in line] == [f"{name} done" for name in StageName]
+    assert [line for line in log if "done" in line] == [f"{name} done" for name in USUAL]
     assert [step.action for step in plan(config)] == ["skip"] * 6
 
     tracker = Tracker(config.name, config.store_path)
@@ -116,3 +116,35 @@ def test_plan_names_what_is_missing(config, ran):
     (step,) = plan(config, [StageName.EVALUATE])
     assert step.action == "missing"
     assert "train-base" in step.reason or "download" in step.reason
+
+
+def test_adapt_runs_only_where_it_is_named_and_by_the_content_of_what_it_reads(
+    config, ran, monkeypatch, tmp_path
+):
+    seen = []
+
+    def body(context):
+        seen.append({name: path.name for name, path in context.inputs.items()})
+        (context.path / "report.json").write_text('{"bytes": 9, "new": {"r1_after": 0.5}}')
+
+    monkeypatch.setattr(adapt.launch, "stage_process", lambda context, process: body(context))
+    only = [StageName.ADAPT]
+    with pytest.raises(MissingInputError, match="are null: give one of them"):
+        full_pipeline(stages=only, config=config)
+    with pytest.raises(MissingInputError, match=r"adapt.pictures: 'nowhere' is not there"):
+        full_pipeline({"adapt.pictures": "nowhere"}, stages=only, config=config)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/captions.txt").write_text("a bell")
+    asked = {"adapt.pictures": str(tmp_path / "new")}
+    (step,) = plan(config.override(asked), only)
+    assert step.action == "missing"
+    full_pipeline(config=config)
+    assert not seen
+    first = full_pipeline(asked, stages=only, config=config)["adapt"]
+    assert first.metrics == {"bytes": 9.0, "new_r1_after": 0.5}
+    assert seen == [{"base": "snapshot.safetensors", "heldout": "heldout"}]
+    (tmp_path / "new").rename(tmp_path / "moved")
+    moved = config.override({"adapt.pictures": str(tmp_path / "moved")})
+    assert [step.action for step in plan(moved, only)] == ["skip"]
+    (tmp_path / "moved/captions.txt").write_text("a key")
+    assert [step.action for step in plan(moved, only)] == ["run"]
