@@ -82,6 +82,8 @@ def evaluated(snapshot: Snapshot, heldout: Path, out: Path, config: EvaluateConf
         out,
         config,
         snapshots={"base": snapshot.path},
+        asks=sampler.condition.asks,
+        classes=sampler.condition.classes,
         statistics=out.parent / "statistics",
         progress=lambda what, done, total: print(f"{out.name}: {done}/{total} {what}", flush=True),
     )

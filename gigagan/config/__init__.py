@@ -13,6 +13,7 @@ from gigagan.config.options import OptionsConfig
 from gigagan.config.projected import ProjectedConfig
 from gigagan.config.stylegan_t import StyleTConfig, TrainedPart
 from gigagan.config.training import (
+    CANDIDATE_SIDE,
     FREE_TO_CHANGE,
     GUIDANCE_SIDE,
     AdaptConfig,
@@ -35,6 +36,7 @@ from gigagan.config.training import (
 )
 
 __all__ = [
+    "CANDIDATE_SIDE",
     "FREE_TO_CHANGE",
     "GUIDANCE_SIDE",
     "AdaptConfig",

@@ -49,6 +49,8 @@ AnyDiscriminator = Annotated[
 ]
 """The discriminator's section: `kind: projected`, or none for GigaGAN's."""
 
+CANDIDATE_SIDE = 8
+"""Side in pixels at which a warm start looks which of several latents is nearest."""
 GUIDANCE_SIDE = 64
 """Largest side in pixels of what guidance looks at (StyleGAN-T); of larger pictures a crop."""
 
@@ -118,6 +120,11 @@ class WarmStartConfig(Frozen):
     gradients: float = Field(0.0, ge=0)
     """Weight of the absolute difference between neighbouring pixels' differences (image
     gradients; Mathieu et al. 2016, arXiv:1511.05440, equation 6), relative to the L1's."""
+    candidates: int = Field(1, ge=1)
+    """Latents z that stand for a picture: the one whose drawing at `CANDIDATE_SIDE` px is nearest
+    to it learns (conditional implicit maximum likelihood, Li et al. 2020, arXiv:2004.03590). For
+    conditions with many pictures each: a single latent learns their mean. Of GigaGAN's generator
+    alone; 8 of them double the time of a step of G."""
     head_start_images: int = Field(2_000, ge=0)
     """Images in which D learns to tell the pictures apart before G hears of it."""
     ramp_images: int = Field(2_000, ge=1)
@@ -407,6 +414,11 @@ class TrainBaseConfig(TrainConfig):
         _same_condition(self.generator, self.discriminator, self.loss, guided=self.is_guided)
         check_options(self.options, self.generator, self.discriminator, self.augment.diffaugment)
         _something_to_learn(self.warm_start, self.warm_start.regression)
+        if self.warm_start.candidates > 1 and not isinstance(self.generator, GeneratorConfig):
+            raise ValueError(
+                f"warm_start.candidates = {self.warm_start.candidates}, but only GigaGAN's "
+                "generator draws the small pictures by which they are told: set it to 1"
+            )
         _phases_follow(self.phases)
         for number, phase in enumerate(self.phases):
             _has_what_it_trains(f"phases[{number}].trains", phase.trains, self.generator)
@@ -458,6 +470,11 @@ class TrainUpsamplerConfig(TrainConfig):
         _same_condition(self.upsampler, self.discriminator, self.loss)
         check_options(self.options, self.upsampler, self.discriminator, self.augment.diffaugment)
         _something_to_learn(self.warm_start, self.warm_start.regression + self.pixel + self.lpips)
+        if self.warm_start.candidates > 1:
+            raise ValueError(
+                f"warm_start.candidates = {self.warm_start.candidates}, but what an upsampler "
+                "draws hangs on its input: set it to 1"
+            )
         return self
 
 

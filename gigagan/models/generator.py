@@ -151,14 +151,21 @@ class Generator(nn.Module):
         towards_caption_BS = torch.stack(of_caption).lerp(style_BS, psi)
         return self.style_mean.expand_as(style_BS).lerp(towards_caption_BS, psi)
 
-    def synthesize(self, style_BS: Tensor, text: Text, late: Late | None = None) -> list[Tensor]:
-        """Style and text → images in [−1, 1] (roughly), largest first, down to 4 px."""
+    def synthesize(
+        self, style_BS: Tensor, text: Text, late: Late | None = None, *, side: int | None = None
+    ) -> list[Tensor]:
+        """Style and text → images in [−1, 1] (roughly), largest first, down to 4 px.
+
+        With `side` no larger ones than of that side are drawn.
+        """
         B = len(style_BS)  # text may be of one caption for all
         if late is not None and late.level == 0:  # the 4×4 input is of the first level
             style_BS, text = late.style_BS, late.text
         x = self._input(style_BS, B)
         images: list[Tensor] = []
         for number, level in enumerate(self.levels):
+            if side is not None and 4 << number > side:
+                break
             if late is not None and number >= late.level:
                 style_BS, text = late.style_BS, late.text
             if images:

@@ -83,6 +83,8 @@ class Inputs(NamedTuple):
     """Top and left corner of the crop on which LPIPS, or guidance, is measured."""
     draws: tuple[Draws | None, ...] = (None, None, None)
     """Augmentation of real and generated images in D's step, and of generated ones in G's."""
+    candidates_BKZ: Tensor | None = None
+    """Latents from which a warm start chooses one for each picture, in place of z."""
     chance: Chance = Chance()
     """What options draw at random."""
     images_seen: int = 0
@@ -135,6 +137,10 @@ def draw(
         drawn = augment.draw(B, random, augmented_share)
         draws.append(drawn and drawn.shared(world.share))
     chance = Chance.draw(config, random).shared(world.share)
+    candidates_BKZ: Tensor | None = None
+    if config.warm_start.images and (K := config.warm_start.candidates) > 1:
+        candidates = torch.randn(B, K, config.network.latent_dim, generator=random)
+        candidates_BKZ = world.share(candidates)
 
     recent.add(batch.planned_captions)
     text = captions(batch.captions)
@@ -164,6 +170,7 @@ def draw(
         noise_BN=given.noise_BN,
         crop=given.crop,
         draws=tuple(draws),
+        candidates_BKZ=candidates_BKZ,
         chance=chance,
         images_seen=images_seen,
         in_second_half_B=tuple(row >= B // 2 for row in world.rows(B)),
@@ -199,6 +206,7 @@ def _rows(inputs: Inputs, rows: slice) -> Inputs:
         given=tuple(x[rows] for x in inputs.given),
         noise_BN=None if inputs.noise_BN is None else inputs.noise_BN[rows],
         draws=tuple(d and d.shared(lambda x: x[rows]) for d in inputs.draws),
+        candidates_BKZ=None if inputs.candidates_BKZ is None else inputs.candidates_BKZ[rows],
         chance=inputs.chance.shared(lambda x: x[rows]),
         in_second_half_B=None if inputs.in_second_half_B is None else inputs.in_second_half_B[rows],
     )

@@ -99,6 +99,11 @@ def _steps(run: Run, stream: Iterator[Inputs], after_step: Callable[[Phase], Non
         share, keeps_graph, last = 1 / len(parts), len(parts) == 1, len(parts) - 1
         metrics: step.Metrics = {}
 
+        # Beside a regression each picture may choose its latent.
+        if phase.regression > 0:
+            with autocast(config.precision, world.device):
+                parts = [step.with_nearest_latents(generator, part) for part in parts]
+
         # One forward of the generator serves both steps, unless a batch comes in parts.
         fakes: list[list[Tensor]] = []
         for part in parts:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from gigagan import losses
-from gigagan.config import TrainStage
+from gigagan.config import CANDIDATE_SIDE, TrainStage
 from gigagan.models.base import BaseGenerator, features_of
+from gigagan.models.generator import Generator
 from gigagan.models.heads import ProjectedHeads
 from gigagan.models.stylegan_t import StyleGANT
 from gigagan.models.text import scattered
@@ -37,6 +38,7 @@ __all__ = [
     "generator_loss",
     "r1_loss",
     "synthesize",
+    "with_nearest_latents",
 ]
 
 ADVERSARIAL = Phase()
@@ -46,6 +48,27 @@ def add(metrics: Metrics, terms: Metrics, share: float) -> None:
     """Add a part's metrics to those of its step."""
     for name, value in terms.items():
         metrics[name] = metrics.get(name, torch.zeros_like(value)) + share * value
+
+
+@torch.no_grad()
+def with_nearest_latents(generator: BaseGenerator | Upsampler, inputs: Inputs) -> Inputs:
+    """With each picture's z the candidate whose small drawing is nearest to it, by L1.
+
+    Conditional implicit maximum likelihood (Li et al. 2020, algorithm 1): every picture pulls its
+    nearest drawing, so that no look of a condition is left out, and none is averaged with another.
+    Theirs chooses anew once in a while, here each step does.
+    """
+    if inputs.candidates_BKZ is None:
+        return inputs
+    assert isinstance(generator, Generator)  # the settings refuse others
+    B, K, _ = inputs.candidates_BKZ.shape
+    text = generator.read(inputs.text).repeat_interleave(K)
+    style_BS = generator.style(inputs.candidates_BKZ.flatten(0, 1), text)
+    drawn_BKCHW = generator.synthesize(style_BS, text, side=CANDIDATE_SIDE)[0].unflatten(0, (B, K))
+    (real_BCHW,) = [x for x in inputs.real if x.shape[-1] == drawn_BKCHW.shape[-1]]
+    best_B = (drawn_BKCHW - real_BCHW[:, None]).abs().flatten(2).mean(2).argmin(1)
+    rows_B = torch.arange(B, device=best_B.device)
+    return inputs._replace(z_BZ=inputs.candidates_BKZ[rows_B, best_B])
 
 
 def synthesize(generator: BaseGenerator | Upsampler, inputs: Inputs) -> Drawn:

@@ -364,3 +364,82 @@ def test_a_rank_measures_its_share_of_the_pictures_that_lpips_is_asked_for():
         phase = Phase(True, 0.0, 0.0)
         step.generator_loss(made, config, part, fakes, auxiliary_strength=0, phase=phase)
     assert counts == [4, 2, 2]
+
+
+# ---- several latents for a picture
+
+
+def choosing(candidates, **more):
+    warm = WARM.warm_start.model_copy(update={"candidates": candidates, **more})
+    return WARM.model_copy(update={"warm_start": warm})
+
+
+def test_each_picture_gets_the_latent_whose_small_drawing_is_nearest_to_it():
+    config = choosing(5)
+    made = players(config)
+    inputs = draw(config, made, ShadeBatch(8, 4, 8), 8)
+    chosen = step.with_nearest_latents(made.generator, inputs)
+    for row in range(4):
+        text = type(inputs.text)(*(part[row : row + 1] for part in inputs.text))
+        errors = []
+        for z_Z in inputs.candidates_BKZ[row]:
+            with torch.no_grad():
+                drawn = made.generator(z_Z[None], text)
+            (small,) = [x for x in drawn if x.shape[-1] == 8]
+            errors.append(float((small - inputs.real[0][row]).double().abs().mean()))
+        best = min(range(5), key=errors.__getitem__)
+        assert torch.equal(chosen.z_BZ[row], inputs.candidates_BKZ[row, best])
+    assert torch.equal(draw(choosing(1), made, ShadeBatch(8, 4, 8), 8).z_BZ, inputs.z_BZ)
+    halves = [step.with_nearest_latents(made.generator, part).z_BZ for part in split(inputs, 2)]
+    assert torch.equal(torch.cat(halves), chosen.z_BZ)
+
+
+class Unnamed(TwoShades):
+    """The same pictures, of which captions say nothing."""
+
+    def __init__(self, position, size, side):
+        super().__init__(position, size, side)
+        self.captions = self.planned_captions = ["a square"] * size
+
+
+@pytest.mark.parametrize(("candidates", "is_told"), [(1, False), (6, True)])
+def test_with_several_latents_a_caption_of_two_looks_is_drawn_as_either_and_not_as_their_mean(
+    candidates, is_told
+):
+    config = choosing(candidates, images=4_000)
+    made = players(config)
+    optimizer = torch.optim.Adam(made.generator.parameters(), lr=0.01, betas=(0.0, 0.99))
+    for position in range(0, 480, 4):
+        inputs = draw(config, made, Unnamed(position, 4, 8), position)
+        inputs = step.with_nearest_latents(made.generator, inputs)
+        optimizer.zero_grad()
+        step.generator_loss(
+            made, config, inputs, step.synthesize(made.generator, inputs),
+            auxiliary_strength=0.0, phase=phase_at(config, 0),
+        ).loss.backward()  # fmt: skip
+        optimizer.step()
+    batch = draw(config, made, Unnamed(0, 4, 8), 0)
+    z_NZ = torch.randn(64, config.generator.latent_dim, generator=torch.Generator().manual_seed(1))
+    text = type(batch.text)(*(part[:1].expand(64, *part.shape[1:]) for part in batch.text))
+    with torch.no_grad():
+        shade_N = made.generator(z_NZ, text)[0].mean((1, 2, 3))
+    assert (min((shade_N < -0.3).sum(), (shade_N > 0.3).sum()) >= 16) == is_told
+
+
+def test_a_run_with_several_latents_goes_on_bit_for_bit(tmp_path):
+    config = choosing(3)
+    whole = run(config, tmp_path / "whole")
+    run(config.model_copy(update={"total_images": 12}), tmp_path / "parts")
+    again = run(config, tmp_path / "parts")
+    for name, value in whole.generator.state_dict().items():
+        assert torch.equal(value, again.generator.state_dict()[name]), name
+
+
+def test_several_latents_are_refused_where_nothing_small_is_drawn():
+    several = {"warm_start": {"images": 20, "candidates": 4}}
+    with pytest.raises(ValidationError, match=r"candidates = 4, but only GigaGAN's generator"):
+        TrainBaseConfig.model_validate(
+            preset("stylegan_t_small_32").model_dump(mode="json") | several
+        )
+    with pytest.raises(ValidationError, match=r"candidates = 4, but what an upsampler draws"):
+        TrainUpsamplerConfig.model_validate(several)
