@@ -722,7 +722,7 @@ class AdaptConfig(Frozen):
     """Length in images seen, new and old; 200 a second on a core at 32 px."""
     batch_size: int = Field(16, ge=2)
     """Images per step: half are new, half old."""
-    lr: float = Field(5e-3, gt=0)
+    lr: float = Field(0.02, gt=0)
     """Learning rate of Adam, relative to a weight's size; over the last half it falls to 0."""
     keep: float = Field(1.0, ge=0)
     """Weight of what must stay against what is new."""
