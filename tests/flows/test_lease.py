@@ -228,7 +228,7 @@ else:
     board = LocalBoard(Path(where))
 for _ in range(rounds):
     # A busy machine silences who lives: only strangers have nothing else to go by.
-    held = Lease(board, "x", stale_s=4.0 if stranger else 12.0)
+    held = Lease(board, "x", stale_s=4.0 if stranger else 30.0)
     try:
         held.acquire()
         with open(witness + ".lock", "w") as lock, open(witness, "a") as log:

@@ -94,7 +94,7 @@ def write_shards(folder: Path, num_samples: int = NUM_SAMPLES) -> Path:
         resolution=SIDE,
         codec="png",
         samples=num_samples,
-        classes=LABELS,
+        classes=LABELS if num_samples else (),
         unlabelled=0,
         shards=tuple(entries),
     )
