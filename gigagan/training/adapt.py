@@ -70,7 +70,7 @@ def read_pictures(folder: Path) -> Heldout:
         ValueError: they are fewer than two, or in neither format.
         FileNotFoundError: a part is missing.
     """
-    if folder.suffix == ".json" or (folder / "captions.json").is_file():
+    if (folder / "captions.json").is_file():
         found = read_heldout(folder)
     elif (folder / "fake_images").is_dir():
         files, captions = read_drawn(folder)
