@@ -63,7 +63,14 @@ class Snapshot:
         return int(described["about"]["images_seen"])
 
 
-def evaluated(snapshot: Snapshot, heldout: Path, out: Path, config: EvaluateConfig) -> Results:
+def evaluated(
+    snapshot: Snapshot,
+    heldout: Path,
+    out: Path,
+    config: EvaluateConfig,
+    *,
+    aligner: Path | None = None,
+) -> Results:
     """What `out`/results.json says of the snapshot, measured now if it says nothing."""
     file = out / "results.json"
     if file.is_file():
@@ -81,6 +88,7 @@ def evaluated(snapshot: Snapshot, heldout: Path, out: Path, config: EvaluateConf
         heldout,
         out,
         config,
+        aligner=aligner,
         snapshots={"base": snapshot.path},
         asks=sampler.condition.asks,
         classes=sampler.condition.classes,

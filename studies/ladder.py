@@ -1,0 +1,172 @@
+"""Does the ablation of GigaGAN's Table 1 reproduce, row by row, at a size that a CPU can train?
+
+- `cost` measures on one core what an image costs in every row; equal time follows from it.
+- `run` works off the queue: every row with every seed, measured at equal images and at equal time.
+  It may be stopped at any moment, and be started on several machines that share a folder.
+- `status` says what is done; `report` prints the tables of docs/paper.md and draws the pictures.
+
+Rows are the presets `ladder-…` (the paper's losses alone), and two that no paper has: the last but
+one with a warm start, and the same generator before a projected critic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gigagan.config import TrainBaseConfig
+from gigagan.config.presets import LADDER, ladder
+from gigagan.evaluation.report.results import write_json
+from studies import _queue
+from studies._queue import Place, Training
+
+RESULTS = Path("docs/paper/ladder")
+IMAGES = 6_000
+"""At which all rows are compared; the paper's have seen 25.6 million."""
+MINUTES = 4.0
+"""Of one core, at which all rows are compared, too."""
+SEEDS = 3
+FULL = "vision"
+"""The row that has everything but the last one's width."""
+_SHORT: dict[str, dict[str, Any]] = {
+    "loss": {"auxiliary_start_images": 1_500, "ramp_images": 1_500},
+    "optimizer": {"warmup_images": 800, "ema_half_life_images": 2_000},
+}
+"""For a run this short: CLIP's and the vision-aided loss begin in its first quarter."""
+_WARM = {"images": IMAGES * 2 // 5, "gradients": 0.5, "head_start_images": 800, "ramp_images": 800}
+_PROJECTED: dict[str, Any] = {
+    "discriminator": {"kind": "projected"},
+    "loss": {
+        "adversarial": "hinge",
+        "matching": 0.5,
+        "matching_images": "real",
+        "contrastive": 0.0,
+        "vision": 0.0,
+    },
+    "optimizer": {
+        **_SHORT["optimizer"],
+        "lr": 1e-3,
+        "generator_rate": 2.0,
+        "r1_weight": 0.0,
+        "weight_decay": 0.0,
+        "attention_weight_decay": 0.0,
+    },
+    "augment": {"diffaugment": ["translation", "cutout"]},
+}
+ROWS = (*LADDER, "warm-start", "projected")
+
+
+def config_of(row: str) -> TrainBaseConfig:
+    """A row's training; its length is left open."""
+    tree = ladder(row if row in LADDER else FULL).model_dump(mode="json")
+    if row == "projected":
+        return TrainBaseConfig.model_validate({**tree, **_PROJECTED})
+    for section, changes in _SHORT.items():
+        tree[section] |= changes
+    if row == "warm-start":
+        tree["warm_start"] = _WARM
+    return TrainBaseConfig.model_validate(tree)
+
+
+def trainings(results: Path, rows: Sequence[str] = ROWS, seeds: int = SEEDS) -> list[Training]:
+    """The queue: all rows with the first seed, then all with the second, …
+
+    Raises:
+        ValueError: it was not measured yet what images cost.
+    """
+    file = results / "cost.json"
+    if not file.exists():
+        raise ValueError(f"there is no {file}: run `python -m studies.ladder cost` first")
+    cost = json.loads(file.read_text())["milliseconds"]
+    return [
+        Training(
+            f"{row}-seed-{seed}",
+            {"row": row, "seed": seed},
+            config_of(row).model_copy(update={"seed": seed}),
+            {"images": IMAGES, "time": images_in(60e3 * MINUTES, row, cost)},
+        )
+        for seed in range(seeds)
+        for row in rows
+    ]
+
+
+def images_in(milliseconds: float, row: str, cost: dict[str, float]) -> int:
+    """Whole steps that a core does in that time; a warm start's images cost less than others."""
+    warm = _WARM["images"] if row == "warm-start" else 0
+    per_image = cost[FULL if row == "warm-start" else row]
+    spent = warm * cost["warm-start"]
+    return 16 * round((warm + (milliseconds - spent) / per_image) / 16)
+
+
+def measure_cost(place: Place, rows: Sequence[str]) -> None:
+    """Add what images cost in these rows to cost.json."""
+    torch.set_num_threads(1)
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    file = place.results / "cost.json"
+    known = json.loads(file.read_text())["milliseconds"] if file.exists() else {}
+    for row in rows:
+        if row not in known:
+            config = config_of(row)
+            if row != "warm-start":
+                config = _with_everything_on(config)
+            known[row] = round(_queue.milliseconds(config, place), 2)
+            place.results.mkdir(parents=True, exist_ok=True)
+            write_json(file, {"milliseconds": known, **_queue.circumstances()})
+            print(f"{row}: {known[row]} ms an image", flush=True)
+
+
+def _with_everything_on(config: TrainBaseConfig) -> TrainBaseConfig:
+    """Losses that begin later begin at once."""
+    loss = config.loss.model_copy(update={"auxiliary_start_images": 0, "ramp_images": 1})
+    return config.model_copy(update={"loss": loss})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what was asked for; returns the exit status."""
+    p = argparse.ArgumentParser(
+        prog="python -m studies.ladder",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("command", choices=("cost", "run", "status", "report"))
+    p.add_argument("--shards", type=Path, help="folder such as shards/032 of the stage filter")
+    p.add_argument("--heldout", type=Path, help="held-out pictures of the stage download")
+    p.add_argument(
+        "--out", type=Path, default=Path("runs/ladder"), help="checkpoints (%(default)s)"
+    )
+    p.add_argument("--results", type=Path, default=RESULTS, help="JSON files (%(default)s)")
+    p.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help="some rows")
+    p.add_argument("--seeds", type=int, default=SEEDS)
+    p.add_argument("--cores", type=int, nargs="+", default=[0], help="one training each")
+    p.add_argument("--minutes", type=float, help="then stop, with checkpoints (when all is done)")
+    p.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    args = p.parse_args(argv)
+    if args.command in ("cost", "run") and not (args.shards and args.heldout):
+        p.error("give --shards and --heldout: what the stages filter and download left")
+    place = Place(args.shards or Path(), args.heldout or Path(), args.out, args.results)
+    if args.command == "cost":
+        measure_cost(place, args.rows)
+        return 0
+    todo = trainings(args.results, args.rows, args.seeds)
+    if args.one:
+        return _queue.do_one(todo, place, args.one[0], *map(int, args.one[1:]))
+    if args.command == "status":
+        print(_queue.status(todo, place))
+        return 0
+    if args.command == "report":
+        return 0
+    command = ["studies.ladder", "run", "--shards", str(args.shards), "--heldout"]
+    command += [str(args.heldout), "--out", str(args.out), "--results", str(args.results)]
+    _queue.work(todo, place, command, cores=args.cores, minutes=args.minutes)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
