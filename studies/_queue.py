@@ -95,8 +95,9 @@ class Place:
 
 
 def judged(**changes: Any) -> EvaluateConfig:
-    """How snapshots are measured: by distances, names and agreement, no looks."""
+    """How snapshots are measured: 256 pictures, by distances, names and agreement; no looks."""
     plain: dict[str, Any] = {"sweep": (), "speed_batches": (), "neighbours": 0}
+    plain |= {"num_images": 256, "naming_splits": (), "resamples": 100}
     plain |= {"diversity_prompts": 0, "dissect_captions": 0, **changes}
     return EvaluateConfig.model_validate(plain)
 

@@ -668,6 +668,12 @@ class EvaluateConfig(Frozen):
     naming_captions: int = Field(192, ge=0)
     """Most captions of each split of the gallery (trained, combinations, unseen) of which it is
     measured whether the picture can be named; 0 measures none."""
+    naming_splits: tuple[Literal["trained", "combination", "unseen"], ...] = (
+        "trained",
+        "combination",
+        "unseen",
+    )
+    """Splits of which captions are drawn for that; of others only what is drawn anyway is named."""
     diversity_prompts: int = Field(12, ge=0)
     """Prompts on which the LPIPS diversity within a prompt is measured."""
     diversity_seeds: int = Field(4, ge=2)

@@ -164,7 +164,9 @@ def _to_name(
     shutil.rmtree(at.out / "naming", ignore_errors=True)
     if gallery is None:
         return []
-    anyway, beside = naming.plan(gallery, captions, count=at.config.naming_captions)
+    asked_for: dict[str, Any] = {"count": at.config.naming_captions}
+    asked_for["splits"] = at.config.naming_splits
+    anyway, beside = naming.plan(gallery, captions, **asked_for)
     by_caption = dict(zip(captions, generated, strict=True))
     drawn = [Drawn(place, by_caption[gallery.works[place].caption]) for place in anyway]
     if sample is None or not beside:

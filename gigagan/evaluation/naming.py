@@ -74,7 +74,11 @@ def choose(
 
 
 def plan(
-    gallery: Gallery, captions: Sequence[str], *, count: int = CAPTIONS
+    gallery: Gallery,
+    captions: Sequence[str],
+    *,
+    count: int = CAPTIONS,
+    splits: Collection[str] = SPLITS,
 ) -> tuple[list[int], list[int]]:
     """Places that are asked for: those drawn anyway, for `captions`, and those beside them.
 
@@ -86,7 +90,7 @@ def plan(
     for split in SPLITS:
         own = choose(gallery, split, among=there, count=count)
         anyway += own
-        beside += [] if own else choose(gallery, split, count=count)
+        beside += [] if own or split not in splits else choose(gallery, split, count=count)
     return anyway, beside
 
 
