@@ -231,7 +231,9 @@ class _Clock:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        state = json.loads(file.read_text()) if file.exists() else {"seconds": 0.0, "noted": {}}
+        state: Record = {"seconds": 0.0, "noted": {}}
+        if file.exists():
+            state = json.loads(file.read_text())
         self.seconds: float = state["seconds"]
         self.noted: dict[str, dict[str, float]] = state["noted"]
 

@@ -3,7 +3,8 @@
 - `cost` measures on one core what an image costs in every row; equal time follows from it.
 - `run` works off the queue: every row with every seed, measured at equal images and at equal time.
   It may be stopped at any moment, and be started on several machines that share a folder.
-- `status` says what is done; `report` prints the tables of docs/paper.md and draws the pictures.
+- `status` says what is done; `report` prints the tables of docs/paper.md and draws the curves.
+- `grid` draws the same captions by every row, from the pictures that `run` left in `--out`.
 
 Rows are the presets `ladder-…` (the paper's losses alone), and two that no paper has: the last but
 one with a warm start, and the same generator before a projected critic.
@@ -24,7 +25,8 @@ import torch
 from gigagan.config import TrainBaseConfig
 from gigagan.config.presets import LADDER, ladder
 from gigagan.evaluation.report.results import write_json
-from studies import _queue
+from studies import _ladder, _queue
+from studies._ladder import report as report
 from studies._queue import Place, Training
 
 RESULTS = Path("docs/paper/ladder")
@@ -135,24 +137,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("command", choices=("cost", "run", "status", "report"))
+    p.add_argument("command", choices=("cost", "run", "status", "report", "grid"))
     p.add_argument("--shards", type=Path, help="folder such as shards/032 of the stage filter")
     p.add_argument("--heldout", type=Path, help="held-out pictures of the stage download")
     p.add_argument(
         "--out", type=Path, default=Path("runs/ladder"), help="checkpoints (%(default)s)"
     )
     p.add_argument("--results", type=Path, default=RESULTS, help="JSON files (%(default)s)")
+    p.add_argument("--images", type=Path, default=Path("docs/images"), help="pictures go here")
     p.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help="some rows")
     p.add_argument("--seeds", type=int, default=SEEDS)
     p.add_argument("--cores", type=int, nargs="+", default=[0], help="one training each")
     p.add_argument("--minutes", type=float, help="then stop, with checkpoints (when all is done)")
     p.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = p.parse_args(argv)
-    if args.command in ("cost", "run") and not (args.shards and args.heldout):
+    if args.command in ("cost", "run", "grid") and not (args.shards and args.heldout):
         p.error("give --shards and --heldout: what the stages filter and download left")
     place = Place(args.shards or Path(), args.heldout or Path(), args.out, args.results)
     if args.command == "cost":
         measure_cost(place, args.rows)
+        return 0
+    if args.command == "report":
+        print("\n\n".join(report(args.results, args.images).values()))
         return 0
     todo = trainings(args.results, args.rows, args.seeds)
     if args.one:
@@ -160,7 +166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "status":
         print(_queue.status(todo, place))
         return 0
-    if args.command == "report":
+    if args.command == "grid":
+        pictures = args.out / "evaluations"
+        _ladder.draw_grid(args.images / "ladder-grid.png", args.heldout, pictures, "time")
         return 0
     command = ["studies.ladder", "run", "--shards", str(args.shards), "--heldout"]
     command += [str(args.heldout), "--out", str(args.out), "--results", str(args.results)]
