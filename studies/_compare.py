@@ -68,7 +68,7 @@ def difference(after: Sequence[float], before: Sequence[float], common: Spread) 
 
 
 class Agreement(NamedTuple):
-    """Spearman's ρ of two orders of the same settings."""
+    """Spearman's ρ of two orders of the same settings; NaN where one of them is no order."""
 
     rho: Interval
     """Its interval by resampling settings, and seeds within each."""
@@ -87,29 +87,28 @@ def agreement(
     names = [name for name in theirs if ours.get(name)]
     if len(names) < 4:
         raise ValueError(f"only {names} are in both orders: an agreement needs four")
+    N, R = len(names), RESAMPLES
     rng = np.random.default_rng(seed)
     theirs_N = np.array([theirs[name] for name in names])
-    rho = _rho(np.array([np.mean(ours[name]) for name in names]), theirs_N)
-    drawn = [_resampled(ours, names, theirs_N, rng) for _ in range(RESAMPLES)]
-    found = np.array([value for value in drawn if not math.isnan(value)])
+    means_N = np.array([np.mean(ours[name]) for name in names])
+    drawn = [rng.choice(ours[name], size=(R, len(ours[name]))).mean(1) for name in names]
+    rows_RN = rng.integers(N, size=(R, N))
+    found_R = _rho(np.take_along_axis(np.stack(drawn, 1), rows_RN, 1), theirs_N[rows_RN])
+    found_R = found_R[~np.isnan(found_R)]
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(found, [tail, 1 - tail])
-    exact = stats.spearmanr([np.mean(ours[name]) for name in names], theirs_N)
-    return Agreement(Interval(rho, float(low), float(high)), float(exact.pvalue))
+    ends = np.quantile(found_R, [tail, 1 - tail]) if len(found_R) else [math.nan, math.nan]
+    rho = float(_rho(means_N[None], theirs_N[None])[0])
+    orders_RN = rng.permuted(np.tile(theirs_N, (R, 1)), axis=1)
+    by_lot_R = _rho(np.tile(means_N, (R, 1)), orders_RN)
+    p_value = (1 + np.count_nonzero(np.abs(by_lot_R) >= abs(rho) - 1e-9)) / (1 + R)
+    return Agreement(Interval(rho, float(ends[0]), float(ends[1])), float(p_value))
 
 
-def _resampled(
-    ours: Mapping[str, Sequence[float]],
-    names: Sequence[str],
-    theirs_N: np.ndarray,
-    rng: np.random.Generator,
-) -> float:
-    rows = rng.integers(len(names), size=len(names))
-    means = [np.mean(rng.choice(ours[names[row]], size=len(ours[names[row]]))) for row in rows]
-    return _rho(np.array(means), theirs_N[rows])
-
-
-def _rho(a_N: np.ndarray, b_N: np.ndarray) -> float:
-    if len(set(a_N)) < 2 or len(set(b_N)) < 2:
-        return math.nan
-    return float(stats.spearmanr(a_N, b_N).statistic)
+def _rho(a_RN: np.ndarray, b_RN: np.ndarray) -> np.ndarray:
+    """Spearman's ρ [R] of rows, ties sharing their mean rank; NaN where all are tied."""
+    a_RN, b_RN = (stats.rankdata(x, axis=1) for x in (a_RN, b_RN))
+    a_RN, b_RN = (x - x.mean(1, keepdims=True) for x in (a_RN, b_RN))
+    norms_R = np.sqrt((a_RN**2).sum(1) * (b_RN**2).sum(1))
+    with np.errstate(invalid="ignore"):
+        found: np.ndarray = (a_RN * b_RN).sum(1) / np.where(norms_R > 0, norms_R, np.nan)
+    return found

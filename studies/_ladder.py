@@ -229,8 +229,9 @@ def _agreement(found: Found) -> str:
                 {row: published.fid for row, published in PAPER.items()},
                 {row: -published.clip for row, published in PAPER.items()},
             ):
-                rho, p = _compare.agreement(ours, theirs)
-                cells.append(f"{rho.value:+.2f} [{rho.low:+.2f}, {rho.high:+.2f}], p {p:.2f}")
+                (value, low, high), p = _compare.agreement(ours, theirs)
+                shown = f"{value:+.2f} [{low:+.2f}, {high:+.2f}], p {p:.3f}"
+                cells.append("–" if math.isnan(value) else shown)
         num = sum(row in found["images"] for row in PAPER)
         lines.append(_line([metric.title.removesuffix(", %"), str(num), *cells]))
     return "\n".join(lines)

@@ -146,7 +146,7 @@ def train(one: Training, place: Place, is_asked_to_stop: Callable[[], bool]) -> 
             **_measured(one, place, reading),
         }
     place.results.mkdir(parents=True, exist_ok=True)
-    write_json(place.record(one.name), _record(one, place, found))
+    write_json(place.record(one.name), rounded(_record(one, place, found)))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
@@ -163,7 +163,7 @@ def _measured(one: Training, place: Place, reading: str) -> Record:
     finally:
         torch.set_grad_enabled(True)
     parts = ("metrics", "intervals", "reference")
-    return {part: rounded(results[part]) for part in parts}
+    return {part: results[part] for part in parts}
 
 
 def rounded(tree: Any) -> Any:
