@@ -37,6 +37,7 @@ MINUTES = 3.0
 SEEDS = 3
 FULL = "vision"
 """The row that has everything but the last one's width."""
+WIDEST = "scale-up"
 _SHORT: dict[str, dict[str, Any]] = {
     "loss": {"auxiliary_start_images": 1_200, "ramp_images": 1_200},
     "optimizer": {"warmup_images": 800, "ema_half_life_images": 2_000},
@@ -80,6 +81,8 @@ def config_of(row: str) -> TrainBaseConfig:
 def trainings(results: Path, rows: Sequence[str] = ROWS, seeds: int = SEEDS) -> list[Training]:
     """The queue: all rows with the first seed, then all with the second, …
 
+    Further seeds of the widest row, which takes as long as four others, come last.
+
     Raises:
         ValueError: it was not measured yet what images cost.
     """
@@ -87,6 +90,8 @@ def trainings(results: Path, rows: Sequence[str] = ROWS, seeds: int = SEEDS) -> 
     if not file.exists():
         raise ValueError(f"there is no {file}: run `python -m studies.ladder cost` first")
     cost = json.loads(file.read_text())["milliseconds"]
+    queue = [(row, seed) for seed in range(seeds) for row in rows]
+    queue.sort(key=lambda pair: pair[1] > 0 and pair[0] == WIDEST)
     return [
         Training(
             f"{row}-seed-{seed}",
@@ -94,8 +99,7 @@ def trainings(results: Path, rows: Sequence[str] = ROWS, seeds: int = SEEDS) -> 
             config_of(row).model_copy(update={"seed": seed}),
             {"images": IMAGES, "time": images_in(60e3 * MINUTES, row, cost)},
         )
-        for seed in range(seeds)
-        for row in rows
+        for row, seed in queue
     ]
 
 

@@ -67,6 +67,7 @@ def test_the_queue_has_every_row_with_a_seed_before_the_next_seed(results):
     assert names[0] == "stylegan2-seed-0"
     assert len(names) == len(set(names)) == 2 * len(ladder.ROWS)
     assert all(name.endswith("seed-0") for name in names[: len(ladder.ROWS)])
+    assert names[-1] == "scale-up-seed-1"
     assert {one.config.seed for one in ladder.trainings(results, seeds=2)} == {0, 1}
 
 
