@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from gigagan.common.exits import PREEMPTED
 from gigagan.config import TrainBaseConfig
 from gigagan.config.presets import LADDER, ladder
 from gigagan.evaluation.report.results import write_json
@@ -177,8 +178,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = ["studies.ladder", "run", "--shards", str(args.shards), "--heldout"]
     command += [str(args.heldout), "--out", str(args.out), "--results", str(args.results)]
     command += ["--seeds", str(args.seeds), "--rows", *args.rows]
-    _queue.work(todo, place, command, cores=args.cores, minutes=args.minutes)
-    return 0
+    is_done = _queue.work(todo, place, command, cores=args.cores, minutes=args.minutes)
+    return 0 if is_done else PREEMPTED
 
 
 if __name__ == "__main__":
