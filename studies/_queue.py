@@ -35,7 +35,8 @@ from gigagan.config import EvaluateConfig, TrainBaseConfig
 from gigagan.evaluation.report.results import write_json
 from gigagan.training import __main__ as training
 from gigagan.training import loop
-from gigagan.training.distributed.world import World
+from gigagan.training.distributed.world import join
+from gigagan.training.relay import LINES, TIME
 from studies.learning import Snapshot, evaluated
 
 Record = dict[str, Any]
@@ -122,7 +123,7 @@ def train(one: Training, place: Place, is_asked_to_stop: Callable[[], bool]) -> 
     folder = place.folder(one.name)
     folder.mkdir(parents=True, exist_ok=True)
     _lend_text_features(place.out, folder)
-    clock = _Clock(folder / "cpu.json")
+    clock, world = _Clock(folder / "cpu.json"), join()
     found: dict[str, Any] = {}
     for reading, images in sorted(one.readings.items(), key=lambda pair: pair[1]):
         snapshot = folder / f"{reading}.safetensors"
@@ -134,7 +135,7 @@ def train(one: Training, place: Place, is_asked_to_stop: Callable[[], bool]) -> 
                     folder,
                     one.shards or place.shards,
                     None,
-                    World(),
+                    world,
                     is_asked_to_stop=is_asked_to_stop,
                 )
             clock.note(reading)
@@ -197,7 +198,7 @@ def circumstances() -> Record:
     packages = ("gigagan-pipeline", "torch", "numpy")
     return {
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-        "hardware": {"processor": _processor(), "threads": torch.get_num_threads()},
+        "hardware": {"processor": _processor(), "threads": torch.get_num_threads(), **_gpu()},
     }
 
 
@@ -212,6 +213,10 @@ def _processor() -> str:
     flags = set(named.get("flags", "").split())
     kinds = [kind for kind in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if kind in flags]
     return f"{named.get('model name', platform.machine())} ({', '.join(kinds)})"
+
+
+def _gpu() -> dict[str, str]:
+    return {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
 
 
 def _parameters(folder: Path) -> int:
@@ -273,7 +278,7 @@ def _keep_text_features(out: Path, folder: Path) -> None:
 
 
 def milliseconds(config: TrainBaseConfig, place: Place) -> float:
-    """Processor time that an image takes on this core, R1 and all, by a short training.
+    """Time that an image takes on this core, or GPU, R1 and all, by a short training.
 
     By the lines of its log, without its first steps; captions are encoded before.
     """
@@ -284,10 +289,12 @@ def milliseconds(config: TrainBaseConfig, place: Place) -> float:
     B, every = BATCH, config.optimizer.r1_every
     images = B * (SKIPPED_STEPS + TRIAL_STEPS)
     config = fitted(config, total_images=images, checkpoint_images=_NEVER, log_images=8 * B)
-    training.run(config, folder, place.shards, None, World())
+    world = join()
+    training.run(config, folder, place.shards, None, world)
     _keep_text_features(place.out, folder)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    at = {line["images"]: line["cpu_seconds"] for line in lines if "cpu_seconds" in line}
+    lines = [json.loads(line) for line in (folder / LINES).read_text().splitlines()]
+    clock = "cpu_seconds" if world.device.type == "cpu" else TIME  # a GPU works while we wait
+    at = {line["images"]: line[clock] for line in lines if "cpu_seconds" in line}
     first, last = B * SKIPPED_STEPS, B * (SKIPPED_STEPS + TRIAL_STEPS // every * every)
     return 1e3 * (at[last] - at[first]) / (last - first)
 
@@ -390,6 +397,6 @@ def status(trainings: Sequence[Training], place: Place) -> str:
 
 
 def _images_seen(folder: Path) -> int:
-    file = folder / "metrics.jsonl"
+    file = folder / LINES
     lines = file.read_text().splitlines() if file.exists() else []
     return int(json.loads(lines[-1])["images"]) if lines else 0

@@ -16,9 +16,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,21 +30,15 @@ from studies import _ladder, _queue
 from studies._ladder import report as report
 from studies._queue import Place, Training
 
-RESULTS = Path("docs/paper/ladder")
-IMAGES = 5_000
-"""At which all rows are compared; the paper's have seen 25.6 million."""
-MINUTES = 3.0
-"""Of one core, at which all rows are compared, too."""
+RESULTS, COST = Path("docs/paper/ladder"), "cost.json"
+IMAGES, MINUTES = 5_000, 3.0
+"""Images, and minutes of one core, at which rows are compared; the paper's saw 25.6 M images."""
 SEEDS = 3
 FULL = "vision"
 """The row that has everything but the last one's width."""
 WIDEST = "scale-up"
-_SHORT: dict[str, dict[str, Any]] = {
-    "loss": {"auxiliary_start_images": 1_200, "ramp_images": 1_200},
-    "optimizer": {"warmup_images": 800, "ema_half_life_images": 2_000},
-}
-"""For a run this short: CLIP's and the vision-aided loss begin in its first quarter."""
-_WARM = {"images": IMAGES * 2 // 5, "gradients": 0.5, "head_start_images": 800, "ramp_images": 800}
+_OPTIMIZER = {"warmup_images": 800, "ema_half_life_images": 2_000}
+_WARM = {"gradients": 0.5, "head_start_images": 800, "ramp_images": 800}
 _PROJECTED: dict[str, Any] = {
     "discriminator": {"kind": "projected"},
     "loss": {
@@ -55,7 +49,7 @@ _PROJECTED: dict[str, Any] = {
         "vision": 0.0,
     },
     "optimizer": {
-        **_SHORT["optimizer"],
+        **_OPTIMIZER,
         "lr": 1e-3,
         "generator_rate": 2.0,
         "r1_weight": 0.0,
@@ -67,15 +61,56 @@ _PROJECTED: dict[str, Any] = {
 ROWS = (*LADDER, "warm-start", "projected")
 
 
-def config_of(row: str) -> TrainBaseConfig:
-    """A row's training; its length is left open."""
+class Terms(NamedTuple):
+    """On what terms rows are compared; cost.json of the results has them."""
+
+    images: int
+    """Equal images: so many."""
+    minutes: float
+    """Equal time: so many minutes of a core, or of a GPU."""
+    milliseconds: Mapping[str, float]
+    """What an image takes, by row; of the row with a warm start, in that."""
+
+    def in_time(self, row: str) -> int:
+        """Images of a row in that time, whole steps."""
+        left, images, cost = 60e3 * self.minutes, 0, self.milliseconds[row]
+        if row == "warm-start":
+            images = warm_images(self.images)
+            left, cost = left - images * cost, self.milliseconds[FULL]
+        return _queue.BATCH * round((images + left / cost) / _queue.BATCH)
+
+
+def terms_of(results: Path) -> Terms:
+    """The ladder's terms.
+
+    Raises:
+        ValueError: it was not measured yet what images cost.
+    """
+    file = results / COST
+    if not file.exists():
+        raise ValueError(f"there is no {file}: run `python -m studies.ladder cost` first")
+    known = json.loads(file.read_text())
+    return Terms(known["images"], known["minutes"], known["milliseconds"])
+
+
+def warm_images(images: int) -> int:
+    """How many of so many images a warm start takes."""
+    return images * 2 // 5
+
+
+def config_of(row: str, images: int = IMAGES) -> TrainBaseConfig:
+    """A row's training where so many images are compared; its length is left open.
+
+    CLIP's and the vision-aided loss begin after a quarter, and rise in another.
+    """
     tree = ladder(row if row in LADDER else FULL).model_dump(mode="json")
     if row == "projected":
         return TrainBaseConfig.model_validate({**tree, **_PROJECTED})
-    for section, changes in _SHORT.items():
-        tree[section] |= changes
+    begins = images * 24 // 100
+    tree["loss"] |= {"auxiliary_start_images": begins, "ramp_images": begins}
+    tree["optimizer"] |= _OPTIMIZER
     if row == "warm-start":
-        tree["warm_start"] = _WARM
+        tree["warm_start"] = {"images": warm_images(images), **_WARM}
     return TrainBaseConfig.model_validate(tree)
 
 
@@ -87,46 +122,39 @@ def trainings(results: Path, rows: Sequence[str] = ROWS, seeds: int = SEEDS) -> 
     Raises:
         ValueError: it was not measured yet what images cost.
     """
-    file = results / "cost.json"
-    if not file.exists():
-        raise ValueError(f"there is no {file}: run `python -m studies.ladder cost` first")
-    cost = json.loads(file.read_text())["milliseconds"]
+    terms = terms_of(results)
     queue = [(row, seed) for seed in range(seeds) for row in rows]
     queue.sort(key=lambda pair: pair[1] > 0 and pair[0] == WIDEST)
     return [
         Training(
             f"{row}-seed-{seed}",
             {"row": row, "seed": seed},
-            config_of(row).model_copy(update={"seed": seed}),
-            {"images": IMAGES, "time": images_in(60e3 * MINUTES, row, cost)},
+            config_of(row, terms.images).model_copy(update={"seed": seed}),
+            {"images": terms.images, "time": terms.in_time(row)},
         )
         for row, seed in queue
     ]
 
 
-def images_in(milliseconds: float, row: str, cost: dict[str, float]) -> int:
-    """Whole steps that a core does in that time; a warm start's images cost less than others."""
-    if row != "warm-start":
-        return 16 * round(milliseconds / cost[row] / 16)
-    warm = _WARM["images"]
-    return 16 * round((warm + (milliseconds - warm * cost[row]) / cost[FULL]) / 16)
-
-
-def measure_cost(place: Place, rows: Sequence[str]) -> None:
-    """Add what images cost in these rows to cost.json."""
+def measure_cost(place: Place, rows: Sequence[str], images: int, minutes: float) -> None:
+    """Add what images cost in these rows to cost.json, which also keeps the ladder's terms."""
     torch.set_num_threads(1)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    file = place.results / "cost.json"
-    known = json.loads(file.read_text())["milliseconds"] if file.exists() else {}
+    known: dict[str, float] = {}
+    if (place.results / COST).exists():
+        images, minutes, milliseconds = terms_of(place.results)
+        known = dict(milliseconds)
     for row in rows:
-        if row not in known:
-            config = config_of(row)
-            if row != "warm-start":
-                config = _with_everything_on(config)
-            known[row] = round(_queue.milliseconds(config, place), 2)
-            place.results.mkdir(parents=True, exist_ok=True)
-            write_json(file, {"milliseconds": known, **_queue.circumstances()})
-            print(f"{row}: {known[row]} ms an image", flush=True)
+        if row in known:
+            continue
+        config = config_of(row, images)
+        if row != "warm-start":
+            config = _with_everything_on(config)
+        known[row] = round(_queue.milliseconds(config, place), 2)
+        place.results.mkdir(parents=True, exist_ok=True)
+        terms = Terms(images, minutes, known)._asdict()
+        write_json(place.results / COST, {**terms, **_queue.circumstances()})
+        print(f"{row}: {known[row]} ms an image", flush=True)
 
 
 def _with_everything_on(config: TrainBaseConfig) -> TrainBaseConfig:
@@ -152,6 +180,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--images", type=Path, default=Path("docs/images"), help="pictures go here")
     p.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help="some rows")
     p.add_argument("--seeds", type=int, default=SEEDS)
+    p.add_argument(
+        "--at-images", type=int, default=IMAGES, help="for cost: where rows are compared"
+    )
+    p.add_argument("--at-minutes", type=float, default=MINUTES, help="for cost: and at which time")
     p.add_argument("--cores", type=int, nargs="+", default=[0], help="one training each")
     p.add_argument("--minutes", type=float, help="then stop, with checkpoints (when all is done)")
     p.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
@@ -160,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error("give --shards and --heldout: what the stages filter and download left")
     place = Place(args.shards or Path(), args.heldout or Path(), args.out, args.results)
     if args.command == "cost":
-        measure_cost(place, args.rows)
+        measure_cost(place, args.rows, args.at_images, args.at_minutes)
         return 0
     if args.command == "report":
         print("\n\n".join(report(args.results, args.images).values()))

@@ -38,8 +38,8 @@ def filled(page: str, tables: Mapping[str, str]) -> str:
         odd = sorted(set(places) ^ set(tables)) or places
         raise ValueError(f"marks of the page and tables of the studies differ: {', '.join(odd)}")
     for name, table in tables.items():
-        between = re.compile(rf"(?<=^<!-- {name} -->\n).*?(?=^<!-- /{name} -->$)", re.M | re.S)
-        page = between.sub(lambda _, table=table: f"\n{table}\n\n", page, count=1)
+        head, found, rest = page.partition(f"<!-- {name} -->\n")
+        page = f"{head}{found}\n{table}\n\n{rest[rest.index(f'<!-- /{name} -->') :]}"
     return page
 
 

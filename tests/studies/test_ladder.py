@@ -5,7 +5,7 @@ import pytest
 
 from gigagan.config import ProjectedConfig
 from gigagan.config.presets import LADDER
-from studies import _ladder, ladder
+from studies import _ladder, _queue, ladder
 from studies._compare import Interval
 
 
@@ -15,7 +15,8 @@ def results(tmp_path):
     folder = tmp_path / "results"
     folder.mkdir()
     cost = dict.fromkeys(ladder.ROWS, 10.0)
-    (folder / "cost.json").write_text(json.dumps({"milliseconds": cost}))
+    terms = {"images": 5_000, "minutes": 3.0, "milliseconds": cost}
+    (folder / "cost.json").write_text(json.dumps(terms))
     for row, kid in {"stylegan2": 0.3, "larger": 0.35, "tuned": 0.2, "attention": 0.2}.items():
         for seed in (0, 1):
             metrics = dict.fromkeys(_ladder.METRICS, 0.25)
@@ -55,11 +56,24 @@ def test_the_last_two_rows_are_what_they_are_called():
 
 def test_equal_time_is_equal_time():
     cost = dict.fromkeys(ladder.ROWS, 10.0) | {"larger": 50.0, "warm-start": 2.0, "vision": 20.0}
-    assert ladder.images_in(60_000, "stylegan2", cost) == 6_000
-    assert ladder.images_in(60_000, "larger", cost) == 1_200
-    warm = ladder._WARM["images"]
-    spent = warm * 2 + (ladder.images_in(60_000, "warm-start", cost) - warm) * 20
+    terms = ladder.Terms(1_000, 1.0, cost)
+    assert terms.in_time("stylegan2") == 6_000
+    assert terms.in_time("larger") == 1_200
+    spent = 400 * 2 + (terms.in_time("warm-start") - 400) * 20
     assert abs(spent - 60_000) <= 8 * 20
+
+
+def test_costs_are_measured_once_and_keep_the_terms_they_began_with(tmp_path, monkeypatch):
+    place = _queue.Place(tmp_path, tmp_path, tmp_path, tmp_path / "results")
+    monkeypatch.setattr(ladder.os, "sched_setaffinity", lambda *_: None)
+    monkeypatch.setattr(ladder.torch, "set_num_threads", lambda *_: None)
+    asked = []
+    monkeypatch.setattr(_queue, "milliseconds", lambda config, _: asked.append(config) or 12.345)
+    ladder.measure_cost(place, ["clip"], 700, 2.0)
+    ladder.measure_cost(place, ["clip", "warm-start"], 5_000, 9.0)
+    assert ladder.terms_of(place.results) == (700, 2.0, {"clip": 12.35, "warm-start": 12.35})
+    assert [c.warm_start.images for c in asked] == [0, 280]
+    assert asked[0].loss.auxiliary_start_images == 0, "a cost without the loss that comes later"
 
 
 def test_the_queue_has_every_row_with_a_seed_before_the_next_seed(results):
