@@ -23,10 +23,15 @@ import torch.nn.functional as F
 
 from gigagan.evaluation.findings import Findings
 from gigagan.evaluation.heldout import SPLITS, Gallery, Heldout
-from gigagan.evaluation.judges.features import extract, extractor, reference, square, text_vectors
+from gigagan.evaluation.judges.features import (
+    extract,
+    extractor,
+    reference,
+    reference_texts,
+    square,
+)
 from gigagan.evaluation.judges.statistics import bootstrap
 from gigagan.evaluation.setting import INCEPTION, TEXT_ENCODER, Setting
-from gigagan.models import pretrained
 from gigagan.models.aligner import fit_aligner
 
 CAPTIONS = 192
@@ -241,7 +246,7 @@ def measure(
     fitted = fitted_on(gallery, first)
     features_FD = _features([pictures[i] for i in fitted], known, at, are_real=True)
     captions = [work.caption for work in gallery.works]
-    texts_GE = text_vectors(captions, pretrained.text_encoder(TEXT_ENCODER, at.device))
+    texts_GE = reference_texts(captions, TEXT_ENCODER, cache=at.statistics, device=at.device)
     judge = Judge(gallery, fitted, features_FD, texts_GE)
     drawn_ND = _features([one.picture for one in drawn], known, at, are_real=False)
     by_judge = judge.ranks([*asked, *fitted], np.concatenate([drawn_ND, features_FD]))

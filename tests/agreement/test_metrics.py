@@ -9,6 +9,7 @@ from open_clip.transform import image_transform
 from PIL import Image
 from torchvision.transforms import CenterCrop
 
+from gigagan.evaluation.judges import features
 from gigagan.evaluation.judges.distances import (
     cmmd,
     frechet_distance,
@@ -24,6 +25,7 @@ from gigagan.evaluation.judges.features import (
     extractor,
     legacy_resize,
     reference,
+    reference_texts,
     square,
 )
 from gigagan.evaluation.judges.fidelity import lpips_pairs, psnr, ssim
@@ -348,6 +350,22 @@ def test_a_reference_is_computed_once_and_anew_when_its_entry_is_damaged(tmp_pat
     Image.fromarray(picture(seed=9)).save(paths[0])
     assert not np.array_equal(found(), first)
     assert len(calls) == 8
+
+
+def test_texts_of_a_reference_are_encoded_once_and_anew_when_they_differ(tmp_path, monkeypatch):
+    asked = []
+
+    def vectors(captions, encoder):
+        asked.append(list(captions))
+        return torch.arange(len(captions) * encoder.pooled_width).float().reshape(len(captions), -1)
+
+    monkeypatch.setattr(features, "text_vectors", vectors)
+    first = reference_texts(["b", "a"], "embedded:minilm-l6", cache=tmp_path / "cache")
+    assert torch.equal(
+        reference_texts(["b", "a"], "embedded:minilm-l6", cache=tmp_path / "cache"), first
+    )
+    reference_texts(["a", "b"], "embedded:minilm-l6", cache=tmp_path / "cache")
+    assert asked == [["b", "a"], ["a", "b"]]
 
 
 # ---- pairs

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import logging
 import os
 from abc import ABC, abstractmethod
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 
 from gigagan.common import pictures as reading
-from gigagan.common.files import PARTIAL, sha256_of
+from gigagan.common.files import PARTIAL, filled_aside, sha256_of
 from gigagan.common.progress import Progress, silent
 from gigagan.evaluation.devices import Device, Team, deal
 from gigagan.models import pretrained
@@ -392,6 +393,27 @@ def text_vectors(
         batch = distinct[start : start + batch_size]  # of like length, hence little padding
         vectors.update(zip(batch, encoder.encode(batch).pooled_BD.cpu(), strict=True))
     return torch.stack([vectors[caption] for caption in captions])
+
+
+def reference_texts(
+    captions: Sequence[str], name: str, device: Device, cache: Path
+) -> torch.Tensor:
+    """`text_vectors` for captions that are read again and again: kept in `cache`, as `reference`'s.
+
+    An entry's name is the hash of the captions in their order and of the encoder's weights.
+    """
+    encoder = pretrained.text_encoder(name, device)
+    described = json.dumps([name, pretrained.sha256(name), *captions])
+    key = hashlib.sha256(described.encode()).hexdigest()[:32]
+    path = cache / f"{name.replace(':', '-').replace('/', '-')}-{key}.npy"
+    kept = _kept(path, (len(captions), encoder.pooled_width))
+    if kept is not None:
+        return torch.tensor(kept)
+    vectors = text_vectors(captions, encoder)
+    cache.mkdir(parents=True, exist_ok=True)
+    with filled_aside(path, has_rivals=True) as partial, partial.open("wb") as file:
+        np.save(file, vectors.numpy())
+    return vectors
 
 
 def clip_image_vectors(
