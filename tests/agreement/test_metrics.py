@@ -9,7 +9,7 @@ from open_clip.transform import image_transform
 from PIL import Image
 from torchvision.transforms import CenterCrop
 
-from gigagan.evaluation.judges import features
+from gigagan.evaluation.judges import features as features_module
 from gigagan.evaluation.judges.distances import (
     cmmd,
     frechet_distance,
