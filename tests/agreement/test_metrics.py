@@ -359,12 +359,13 @@ def test_texts_of_a_reference_are_encoded_once_and_anew_when_they_differ(tmp_pat
         asked.append(list(captions))
         return torch.arange(len(captions) * encoder.pooled_width).float().reshape(len(captions), -1)
 
-    monkeypatch.setattr(features, "text_vectors", vectors)
-    first = reference_texts(["b", "a"], "embedded:minilm-l6", cache=tmp_path / "cache")
-    assert torch.equal(
-        reference_texts(["b", "a"], "embedded:minilm-l6", cache=tmp_path / "cache"), first
-    )
-    reference_texts(["a", "b"], "embedded:minilm-l6", cache=tmp_path / "cache")
+    monkeypatch.setattr(features_module, "text_vectors", vectors)
+
+    def found(*captions):
+        return reference_texts(captions, "embedded:minilm-l6", cache=tmp_path / "cache")
+
+    assert torch.equal(found("b", "a"), found("b", "a"))
+    found("a", "b")
     assert asked == [["b", "a"], ["a", "b"]]
 
 
