@@ -396,9 +396,9 @@ def text_vectors(
 
 
 def reference_texts(
-    captions: Sequence[str], name: str, device: Device, cache: Path
+    captions: Sequence[str], name: str, *, cache: Path, device: Device = "cpu"
 ) -> torch.Tensor:
-    """`text_vectors` for captions that are read again and again: kept in `cache`, as `reference`'s.
+    """`text_vectors` for captions that are read again and again: kept in `cache`.
 
     An entry's name is the hash of the captions in their order and of the encoder's weights.
     """
