@@ -37,6 +37,9 @@ check: setup  ## lint, format, types, import rules
 bench: setup  ## measure speed and memory
 	@$(PY) -m bench $(ARGS)
 
+paper: setup  ## tables and curves of docs/paper.md from its raw results (ARGS=--check: is it up to date?)
+	@$(PY) -m studies.paper $(ARGS)
+
 gpu-pack: setup  ## lay down in gpu-pack/ what a bare GPU machine needs for `python -m bench gpu`
 	@$(PY) -m bench gpu --pack-only $(ARGS)
 
