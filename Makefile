@@ -12,7 +12,7 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3 python,$(shel
 # their names: by their number, as is the default, files of few long tests come last, one core idle.
 PYTEST := $(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-all check bench gpu-pack ui compare run lock clean setup
+.PHONY: help demo test test-all check bench paper gpu-pack ui compare run lock clean setup
 .DEFAULT_GOAL := help
 
 help:  ## this list
