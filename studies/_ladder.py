@@ -69,6 +69,7 @@ METRICS = {
     "naming_judge_r1_combination": Metric("R@1 by the judge, %", _percent, True),
     "aligner_recall_at_10": Metric("aligner's R@10, %", _percent, True),
     "background_colour_accuracy": Metric("background, %", _percent, True),
+    "pixel_probe_median_rank": Metric("layout, median rank of 256", lambda v: f"{v:.0f}", False),
     "shape_rank": Metric("shape rank", lambda v: f"{v:.2f}", False),
     "precision": Metric("precision", lambda v: f"{v:.2f}", True),
     "recall": Metric("recall", lambda v: f"{v:.2f}", True),
@@ -175,7 +176,7 @@ def _line(cells: Sequence[str]) -> str:
 def _steps(found: Found) -> str:
     """What each row does to the row before it, beside the paper's."""
     heads = ["", "paper: FID", "KID at equal images", "KID at equal time", "paper: CLIP"]
-    heads += ["aligner's R@10 at equal images", "the paper's sign, in KID"]
+    heads += ["background right at equal images", "the paper's sign, in KID"]
     lines = [_line(heads), "|---|" + "---:|" * (len(heads) - 2) + "---|"]
     names = list(PAPER)
     for before, after in itertools.pairwise(names):
@@ -190,7 +191,7 @@ def _steps(found: Found) -> str:
             cells.append(f"{_share(change.value)} [{_share(change.low)}, {_share(change.high)}]")
             verdicts.append(verdict(change, theirs))
         cells.append(f"{PAPER[after].clip - PAPER[before].clip:+.3f}")
-        agrees = values(found["images"], "aligner_recall_at_10", log=False)
+        agrees = values(found["images"], "background_colour_accuracy", log=False)
         change = _compare.difference(agrees[after], agrees[before], _compare.spread(agrees))
         cells.append(
             f"{100 * change.value:+.1f} [{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
@@ -211,7 +212,8 @@ def verdict(ours: _compare.Interval, theirs: float) -> str:
     return "yes" if (ours.value > 0) == (theirs > 0) else "no"
 
 
-_RANKED = ("kid", "fid", "naming_pixels_rank_combination", "aligner_recall_at_10", "shape_rank")
+_RANKED = ("kid", "fid", "background_colour_accuracy", "pixel_probe_median_rank", "shape_rank")
+_RANKED += ("naming_pixels_rank_combination", "aligner_recall_at_10")
 
 
 def _agreement(found: Found) -> str:
