@@ -279,7 +279,10 @@ def compete(
     is_missing = {name: importlib.util.find_spec(name) is None for name in PACKAGES}
     present = [n for n in order if n in wanted and not is_missing.get(package(n), False)]
     for name in sorted({package(n) for n in order if n in wanted and n not in present}):
-        print(f"{PACKAGES[name]} not installed: pip install -e .[bench]", flush=True)
+        print(
+            f"{PACKAGES[name]} not installed: pip install --no-deps -r bench/requirements.txt",
+            flush=True,
+        )
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in present}
     left = list(present)
     for _ in range(rounds):

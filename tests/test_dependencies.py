@@ -13,8 +13,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OURS = {"gigagan", "data", "flows"}
-TOOLS = {"dev", "bench"}
-"""Extras of those who work on the product or measure it."""
+TOOLS = {"dev"}
+"""Extras of those who work on the product."""
 OTHERS = {
     "pyspark": "`download.distributor = pyspark` is for clusters that have Spark",
     "urllib3": "the client of Kubernetes raises its errors",
