@@ -148,11 +148,27 @@ def test_a_model_without_a_name_of_its_own_is_refused(text, capsys):
 def test_a_core_that_others_use_is_not_timed_on(tmp_path, monkeypatch):
     monkeypatch.setattr(trilemma.rivals, "upsample", lambda name, batch: _upsampler())
     monkeypatch.setattr(trilemma.networks, "upsample", lambda batch: _upsampler())
-    monkeypatch.setattr(trilemma, "ROUNDS", 2)
+    monkeypatch.setattr(trilemma, "PATIENCE", 0.05)
     idle = trilemma.Model(32, "nothing", _nothing, draw=lambda count: trilemma.time.sleep(0.02))
     with pytest.raises(ValueError, match="other processes had the core"):
         trilemma.measure_speed({"idle": idle}, tmp_path / "speed.json")
     assert not (tmp_path / "speed.json").exists()
+
+
+def test_a_call_that_was_disturbed_is_made_again(monkeypatch):
+    calls = []
+
+    def busy():
+        calls.append(None)
+        if len(calls) == 1:
+            trilemma.time.sleep(0.05)  # another process has the core
+        ends = trilemma.time.process_time() + 0.002
+        while trilemma.time.process_time() < ends:
+            pass
+
+    monkeypatch.setattr(trilemma, "FREE", 0.5)
+    assert trilemma._undisturbed_ms(busy) < 50
+    assert len(calls) >= 2
 
 
 def _upsampler():
