@@ -53,6 +53,8 @@ MINUTES = 3.0
 NUM, BATCH, ROUNDS = 256, 16, 9
 FREE, PATIENCE = 0.97, 90.0
 """Share of its time for which a call must have had the core, and seconds of trying for that."""
+_Key = tuple[str, str]
+"""A model, and what it does."""
 ALWAYS = (REAL, PACKAGE, REAL_128, ENLARGED, PAIR)
 
 
@@ -108,8 +110,8 @@ def opened(
 def _of_queue(snapshot: Path, records: Sequence[Path]) -> dict[str, Any] | None:
     """What was measured of FOLDER/READING.safetensors, by the record FOLDER.json."""
     for file in (folder / f"{snapshot.parent.name}.json" for folder in records):
-        if file.exists():
-            record = json.loads(file.read_text())
+        record = json.loads(file.read_text()) if file.exists() else {"readings": {}}
+        if snapshot.stem in record["readings"]:
             told = ("versions", "hardware")
             return {**record["readings"][snapshot.stem], **{part: record[part] for part in told}}
     return None
@@ -211,37 +213,37 @@ def _judged(name: str, model: Model, place: Place) -> dict[str, Any]:
 
 
 def measure_speed(models: Mapping[str, Model], file: Path) -> None:
-    """Write median milliseconds of everything, taken in turns.
+    """Write median milliseconds of everything, and of upsamplers of one size without weights.
 
     Raises:
         ValueError: another process used the core meanwhile.
     """
-    calls: dict[str, Callable[[], object]] = {}
+    calls: dict[tuple[str, str], Callable[[], object]] = {}
     for name, model in models.items():
         if model.draw is not None:
-            calls[f"{name}/picture"] = partial(model.draw, 1)
-            calls[f"{name}/batch"] = partial(model.draw, BATCH)
+            calls[name, "picture"] = partial(model.draw, 1)
+            calls[name, "batch"] = partial(model.draw, BATCH)
         if model.read is not None:
-            calls[f"{name}/caption"] = model.read
-    enlarging = {
-        "aura-sr": rivals.upsample("aura_sr", 1),
-        "ours": networks.upsample(1),
-    }
-    calls |= {f"{name}/enlarge": made["upsample"] for name, (_, made) in enlarging.items()}
-    times: dict[str, list[float]] = {call: [] for call in calls}
-    for number in range(ROUNDS + 1):
-        for name, call in calls.items():
-            milliseconds = _undisturbed_ms(call)
-            if number:  # the first warms up
-                times[name].append(milliseconds)
-    by_model: dict[str, dict[str, float]] = {}
-    for call_name, found in times.items():
-        name, what = call_name.split("/")
-        by_model.setdefault(name, {})[what] = round(statistics.median(found), 2)
-    for name, (parts, _) in enlarging.items():
-        by_model[name]["parameters"] = sum(p.numel() for p in parts["upsampler"].parameters())
-    told = {"batch": BATCH, "rounds": ROUNDS}
-    write_json(file, {**told, "milliseconds": by_model, **_queue.circumstances()})
+            calls[name, "caption"] = model.read
+    upsamplers = {"aura-sr": rivals.upsample("aura_sr", 1), "ours": networks.upsample(1)}
+    for name, (_, made) in upsamplers.items():
+        calls[name, "enlarge"] = made["upsample"]
+    found: dict[str, dict[str, float]] = {}
+    for (name, what), milliseconds in _medians(calls).items():
+        found.setdefault(name, {})[what] = round(milliseconds, 2)
+    for name, (parts, _) in upsamplers.items():
+        found[name]["parameters"] = sum(p.numel() for p in parts["upsampler"].parameters())
+    told = {"batch": BATCH, "rounds": ROUNDS, "milliseconds": found}
+    write_json(file, {**told, **_queue.circumstances()})
+
+
+def _medians(calls: Mapping[_Key, Callable[[], object]]) -> dict[_Key, float]:
+    """Milliseconds of each, all taken in turns after a first time that does not count."""
+    times: dict[_Key, list[float]] = {key: [] for key in calls}
+    for _ in range(ROUNDS + 1):
+        for key, call in calls.items():
+            times[key].append(_undisturbed_ms(call))
+    return {key: statistics.median(found[1:]) for key, found in times.items()}
 
 
 def _undisturbed_ms(call: Callable[[], object]) -> float:
