@@ -14,6 +14,8 @@ REAL, REAL_128 = "real", "real-128"
 PACKAGE, PAIR, ENLARGED = "package", "package-128", "package-enlarged"
 TITLES = {
     "stylegan2": "StyleGAN2 with captions (`stylegan2`)",
+    "tuned": "StyleGAN2 with captions, tuned (`tuned`)",
+    "attention": "StyleGAN2 with attention (`attention`)",
     "multi-scale": "GigaGAN without vision-aided loss (`multi-scale`)",
     "vision": "GigaGAN (`vision`)",
     "warm-start": "GigaGAN + warm start (`warm-start`)",
