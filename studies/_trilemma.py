@@ -8,18 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gigagan.config.presets import LADDER
+from studies._ladder import OURS
+
 MODELS, SPEED, PUBLISHED = "models", "speed.json", "published.json"
 """Among the results: a folder of records, and two files."""
 REAL, REAL_128 = "real", "real-128"
 PACKAGE, PAIR, ENLARGED = "package", "package-128", "package-enlarged"
-TITLES = {
-    "stylegan2": "StyleGAN2 with captions (`stylegan2`)",
-    "tuned": "StyleGAN2 with captions, tuned (`tuned`)",
-    "attention": "StyleGAN2 with attention (`attention`)",
-    "multi-scale": "GigaGAN without vision-aided loss (`multi-scale`)",
-    "vision": "GigaGAN (`vision`)",
-    "warm-start": "GigaGAN + warm start (`warm-start`)",
-    "projected": "GigaGAN's G, projected critic (`projected`)",
+TITLES = {row: f"`{row}`" for row in LADDER} | OURS
+TITLES |= {
     "stylegan-t": "StyleGAN-T (`stylegan_t_small_32`)",
     "gigagan-pytorch": "gigagan-pytorch 0.3.0, unconditional",
     PACKAGE: "the package's base",
