@@ -302,14 +302,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--results", type=Path, default=RESULTS, help="JSON files (%(default)s)")
     p.add_argument("--images", type=Path, default=IMAGES, help="the plot goes here (%(default)s)")
     args = p.parse_args(argv)
-    if args.command != "report" and not (args.shards and args.heldout):
-        p.error("give --shards and --heldout: what the stages filter and download left")
+    for name in ("shards", "heldout") if args.command != "report" else ():
+        given: Path | None = getattr(args, name)
+        if given is None or not given.exists():
+            p.error(f"--{name} {given}: give what the stages filter and download left")
     try:
         if args.command == "report":
             print("\n\n".join(report(args.results, args.images).values()))
         else:
             _work(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:

@@ -145,6 +145,12 @@ def test_a_model_without_a_name_of_its_own_is_refused(text, capsys):
     assert "give NAME=PATH" in capsys.readouterr().err
 
 
+def test_a_folder_that_is_not_there_is_named(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        trilemma.main(["time", "--shards", ".", "--heldout", "/no/where"])
+    assert "--heldout /no/where: give what" in capsys.readouterr().err
+
+
 def test_a_core_that_others_use_is_not_timed_on(tmp_path, monkeypatch):
     monkeypatch.setattr(trilemma.rivals, "upsample", lambda name, batch: _upsampler())
     monkeypatch.setattr(trilemma.networks, "upsample", lambda batch: _upsampler())
