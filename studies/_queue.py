@@ -12,12 +12,14 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import platform
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -61,6 +63,8 @@ class Training:
     """What a measurement is called, and after how many images it is made."""
     shards: Path | None = None
     """Pictures of its own; None: the study's."""
+    measure: Callable[[Training, Place, str], Record] | None = None
+    """What is measured of a reading's snapshot; None: what `judged` says."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +148,7 @@ def train(one: Training, place: Place, is_asked_to_stop: Callable[[], bool]) -> 
         found[reading] = {
             "images": images,
             **clock.noted[reading],
-            **_measured(one, place, reading),
+            **(one.measure or _measured)(one, place, reading),
         }
     place.results.mkdir(parents=True, exist_ok=True)
     write_json(place.record(one.name), rounded(_record(one, place, found)))
@@ -189,6 +193,7 @@ def _record(one: Training, place: Place, found: Mapping[str, Any]) -> Record:
             "index_sha256": sha256_of(shards / "index.json"),
         },
         "parameters": _parameters(place.folder(one.name)),
+        "milliseconds": round(_pace(place.folder(one.name)), 3),
         **circumstances(),
     }
 
@@ -224,6 +229,14 @@ def _parameters(folder: Path) -> int:
     with safe_open(next(folder.glob("*.safetensors")), framework="pt") as file:
         shapes = (file.get_slice(name).get_shape() for name in file.keys())  # noqa: SIM118
         return sum(torch.Size(shape).numel() for shape in shapes)
+
+
+def _pace(folder: Path) -> float:
+    """Milliseconds of processor time an image, R1 and all: the median between lines of the log."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    at = [(line["images"], line["cpu_seconds"]) for line in lines if "cpu_seconds" in line]
+    pairs = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(at)]
+    return 1e3 * statistics.median(cpu / images for images, cpu in pairs if images and cpu > 0)
 
 
 def _peak_mb() -> float:
