@@ -1,4 +1,4 @@
-"""How do loss and KID fall with a network's width, the pictures it has, and the compute it is given?
+"""How do loss and KID fall with a network's width, its pictures, and the compute it is given?
 
 One recipe, all of whose channel counts are multiplied by powers of √2, on nested parts of the same
 pictures. `regression` is the warm start's generator alone, measured by its own loss on held-out
@@ -46,7 +46,8 @@ from gigagan.models.layers import pyramid
 from gigagan.models.pixels import from_uint8
 from gigagan.models.summary import summarize
 from gigagan.training.captions import CaptionFeatures
-from studies import _queue
+from studies import _law, _queue, _scaling_plot
+from studies import _scaling_tables as tables
 from studies._queue import Place, Record, Training
 
 RESULTS = Path("docs/paper/scaling")
@@ -61,6 +62,7 @@ SHARES = (1.0, 0.375, 0.125)
 REGRESSION = {str(images): images for images in (1_000, 2_000, 4_000, 8_000)}
 ADVERSARIAL = {str(images): images for images in (1_600, 3_200)}
 KINDS = ("regression", "adversarial")
+RESAMPLES = 300
 REPEATS = (1, 2)
 """Further seeds of the regression of width 1 on all pictures: how far seeds lie apart."""
 _NEVER = 10**9
@@ -225,6 +227,38 @@ def count_compute() -> Record:
 def _of_a_game(config: TrainBaseConfig) -> float:
     found = count(config)
     return round(1e9 * (found.gmac + found.r1_gmac / config.optimizer.r1_every))
+
+
+# ---- the report ----------------------------------------------------------------------------------
+
+
+def report(results: Path, images: Path) -> dict[str, str]:
+    """The tables of docs/paper.md, from the JSON files alone; draws scaling.png into `images`.
+
+    Raises:
+        ValueError: too little was measured.
+    """
+    file = results / COMPUTE
+    if not file.exists():
+        raise ValueError(f"there is no {file}: run `python -m studies.scaling run` first")
+    compute, records = json.loads(file.read_text()), _queue.records(results)
+    loss, kid = (tables.readings_of(records, kind, compute[kind]) for kind in KINDS)
+    if len({one.width for one in loss}) < 3:
+        raise ValueError(
+            f"{results} has regressions of fewer than three widths, of which none can be left out: "
+            "run `python -m studies.scaling run --kinds regression`"
+        )
+    points = tables.points(loss)
+    law_7 = _law.fitted(*points)
+    laws_R7 = _law.resampled(law_7, *points, [one.training for one in loss], resamples=RESAMPLES)
+    _scaling_plot.draw(images / "scaling.png", loss, kid, law_7, laws_R7)
+    return {
+        "scaling-loss": tables.of_losses(loss),
+        "scaling-law": tables.of_law(law_7, laws_R7, loss),
+        "scaling-left-out": tables.left_out(loss),
+        "scaling-kid": tables.of_kids(kid),
+        "scaling-paper": tables.of_paper(law_7, laws_R7, loss, kid, compute["paper_64"]),
+    }
 
 
 # ---- the command line ----------------------------------------------------------------------------
