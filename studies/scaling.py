@@ -57,8 +57,8 @@ COMPUTE = "compute.json"
 SIDE = 32
 STEPS_OF_WIDTH = (-2, -1, 0, 1)
 """Powers of √2 by which all channel counts are multiplied."""
-SHARES = (1.0, 0.375, 0.125)
-"""Of every concept's pictures."""
+SHARES = (1.0, 0.125, 0.375)
+"""Of every concept's pictures; the extremes say most, and come first."""
 REGRESSION = {str(images): images for images in (1_000, 2_000, 4_000, 8_000)}
 ADVERSARIAL = {str(images): images for images in (1_600, 3_200)}
 KINDS = ("regression", "adversarial")
