@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from studies import _law
-from studies._queue import Record
+from studies._queue import BATCH, Record
 
 
 class Reading(NamedTuple):
@@ -43,7 +43,7 @@ def readings_of(
             continue
         key = (about["width"], about["share"], about["seed"])
         for reading in record["readings"].values():
-            seen = reading["images"]
+            seen = -(-reading["images"] // BATCH) * BATCH  # whole steps
             found.append(
                 Reading(
                     " ".join(f"{part:g}" for part in key),
@@ -62,8 +62,8 @@ def readings_of(
 def _measured(reading: Record) -> tuple[float, float]:
     if "loss" in reading:
         return reading["loss"], reading["standard_error"]
-    low, high = reading["intervals"]["kid"]
-    return reading["metrics"]["kid"], (high - low) / (2 * 1.96)
+    low, high = reading["interval"]
+    return reading["kid"], (high - low) / (2 * 1.96)
 
 
 def points(readings: Sequence[Reading]) -> tuple[np.ndarray, np.ndarray]:

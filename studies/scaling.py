@@ -36,9 +36,13 @@ from data.shards.manifest import INDEX
 from gigagan.common.files import filled_aside
 from gigagan.config import TrainBaseConfig
 from gigagan.config.presets import preset
-from gigagan.evaluation.heldout import read_heldout
+from gigagan.evaluation import drawing, judging
+from gigagan.evaluation.heldout import read_heldout, subset
+from gigagan.evaluation.judges.distances import mmd2, mmd2_interval
 from gigagan.evaluation.judges.features import square
 from gigagan.evaluation.report.results import write_json
+from gigagan.evaluation.setting import setting
+from gigagan.inference.sampler import load
 from gigagan.models import pretrained, snapshot
 from gigagan.models.base import features_of
 from gigagan.models.generator import Generator
@@ -67,6 +71,8 @@ REPEATS = (1, 2)
 """Further seeds of the regression of width 1 on all pictures: how far seeds lie apart."""
 _NEVER = 10**9
 _BATCH = 64
+DRAWN = 128
+"""Pictures of each KID."""
 
 
 def width_of(step: int) -> float:
@@ -99,10 +105,12 @@ def trainings(place: Place, kinds: Sequence[str] = KINDS) -> list[Training]:
     """The queue, what says most first."""
     grid = [(step, share) for share in SHARES for step in STEPS_OF_WIDTH]
     cross = [(step, share) for step, share in grid if step == 0 or share == 1]
-    games = [*cross, *(cell for cell in grid if cell not in cross)]
-    cells = [("regression", *cell, 0) for cell in grid]
-    cells += [("regression", 0, 1.0, seed) for seed in REPEATS]
-    cells += [("adversarial", *cell, 0) for cell in games]
+    games = [("adversarial", *cell, 0) for cell in cross]
+    games += [("adversarial", *cell, 0) for cell in grid if cell not in cross]
+    regressions = [("regression", *cell, 0) for cell in grid]
+    regressions += [("regression", 0, 1.0, seed) for seed in REPEATS]
+    n = len(STEPS_OF_WIDTH)
+    cells = [*regressions[: 2 * n], *games[:n], *regressions[2 * n :], *games[n:]]
     return [_training(place, *cell) for cell in cells if cell[0] in kinds]
 
 
@@ -114,7 +122,7 @@ def _training(place: Place, kind: str, step: int, share: float, seed: int) -> Tr
         config_of(kind, step).model_copy(update={"seed": seed}),
         REGRESSION if kind == "regression" else ADVERSARIAL,
         None if share == 1 else _folder_of_part(place, share),
-        heldout_loss if kind == "regression" else None,
+        heldout_loss if kind == "regression" else kid,
     )
 
 
@@ -183,7 +191,27 @@ def heldout_loss(one: Training, place: Place, reading: str) -> Record:
         found.append(losses_of(drawn, from_uint8(real_NCHW[rows])))
     loss_N = torch.cat(found).double()
     error = float(loss_N.std() / len(loss_N) ** 0.5)
-    return _queue.rounded({"loss": float(loss_N.mean()), "standard_error": error})
+    return dict(_queue.rounded({"loss": float(loss_N.mean()), "standard_error": error}))
+
+
+def kid(one: Training, place: Place, reading: str) -> Record:
+    """KID of some held-out captions' pictures and its 95 % interval: no more, as it is dear."""
+    folder = place.pictures(one.name, reading)
+    at = setting(
+        _queue.judged(resolution=SIDE, num_images=DRAWN),
+        folder,
+        statistics=folder.parent / "statistics",
+    )
+    everything = read_heldout(place.heldout)
+    captions = subset(everything, at.config.num_images, at.config.seed).captions
+    sampler = load(place.folder(one.name) / f"{reading}.safetensors")
+    drawn, _ = drawing.draw(
+        lambda rows, seed: sampler.sample(captions[rows], seed=seed, cut=True), len(captions), at
+    )
+    with torch.no_grad():
+        ours_ND, real_MD = judging.features_of(drawn, everything.all_pictures, at)["inception"]
+    low, high, _ = mmd2_interval(ours_ND, real_MD)
+    return dict(_queue.rounded({"kid": mmd2(ours_ND, real_MD), "interval": [low, high]}))
 
 
 def losses_of(drawn: Sequence[torch.Tensor], real_NCHW: torch.Tensor) -> torch.Tensor:

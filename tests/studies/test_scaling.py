@@ -138,7 +138,7 @@ def results(tmp_path, monkeypatch):
             y = float(_law.predicted(LAW_7, np.array([[size, pictures, images]]))[0])
             measured = {"loss": y, "standard_error": 0.002}
             if one.about["kind"] == "adversarial":
-                measured = {"metrics": {"kid": y}, "intervals": {"kid": [y - 0.01, y + 0.01]}}
+                measured = {"kid": y, "interval": [y - 0.01, y + 0.01]}
             readings[name] = {"images": images, **measured}
         record = {"about": dict(one.about), "readings": readings, "parameters": round(size)}
         record |= {"data": {"pictures": pictures}, "milliseconds": 4.5}
