@@ -65,14 +65,15 @@ SHARES = (1.0, 0.125, 0.375)
 """Of every concept's pictures; the extremes say most, and come first."""
 REGRESSION = {str(images): images for images in (1_000, 2_000, 4_000, 8_000)}
 ADVERSARIAL = {str(images): images for images in (1_600, 3_200)}
+"""Images seen at readings."""
 KINDS = ("regression", "adversarial")
-RESAMPLES = 300
 REPEATS = (1, 2)
 """Further seeds of the regression of width 1 on all pictures: how far seeds lie apart."""
-_NEVER = 10**9
-_BATCH = 64
 DRAWN = 128
 """Pictures of each KID."""
+RESAMPLES = 300
+_NEVER = 10**9
+_BATCH = 64
 
 
 def width_of(step: int) -> float:
@@ -122,7 +123,7 @@ def _training(place: Place, kind: str, step: int, share: float, seed: int) -> Tr
         config_of(kind, step).model_copy(update={"seed": seed}),
         REGRESSION if kind == "regression" else ADVERSARIAL,
         None if share == 1 else _folder_of_part(place, share),
-        heldout_loss if kind == "regression" else kid,
+        heldout_loss if kind == "regression" else kid_of_drawn,
     )
 
 
@@ -194,7 +195,7 @@ def heldout_loss(one: Training, place: Place, reading: str) -> Record:
     return dict(_queue.rounded({"loss": float(loss_N.mean()), "standard_error": error}))
 
 
-def kid(one: Training, place: Place, reading: str) -> Record:
+def kid_of_drawn(one: Training, place: Place, reading: str) -> Record:
     """KID of some held-out captions' pictures and its 95 % interval: no more, as it is dear."""
     folder = place.pictures(one.name, reading)
     at = setting(
@@ -271,10 +272,10 @@ def report(results: Path, images: Path) -> dict[str, str]:
         raise ValueError(f"there is no {file}: run `python -m studies.scaling run` first")
     compute, records = json.loads(file.read_text()), _queue.records(results)
     loss, kid = (tables.readings_of(records, kind, compute[kind]) for kind in KINDS)
-    if len({one.width for one in loss}) < 3:
+    if len({one.width for one in loss}) < 3 or len({one.pictures for one in loss}) < 2:
         raise ValueError(
-            f"{results} has regressions of fewer than three widths, of which none can be left out: "
-            "run `python -m studies.scaling run --kinds regression`"
+            f"{results} has regressions of fewer than three widths or of one number of pictures, "
+            "which is no law: run `python -m studies.scaling run --kinds regression`"
         )
     points = tables.points(loss)
     law_7 = _law.fitted(*points)
