@@ -33,7 +33,7 @@ def draw(
     colours = dict(zip(sorted({one.width for one in loss}), _COLOURS, strict=False))
     lines = dict(zip(sorted({one.pictures for one in loss}, reverse=True), _LINES, strict=False))
     for axes, readings in ((left, loss), (right, kid)):
-        for _, group in groupby(readings, key=lambda one: one.training):
+        for name, group in groupby(readings, key=lambda one: one.training):
             own = [*group]
             axes.errorbar(
                 [one.compute for one in own],
@@ -41,7 +41,7 @@ def draw(
                 yerr=None if axes is left else [1.96 * one.spread for one in own],
                 color=colours[own[0].width],
                 linestyle=lines[own[0].pictures],
-                marker="o",
+                marker="s" if name.startswith("longer") else "o",
                 markersize=4,
                 linewidth=1.2,
             )
@@ -94,5 +94,6 @@ def _marks(colours: dict[float, str], lines: dict[int, str]) -> list[Any]:
             Line2D([], [], color="#666666", linestyle=line, label=f"{pictures:,} pictures")
             for pictures, line in lines.items()
         ),
+        Line2D([], [], color="#666666", marker="s", markersize=4, label="longer trainings"),
         Line2D([], [], color="black", label="the law's best, with 95 %"),
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,20 +33,20 @@ class Reading(NamedTuple):
 
 
 def readings_of(
-    records: Sequence[Record], kind: str, multiply_adds: Mapping[str, float]
+    records: Sequence[Record], kinds: Collection[str], multiply_adds: Mapping[str, float]
 ) -> list[Reading]:
-    """All readings of one kind, of which an image at each width takes so many multiply-adds."""
+    """All readings of these kinds; an image at each width takes so many multiply-adds."""
     found = []
     for record in records:
         about = record["about"]
-        if about["kind"] != kind:
+        if about["kind"] not in kinds:
             continue
         key = (about["width"], about["share"], about["seed"])
         for reading in record["readings"].values():
             seen = -(-reading["images"] // BATCH) * BATCH  # whole steps
             found.append(
                 Reading(
-                    " ".join(f"{part:g}" for part in key),
+                    " ".join([about["kind"], *(f"{part:g}" for part in key)]),
                     *key,
                     record["parameters"],
                     record["data"]["pictures"],
@@ -83,9 +83,8 @@ def _said(values_R: np.ndarray, form: str) -> str:
     return f"{low:{form}} to {high:{form}}"
 
 
-def of_losses(loss: Sequence[Reading]) -> str:
-    """The last reading of every regression, a row a width; seeds beside each other."""
-    seen = max(one.images for one in loss)
+def of_losses(loss: Sequence[Reading], seen: int) -> str:
+    """Every regression after so many images, a row a width; seeds beside each other."""
     last = [one for one in loss if one.images == seen]
     sizes = sorted({one.pictures for one in last}, reverse=True)
     rows = []
@@ -124,20 +123,53 @@ def of_law(law_7: np.ndarray, laws_R7: np.ndarray, loss: Sequence[Reading]) -> s
     return f"{_table(['', 'fitted', '95 %'], rows)}\n\n{about}"
 
 
-def left_out(loss: Sequence[Reading]) -> str:
+def width_left_out(loss: Sequence[Reading]) -> str:
     """The largest width, predicted by a law of the others, and by the next smaller width itself."""
     *_, smaller, largest = sorted({one.width for one in loss})
     law_7 = _law.fitted(*points([one for one in loss if one.width != largest]))
     beside = {(o.share, o.seed, o.images): o.y for o in loss if o.width == smaller}
-    rows = []
-    for one in (one for one in loss if one.width == largest):
-        said = float(_law.predicted(law_7, points([one])[0])[0])
-        other = beside.get((one.share, one.seed, one.images))
-        cells = [f"{one.pictures:,}", f"{one.images:,}", f"{one.y:.4f}", f"{said:.4f}"]
-        cells.append(f"{100 * (said / one.y - 1):+.1f} %")
-        rows.append([*cells, "–" if other is None else f"{100 * (other / one.y - 1):+.1f} %"])
-    heads = ["pictures", "images seen", f"× {largest:g} measured", "predicted", "error"]
-    return _table([*heads, f"error of taking × {smaller:g}'s"], rows)
+    left = [one for one in loss if one.width == largest]
+    others = [beside.get((one.share, one.seed, one.images), np.nan) for one in left]
+    return _held_against(left, law_7, f"× {smaller:g}'s", others)
+
+
+def lengths_left_out(loss: Sequence[Reading], longest: int) -> str:
+    """Longer trainings, predicted by a law of what is no longer than `longest` images.
+
+    Beside them stands the largest width after `longest`, whose compute the last of each have.
+    """
+    left = [one for one in loss if one.images > longest]
+    if not left:
+        return "Not measured yet."
+    known = [one for one in loss if one.images <= longest]
+    largest = max(known, key=lambda one: (one.width, one.share, one.images))
+    law_7 = _law.fitted(*points(known))
+    return _held_against(left, law_7, f"× {largest.width:g}'s", [largest.y] * len(left))
+
+
+def _held_against(
+    left: Sequence[Reading], law_7: np.ndarray, other: str, others: Sequence[float]
+) -> str:
+    """What was measured, what a law had predicted, and how near something else comes."""
+    said_P = _law.predicted(law_7, points(left)[0])
+    y_P = np.array([one.y for one in left])
+    errors_2P = 100 * (np.array([said_P, others]) / y_P - 1)
+    rows = [
+        (
+            f"× {one.width:g}",
+            f"{one.pictures:,}",
+            f"{one.images:,}",
+            f"{one.compute / 1e12:.2f}",
+            f"{one.y:.4f}",
+            f"{said:.4f}",
+            *(f"{error:+.1f} %" for error in errors),
+        )
+        for one, said, errors in zip(left, said_P, errors_2P.T, strict=True)
+    ]
+    heads = ["width", "pictures", "images seen", "10¹² multiply-adds", "measured", "predicted"]
+    by_law, by_other = np.nanmean(np.abs(errors_2P), axis=1)
+    about = f"Mean absolute error: {by_law:.1f} % by the law, {by_other:.1f} % by taking {other}."
+    return f"{_table([*heads, 'error', f'of taking {other}'], rows)}\n\n{about}"
 
 
 def of_kids(kid: Sequence[Reading]) -> str:

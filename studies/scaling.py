@@ -66,7 +66,8 @@ SHARES = (1.0, 0.125, 0.375)
 REGRESSION = {str(images): images for images in (1_000, 2_000, 4_000, 8_000)}
 ADVERSARIAL = {str(images): images for images in (1_600, 3_200)}
 """Images seen at readings."""
-KINDS = ("regression", "adversarial")
+KINDS = ("regression", "longer", "adversarial")
+"""`longer` are regressions of the smaller widths up to the compute of the largest one."""
 REPEATS = (1, 2)
 """Further seeds of the regression of width 1 on all pictures: how far seeds lie apart."""
 DRAWN = 128
@@ -97,7 +98,7 @@ def config_of(kind: str, step: int) -> TrainBaseConfig:
         "loss": {"matching": 0.5, "contrastive": 0, "vision": 0},
         "optimizer": {"warmup_images": 400, "r1_weight": 1.0, "generator_rate": 0.8},
     }
-    if kind == "regression":  # for good: its rate begins to fall at four fifths of `images`
+    if kind != "adversarial":  # for good: its rate begins to fall at four fifths of `images`
         tree["warm_start"] = {"images": _NEVER}
     return TrainBaseConfig.model_validate(tree)
 
@@ -110,8 +111,10 @@ def trainings(place: Place, kinds: Sequence[str] = KINDS) -> list[Training]:
     games += [("adversarial", *cell, 0) for cell in grid if cell not in cross]
     regressions = [("regression", *cell, 0) for cell in grid]
     regressions += [("regression", 0, 1.0, seed) for seed in REPEATS]
+    longer = [("longer", step, 1.0, 0) for step in STEPS_OF_WIDTH[:-1]]
     n = len(STEPS_OF_WIDTH)
-    cells = [*regressions[: 2 * n], *games[:n], *regressions[2 * n :], *games[n:]]
+    cells = [*regressions[: 2 * n], *longer[:1], *games[:n], *longer[1:]]
+    cells += [*regressions[2 * n :], *games[n:]]
     return [_training(place, *cell) for cell in cells if cell[0] in kinds]
 
 
@@ -121,10 +124,18 @@ def _training(place: Place, kind: str, step: int, share: float, seed: int) -> Tr
         f"{kind}-width-{width:g}-share-{share:g}-seed-{seed}",
         {"kind": kind, "width": width, "share": share, "seed": seed},
         config_of(kind, step).model_copy(update={"seed": seed}),
-        REGRESSION if kind == "regression" else ADVERSARIAL,
+        lengths_of(kind, step),
         None if share == 1 else _folder_of_part(place, share),
-        heldout_loss if kind == "regression" else kid_of_drawn,
+        kid_of_drawn if kind == "adversarial" else heldout_loss,
     )
+
+
+def lengths_of(kind: str, step: int) -> dict[str, int]:
+    """After how many images a training is measured; with √2 more channels an image costs twice."""
+    if kind != "longer":
+        return REGRESSION if kind == "regression" else ADVERSARIAL
+    doublings = range(1, STEPS_OF_WIDTH[-1] - step + 1)
+    return {f"{(n := max(REGRESSION.values()) << i)}": n for i in doublings}
 
 
 # ---- parts of the pictures -----------------------------------------------------------------------
@@ -240,7 +251,7 @@ def count_compute() -> Record:
 
     A backward of the regression counts as two forwards; R1 counts for its share of the steps.
     """
-    by_kind: dict[str, dict[str, float]] = {kind: {} for kind in KINDS}
+    by_kind: dict[str, dict[str, float]] = {"regression": {}, "adversarial": {}}
     for step in STEPS_OF_WIDTH:
         name = f"{width_of(step):g}"
         forward = summarize(config_of("regression", step).generator).multiply_adds
@@ -271,7 +282,8 @@ def report(results: Path, images: Path) -> dict[str, str]:
     if not file.exists():
         raise ValueError(f"there is no {file}: run `python -m studies.scaling run` first")
     compute, records = json.loads(file.read_text()), _queue.records(results)
-    loss, kid = (tables.readings_of(records, kind, compute[kind]) for kind in KINDS)
+    loss = tables.readings_of(records, ("regression", "longer"), compute["regression"])
+    kid = tables.readings_of(records, ("adversarial",), compute["adversarial"])
     if len({one.width for one in loss}) < 3 or len({one.pictures for one in loss}) < 2:
         raise ValueError(
             f"{results} has regressions of fewer than three widths or of one number of pictures, "
@@ -282,9 +294,10 @@ def report(results: Path, images: Path) -> dict[str, str]:
     laws_R7 = _law.resampled(law_7, *points, [one.training for one in loss], resamples=RESAMPLES)
     _scaling_plot.draw(images / "scaling.png", loss, kid, law_7, laws_R7)
     return {
-        "scaling-loss": tables.of_losses(loss),
+        "scaling-loss": tables.of_losses(loss, max(REGRESSION.values())),
         "scaling-law": tables.of_law(law_7, laws_R7, loss),
-        "scaling-left-out": tables.left_out(loss),
+        "scaling-left-out": tables.width_left_out(loss),
+        "scaling-longer": tables.lengths_left_out(loss, max(REGRESSION.values())),
         "scaling-kid": tables.of_kids(kid),
         "scaling-paper": tables.of_paper(law_7, laws_R7, loss, kid, compute["paper_64"]),
     }

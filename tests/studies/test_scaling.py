@@ -82,6 +82,12 @@ def test_all_channel_counts_double_in_two_steps_and_multiply_adds_grow_fourfold(
     assert ratio == pytest.approx(4, rel=0.01)
 
 
+def test_longer_trainings_end_at_the_compute_of_the_largest_width():
+    at = {step: max(scaling.lengths_of("longer", step).values()) for step in (-2, -1, 0)}
+    assert at == {-2: 64_000, -1: 32_000, 0: 16_000}
+    assert min(scaling.lengths_of("longer", -2).values()) > max(scaling.REGRESSION.values())
+
+
 def test_a_step_of_the_regression_costs_three_forwards():
     config = scaling.config_of("regression", -2).generator
     with torch.device("meta"):
@@ -152,9 +158,10 @@ def test_the_report_finds_the_law_in_the_records_and_predicts_a_width_left_out(r
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
     assert all(name.startswith("scaling-") for name in blocks)
     assert "| γ | 0.450 | 0.450 to 0.450 |" in blocks["scaling-law"]
-    rows = [row for row in blocks["scaling-left-out"].splitlines() if "%" in row]
+    rows = [row for row in blocks["scaling-left-out"].splitlines() if "% |" in row]
     assert len(rows) == len(scaling.SHARES) * len(scaling.REGRESSION)
-    assert all(row.split("|")[5].strip() in ("+0.0 %", "-0.0 %") for row in rows)
+    rows += [row for row in blocks["scaling-longer"].splitlines() if "% |" in row]
+    assert all(row.split("|")[7].strip() in ("+0.0 %", "-0.0 %") for row in rows)
     assert "× 1.414 | 5,300" in blocks["scaling-kid"]
     assert "κ of KID" in blocks["scaling-paper"]
     assert scaling.report(results, tmp_path) == blocks
@@ -170,7 +177,9 @@ def test_the_report_says_what_it_has_before_there_is_a_game(results, tmp_path):
 
 def test_the_best_at_a_compute_is_never_worse_than_a_width_that_was_measured(results):
     compute = json.loads((results / scaling.COMPUTE).read_text())
-    loss = tables.readings_of(scaling._queue.records(results), "regression", compute["regression"])
+    loss = tables.readings_of(
+        scaling._queue.records(results), ["regression"], compute["regression"]
+    )
     for one in (one for one in loss if one.share == 1):
         best = _scaling_plot.best(LAW_7, loss, np.array([one.compute]))
         assert best[0] <= one.y * 1.001
