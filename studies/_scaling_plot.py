@@ -32,13 +32,13 @@ def draw(
     left, right = figure.subplots(1, 2)
     colours = dict(zip(sorted({one.width for one in loss}), _COLOURS, strict=False))
     lines = dict(zip(sorted({one.pictures for one in loss}, reverse=True), _LINES, strict=False))
-    for axes, readings in ((left, loss), (right, kid)):
+    for axes, readings, scale in ((left, loss, 1.0), (right, kid, 1e3)):
         for name, group in groupby(readings, key=lambda one: one.training):
             own = [*group]
             axes.errorbar(
                 [one.compute for one in own],
-                [one.y for one in own],
-                yerr=None if axes is left else [1.96 * one.spread for one in own],
+                [scale * one.y for one in own],
+                yerr=None if axes is left else [scale * 1.96 * one.spread for one in own],
                 color=colours[own[0].width],
                 linestyle=lines[own[0].pictures],
                 marker="s" if name.startswith("longer") else "o",
@@ -49,10 +49,10 @@ def draw(
     left.set_title("Regression alone: loss on held-out captions", fontsize=11)
     right.set_title("The whole game: distance to real pictures", fontsize=11)
     left.set(ylabel="L1 over the pyramid")
-    right.set(ylabel="KID")
+    right.set(ylabel="KID × 10³, 95 %")
     for axes in (left, right):
-        axes.set(xscale="log", yscale="log", xlabel="multiply-adds of training")
-        axes.grid(alpha=0.25, which="both")
+        axes.set(xscale="log", xlabel="multiply-adds of training")
+        axes.grid(alpha=0.25)
     left.legend(handles=_marks(colours, lines), frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})

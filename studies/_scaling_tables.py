@@ -207,10 +207,10 @@ def of_paper(
         rows.append((f"held-out L1, {name}", said, _said(values_R, ".3f")))
     whole = [one for one in kid if one.share == 1]
     if len({one.width for one in whole}) > 2:
-        rows += _kid_by_compute(whole, paper["multiply_adds"] * seen)
+        rows += _kid_by_compute(whole, float(paper["multiply_adds"]) * seen)
     times = size / max(one.parameters for one in loss), seen / max(one.images for one in loss)
-    about = f"That is {times[0]:,.0f} times the parameters and {times[1]:,.0f} times the images of "
-    return f"{_table(['', 'predicted', '95 %'], rows)}\n\n{about}the largest training measured."
+    about = f"That is {times[0]:,.0f} times the parameters and {times[1]:,.0f} times the images "
+    return f"{_table(['', 'predicted', '95 %'], rows)}\n\n{about}of what was measured."
 
 
 def _kid_by_compute(whole: Sequence[Reading], far: float) -> list[tuple[str, str, str]]:
@@ -227,5 +227,5 @@ def _kid_by_compute(whole: Sequence[Reading], far: float) -> list[tuple[str, str
 
     return [
         ("κ of KID = k C^−κ", f"{law_2[1]:.3f}", _said(laws_R2[:, 1], ".3f")),
-        ("KID × 10³ by that", f"{at(law_2):.2g}", _said(at(laws_R2), ".2g")),
+        ("KID × 10³ by that", f"{at(law_2):.0f}", _said(at(laws_R2), ".0f")),
     ]

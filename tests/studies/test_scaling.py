@@ -134,7 +134,7 @@ def results(tmp_path, monkeypatch):
     place = scaling.Place(tmp_path, tmp_path, tmp_path, folder)
     widths = sorted({one.about["width"] for one in scaling.trainings(place)})
     counted = {f"{width:g}": 1e8 * width**2 for width in widths}
-    paper = {"multiply_adds": 1e12, "parameters": 7e8, "images": 1e9}
+    paper = {"multiply_adds": 10**12, "parameters": 7 * 10**8, "images": 10**9}
     compute = {"regression": counted, "adversarial": counted, "paper_64": paper}
     (folder / scaling.COMPUTE).write_text(json.dumps(compute))
     for one in scaling.trainings(place):
