@@ -193,7 +193,7 @@ def _record(one: Training, place: Place, found: Mapping[str, Any]) -> Record:
             "index_sha256": sha256_of(shards / "index.json"),
         },
         "parameters": _parameters(place.folder(one.name)),
-        "milliseconds": round(_pace(place.folder(one.name)), 3),
+        "milliseconds": _pace(place.folder(one.name)),
         **circumstances(),
     }
 
@@ -231,12 +231,17 @@ def _parameters(folder: Path) -> int:
         return sum(torch.Size(shape).numel() for shape in shapes)
 
 
-def _pace(folder: Path) -> float:
-    """Milliseconds of processor time an image, R1 and all: the median between lines of the log."""
+def _pace(folder: Path) -> float | None:
+    """Milliseconds of processor time an image, R1 and all: the median between lines of the log.
+
+    None for a training too short to have two lines. Measuring, and a new process, fall between
+    lines as well, but between few.
+    """
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     at = [(line["images"], line["cpu_seconds"]) for line in lines if "cpu_seconds" in line]
     pairs = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(at)]
-    return 1e3 * statistics.median(cpu / images for images, cpu in pairs if images and cpu > 0)
+    each = [1e3 * cpu / images for images, cpu in pairs if images and cpu > 0]
+    return statistics.median(each) if each else None
 
 
 def _peak_mb() -> float:

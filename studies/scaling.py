@@ -203,7 +203,7 @@ def heldout_loss(one: Training, place: Place, reading: str) -> Record:
         found.append(losses_of(drawn, from_uint8(real_NCHW[rows])))
     loss_N = torch.cat(found).double()
     error = float(loss_N.std() / len(loss_N) ** 0.5)
-    return dict(_queue.rounded({"loss": float(loss_N.mean()), "standard_error": error}))
+    return {"loss": float(loss_N.mean()), "standard_error": error}
 
 
 def kid_of_drawn(one: Training, place: Place, reading: str) -> Record:
@@ -223,7 +223,7 @@ def kid_of_drawn(one: Training, place: Place, reading: str) -> Record:
     with torch.no_grad():
         ours_ND, real_MD = judging.features_of(drawn, everything.all_pictures, at)["inception"]
     low, high, _ = mmd2_interval(ours_ND, real_MD)
-    return dict(_queue.rounded({"kid": mmd2(ours_ND, real_MD), "interval": [low, high]}))
+    return {"kid": mmd2(ours_ND, real_MD), "interval": [low, high]}
 
 
 def losses_of(drawn: Sequence[torch.Tensor], real_NCHW: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,9 @@ from studies._queue import Place, Training
 
 READINGS = {"time": 96, "images": 32}
 """Not in the order of their images."""
+SECONDS = (1.0, 1.2, 9.0, 9.2, 0.5, 0.7)
+"""Processor time at every 20 images; it measures after the second, and begins anew after the
+fourth."""
 
 
 @pytest.fixture
@@ -33,6 +36,9 @@ def trained(monkeypatch):
         if is_asked_to_stop():
             raise loop.Preempted("asked to stop")
         save_file({"a": torch.zeros(2, 3), "b": torch.zeros(5)}, folder / "snapshot.safetensors")
+        lines = [{"images": 20 * i, "cpu_seconds": seconds} for i, seconds in enumerate(SECONDS)]
+        text = "".join(f"{json.dumps(line)}\n" for line in [*lines, {"images": 99}])
+        (folder / "metrics.jsonl").write_text(text)
 
     def measured(one, place, reading):
         return {"metrics": {"kid": 0.123456789}, "intervals": {}, "reference": {}}
@@ -54,6 +60,7 @@ def test_a_training_is_measured_at_each_reading_in_the_order_of_images(place, tr
     assert record["readings"]["images"]["images"] == 32
     assert record["readings"]["time"]["metrics"] == {"kid": 0.12346}
     assert record["parameters"] == 11
+    assert record["milliseconds"] == pytest.approx(10)
     assert record["data"]["pictures"] == 7
     assert {"python", "torch"} <= set(record["versions"])
     assert record["readings"]["images"]["peak_mb"] > 0
@@ -69,6 +76,13 @@ def test_a_training_that_was_stopped_leaves_no_record_and_goes_on_at_its_reading
     _queue.train(one(), place, lambda: next(answers))
     assert [images for _, images, _ in trained] == [32, 96, 96]
     assert place.record("row-seed-3").exists()
+
+
+def test_a_study_may_measure_something_else(place, trained):
+    own = one(measure=lambda training, place, reading: {"loss": len(reading)})
+    _queue.train(own, place, lambda: False)
+    readings = json.loads(place.record("row-seed-3").read_text())["readings"]
+    assert {name: reading["loss"] for name, reading in readings.items()} == {"images": 6, "time": 4}
 
 
 def test_processor_time_adds_up_over_attempts(tmp_path):
