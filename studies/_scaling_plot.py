@@ -26,6 +26,7 @@ def draw(
     """A colour a width, a line a number of pictures; the band is the middle 95 % of the laws."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullLocator
 
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -52,6 +53,9 @@ def draw(
     right.set(ylabel="KID × 10³, 95 %")
     for axes in (left, right):
         axes.set(xscale="log", xlabel="multiply-adds of training")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.25)
     left.legend(handles=_marks(colours, lines), frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
