@@ -237,7 +237,7 @@ def _pace(folder: Path) -> float | None:
     None for a training too short to have two lines. Measuring, and a new process, fall between
     lines as well, but between few.
     """
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    lines = map(json.loads, (folder / LINES).read_text().splitlines())
     at = [(line["images"], line["cpu_seconds"]) for line in lines if "cpu_seconds" in line]
     pairs = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(at)]
     each = [1e3 * cpu / images for images, cpu in pairs if images and cpu > 0]
