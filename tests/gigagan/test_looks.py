@@ -40,7 +40,7 @@ def test_neighbours_are_those_of_a_whole_comparison(monkeypatch):
     samples, training = random.normal(size=(5, 3)), random.normal(size=(23, 3))
     units = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (samples, training)]
     cosine = units[0] @ units[1].T
-    monkeypatch.setattr("gigagan.evaluation.judges.neighbours._CHUNK", 7)
+    monkeypatch.setattr("gigagan.evaluation.judges.neighbours._CHUNK", 7 * 3)
     for row, found in enumerate(nearest(samples, training, k=2)):
         assert [n.index for n in found] == np.argsort(-cosine[row])[:2].tolist()
         assert found[0].cosine == pytest.approx(cosine[row].max())

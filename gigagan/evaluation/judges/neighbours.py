@@ -9,8 +9,47 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_CHUNK = 8192
+_CHUNK = 2**24
+"""Values of training features that are held at a time."""
 _USUAL = 0.99
+
+
+def closest(
+    samples_ND: np.ndarray,
+    training_MD: np.ndarray,
+    *,
+    k: int = 1,
+    cosine: bool = False,
+    apart: tuple[np.ndarray, np.ndarray] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Squared distances [N, k] to the k nearest training pictures, nearest first, and their rows.
+
+    By ‖a‖² + ‖b‖² − 2 a·b, in the precision of the features; with `cosine` of both as float64 at
+    length 1, which is 2 (1 − cosine). `apart` has the groups of samples [N] and of training
+    pictures [M]: those of a sample's own group are infinitely far. Training rows are read a part at
+    a time: they may be a file.
+    """
+    if not 1 <= k <= len(training_MD):
+        raise ValueError(f"k={k} neighbours of {len(training_MD)} training pictures")
+    read = _units if cosine else np.asarray
+    samples_ND = read(samples_ND)
+    best_NK = np.empty((len(samples_ND), 0), samples_ND.dtype)
+    row_NK = np.empty((len(samples_ND), 0), np.int64)
+    rows = max(1, _CHUNK // max(1, training_MD.shape[1]))
+    norm_N1 = np.square(samples_ND).sum(axis=1, keepdims=True)
+    for start in range(0, len(training_MD), rows):
+        part_RD = read(training_MD[start : start + rows])
+        far_NR = norm_N1 + np.square(part_RD).sum(axis=1) - 2 * samples_ND @ part_RD.T
+        far_NR = far_NR.clip(min=0)
+        if apart is not None:
+            far_NR[apart[0][:, None] == apart[1][start : start + rows]] = np.inf
+        row_NR = np.broadcast_to(start + np.arange(len(part_RD)), far_NR.shape)
+        best_NK = np.concatenate([best_NK, far_NR], axis=1)
+        row_NK = np.concatenate([row_NK, row_NR], axis=1)
+        order_NK = np.argsort(best_NK, axis=1, kind="stable")[:, :k]
+        best_NK = np.take_along_axis(best_NK, order_NK, axis=1)
+        row_NK = np.take_along_axis(row_NK, order_NK, axis=1)
+    return best_NK, row_NK
 
 
 @dataclass(frozen=True)
@@ -24,27 +63,33 @@ class Neighbour:
 def nearest(
     samples_ND: np.ndarray, training_MD: np.ndarray, *, k: int = 3
 ) -> list[list[Neighbour]]:
-    """The k nearest training pictures of each sample by cosine, nearest first.
-
-    Training rows are read a part at a time: they may be a file.
-    """
-    if not 1 <= k <= len(training_MD):
-        raise ValueError(f"k={k} neighbours of {len(training_MD)} training pictures")
-    samples_ND = _units(samples_ND)
-    best_NK = np.empty((len(samples_ND), 0))
-    index_NK = np.empty((len(samples_ND), 0), np.int64)
-    for start in range(0, len(training_MD), _CHUNK):
-        cosine_NM = samples_ND @ _units(training_MD[start : start + _CHUNK]).T
-        places_NM = np.broadcast_to(start + np.arange(cosine_NM.shape[1]), cosine_NM.shape)
-        best_NK = np.concatenate([best_NK, cosine_NM], axis=1)
-        index_NK = np.concatenate([index_NK, places_NM], axis=1)
-        order_NK = np.argsort(-best_NK, axis=1, kind="stable")[:, :k]
-        best_NK = np.take_along_axis(best_NK, order_NK, axis=1)
-        index_NK = np.take_along_axis(index_NK, order_NK, axis=1)
+    """The k nearest training pictures of each sample by cosine, nearest first."""
+    far_NK, row_NK = closest(samples_ND, training_MD, k=k, cosine=True)
     return [
-        [Neighbour(int(i), float(c)) for i, c in zip(indices, cosines, strict=True)]
-        for indices, cosines in zip(index_NK, best_NK, strict=True)
+        [Neighbour(int(row), float(1 - far / 2)) for row, far in zip(rows, fars, strict=True)]
+        for rows, fars in zip(row_NK, far_NK, strict=True)
     ]
+
+
+def chance_limit(training_MD: np.ndarray, group_M: np.ndarray, share: float) -> float:
+    """Squared distance that only `share` of training pictures have to one of another group.
+
+    What is nearer to a training picture is a near-copy; by the real set alone, as between halves
+    of it, each of other groups (concepts, say) than the other.
+    """
+    return float(np.quantile(closest(training_MD, training_MD, apart=(group_M, group_M))[0], share))
+
+
+def copying(drawn_N: np.ndarray, real_M: np.ndarray) -> np.ndarray:
+    """For the distance of each drawn picture to training, the share [N] of real ones' above it.
+
+    Equal ones count half. The mean is 1 − Δ of Meehan et al. 2020 (equation 1): more than 0.5 where
+    data are copied, as drawn pictures are nearer to training than independent real ones.
+    """
+    real_M = np.sort(real_M)
+    below, up_to = (np.searchsorted(real_M, drawn_N, side) for side in ("left", "right"))
+    shares_N: np.ndarray = 1 - (below + up_to) / (2 * len(real_M))
+    return shares_N
 
 
 @dataclass(frozen=True)
