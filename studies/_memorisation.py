@@ -146,7 +146,7 @@ def draw(path: Path, real: Record, records: Sequence[Record]) -> None:
 
     figure = Figure(figsize=(12, 3 * len(real) + 1), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(len(real), len(KINDS), sharex="row", sharey=True)
+    panels = figure.subplots(len(real), len(KINDS), sharex="row", sharey=True, squeeze=False)
     for line, (encoder, one) in zip(panels, real.items(), strict=True):
         for axes, (kind, title) in zip(line, KINDS.items(), strict=True):
             for record in records:

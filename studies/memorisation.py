@@ -31,7 +31,7 @@ from gigagan.common.files import sha256_of
 from gigagan.evaluation.heldout import SPLITS, Work, read_heldout, training_pictures
 from gigagan.evaluation.judges.features import square
 from gigagan.evaluation.judges.neighbours import chance_limit, closest, copying
-from gigagan.evaluation.judges.statistics import bootstrap
+from gigagan.evaluation.judges.statistics import bootstrap, share_interval
 from gigagan.evaluation.naming import choose
 from gigagan.evaluation.report.results import caption_grid, write_json
 from gigagan.inference.sampler import PUBLISHED, Sampler, load
@@ -121,7 +121,10 @@ def concepts(works: Sequence[Work]) -> np.ndarray:
 
 
 def mean(values_N: np.ndarray, group_N: np.ndarray) -> list[float]:
-    """Mean, and its 95 % bootstrap interval over groups: pictures of one concept are alike."""
+    """Mean, and its 95 % bootstrap interval over groups: pictures of one concept are alike.
+
+    Where all are 0 or all 1, which bootstrap gives no width, it is Wilson's for that many groups.
+    """
     _, place_N = np.unique(group_N, return_inverse=True)
     sums_C2 = np.stack([np.bincount(place_N, values_N), np.bincount(place_N)], axis=1)
 
@@ -129,8 +132,12 @@ def mean(values_N: np.ndarray, group_N: np.ndarray) -> list[float]:
         total, count = rows_C2.sum(axis=0)
         return float(total / count)
 
-    interval = bootstrap(ratio, sums_C2, resamples=1000)
-    return [ratio(sums_C2), interval.low, interval.high]
+    value, C = ratio(sums_C2), len(sums_C2)
+    if value in (0, 1):
+        interval = share_interval(round(value) * C, C)
+    else:
+        interval = bootstrap(ratio, sums_C2, resamples=1000)
+    return [value, interval.low, interval.high]
 
 
 def kappa(one_N: np.ndarray, other_N: np.ndarray) -> float | None:

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gigagan.evaluation.judges.neighbours import Memorisation, memorisation, nearest
+from gigagan.evaluation.judges.neighbours import (
+    Memorisation,
+    chance_limit,
+    closest,
+    copying,
+    memorisation,
+    nearest,
+)
 from gigagan.evaluation.report.categories import OTHER, by_category, categories
 from gigagan.evaluation.report.page import Figures, write_page
 from gigagan.evaluation.report.sweeps import CurvePoint, Speed, speeds, truncation_curve
@@ -56,6 +63,46 @@ def test_copies_of_training_pictures_are_found_out():
     assert honest.share_closer < 0.05
     assert copied.share_closer == 1
     assert copied.sample_median > 0.99 > copied.real_median
+
+
+@pytest.mark.parametrize("held", [1, 7 * 3, 10**6])
+def test_squared_distances_are_those_of_a_whole_comparison_in_double(monkeypatch, held):
+    random = np.random.default_rng(0)
+    samples, training = random.normal(size=(5, 3)), random.normal(size=(23, 3))
+    groups = random.integers(0, 3, 5), random.integers(0, 3, 23)
+    squares = np.square(samples[:, None] - training).sum(axis=2)
+    monkeypatch.setattr("gigagan.evaluation.judges.neighbours._CHUNK", held)
+    for apart in (None, groups):
+        if apart is not None:
+            squares[groups[0][:, None] == groups[1]] = np.inf
+        far, rows = closest(samples, training, k=2, apart=apart)
+        assert rows.tolist() == np.argsort(squares, axis=1)[:, :2].tolist()
+        assert np.allclose(far, np.sort(squares, axis=1)[:, :2])
+    single, _ = closest(samples.astype(np.float32), training.astype(np.float32))
+    assert single.dtype == np.float32
+
+
+def test_independent_draws_are_near_copies_as_often_as_chance_says_and_copies_always():
+    random = np.random.default_rng(0)
+    training, groups = random.normal(size=(2000, 5)), np.arange(2000) // 2
+    training[1::2] = training[::2]  # each picture twice, in a group of its own
+    limit = chance_limit(training, groups, 0.05)
+
+    def rate(samples):
+        return (closest(samples, training)[0] < limit).mean()
+
+    assert rate(random.normal(size=(2000, 5))) == pytest.approx(0.05, abs=0.015)
+    copies = training[:600] + 1e-3
+    assert rate(copies) == 1
+    mixed = np.concatenate([copies, random.normal(size=(1400, 5))])
+    assert rate(mixed) == pytest.approx(0.3 + 0.7 * 0.05, abs=0.015)
+
+
+def test_copying_is_the_share_of_pairs_in_which_the_drawn_one_is_nearer():
+    drawn, real = np.array([1.0, 2, 5]), np.array([2.0, 3, 2, 7])
+    naive = [[(d < r) + (d == r) / 2 for r in real] for d in drawn]
+    assert copying(drawn, real).tolist() == np.mean(naive, axis=1).tolist()
+    assert copying(real, real).mean() == 0.5
 
 
 def test_every_caption_has_a_kind_and_may_have_several():

@@ -1,0 +1,247 @@
+import io
+import json
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from gigagan.evaluation.judges.features import square
+from gigagan.models import pretrained
+from studies import _copies, memorisation
+
+STYLES, BACKGROUNDS = ("flat", "outlined"), ("white", "teal")
+RANDOM = np.random.default_rng(0)
+PICTURES = [Image.fromarray(RANDOM.integers(0, 256, (32, 32, 3), np.uint8)) for _ in range(5)]
+
+
+def squared(vectors, i, j):
+    return float(np.square(vectors[i].astype(np.float64) - vectors[j]).sum())
+
+
+def test_squared_distances_of_the_first_encoder_are_lpips():
+    x_NCHW = torch.stack(
+        [torch.from_numpy(np.array(square(p, 64))).permute(2, 0, 1) / 127.5 - 1 for p in PICTURES]
+    )
+    with torch.no_grad():
+        theirs = pretrained.lpips("alex")(x_NCHW[:1], x_NCHW[1:]).flatten()
+        vectors = _copies.lpips(PICTURES)
+    for i, distance in enumerate(theirs, start=1):
+        assert squared(vectors, 0, i) == pytest.approx(distance.item(), rel=1e-4)
+
+
+def test_those_of_the_others_are_cosines_and_mean_squares():
+    x, y = (np.asarray(picture) / 255 for picture in PICTURES[:2])
+    assert squared(_copies.pixels(PICTURES), 0, 1) == pytest.approx(np.mean((x - y) ** 2), rel=1e-5)
+    vectors = torch.from_numpy(_copies.efficientnet(PICTURES))
+    cosine = F.cosine_similarity(vectors[0], vectors[1], dim=0).item()
+    assert squared(vectors.numpy(), 0, 1) == pytest.approx(2 - 2 * cosine, rel=1e-4)
+
+
+def test_planted_copies_differ_from_their_source_and_keep_its_size():
+    for name, change in _copies.changes().items():
+        changed = change(PICTURES[0])
+        assert (changed.size, changed.mode) == ((32, 32), "RGB"), name
+        assert np.any(np.asarray(changed) != np.asarray(PICTURES[0])), name
+    shifted = _copies.changes()["one pixel right and down"](PICTURES[0])
+    assert np.array_equal(np.asarray(shifted)[1:, 1:], np.asarray(PICTURES[0])[:-1, :-1])
+
+
+def test_intervals_know_that_pictures_of_a_concept_are_alike():
+    values = np.repeat([0.0, 1.0], 20).repeat(5)
+    alone = memorisation.mean(values, np.arange(200))
+    together = memorisation.mean(values, np.arange(200) // 20)
+    assert alone[0] == together[0] == 0.5
+    assert alone[1] < 0.5 < alone[2]
+    assert together[2] - together[1] > 3 * (alone[2] - alone[1])
+    assert memorisation.mean(np.zeros(20), np.arange(20) // 2)[2] == pytest.approx(0.278, abs=0.01)
+
+
+def test_kappa_is_agreement_beyond_chance():
+    one, other = np.array([1, 1, 1, 0, 0, 0, 0, 0, 0, 0]), np.array([1, 1, 0, 1, 0, 0, 0, 0, 0, 0])
+    assert memorisation.kappa(one == 1, other == 1) == pytest.approx((0.8 - 0.58) / 0.42)
+    assert memorisation.kappa(one == 1, one == 1) == 1
+    assert memorisation.kappa(one > 1, one > 1) is None
+
+
+# ---- the whole of it, on a made-up set of drawings ----------------------------------------------
+
+
+def drawing(concept, style, background):
+    """Blocks of a random figure in a style on a background."""
+    figure = np.random.default_rng([concept, STYLES.index(style)]).random((4, 4)) < 0.5
+    ink, ground = (40, 200) if style == "flat" else (90, 200)
+    ground += 20 * BACKGROUNDS.index(background)
+    cells = np.where(figure, ink, ground).astype(np.uint8).repeat(8, 0).repeat(8, 1)
+    return Image.fromarray(np.stack([cells] * 3, axis=-1))
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Shards, held-out pictures and a filter's table: 24 concepts, one in three never trained."""
+    shards, heldout = tmp_path / "filter" / "shards" / "032", tmp_path / "heldout"
+    (heldout / "images").mkdir(parents=True)
+    shards.mkdir(parents=True)
+    images, notes, kept = [], [], []
+    with tarfile.open(shards / "train-00000.tar", "w") as tar:
+        for number in range(24 * 4):
+            concept, look = divmod(number, 4)
+            style, background = STYLES[look // 2], BACKGROUNDS[look % 2]
+            split = "unseen" if concept % 3 == 0 else "combination" if look == 3 else "trained"
+            name = f"{concept}-{style}-{background}.png"
+            drawing(concept, style, background).save(heldout / "images" / name)
+            images.append({"id": number, "file_name": name})
+            work = {"concept": f"c{concept}", "style": style, "background": background}
+            caption = f"{style} c{concept} on {background}"
+            notes.append({"id": number, "image_id": number, "caption": caption, "split": split})
+            notes[-1] |= work
+            if split == "trained":
+                kept.append({"key": f"{number:05}", "url": f"http://site/pictures/{name}"})
+                data = (heldout / "images" / name).read_bytes()
+                member = tarfile.TarInfo(f"{number:05}.png")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    held = [note for note in notes if note["split"] == "combination"]
+    for name, some in {"gallery": notes, "captions": held}.items():
+        content = {"images": images, "annotations": some}
+        (heldout / f"{name}.json").write_text(json.dumps(content))
+    (shards / "index.json").write_text("{}")
+    pq.write_table(pa.Table.from_pylist(kept), tmp_path / "filter" / "kept.parquet")
+    return shards, heldout
+
+
+class Network:
+    """Draws what a function of concept, style, background and latent says."""
+
+    def __init__(self, draw):
+        self.draw = draw
+
+    def sample(self, captions, *, seed, upscale):
+        assert not upscale
+        words = [caption.split() for caption in captions]
+        return [
+            self.draw(int(concept[1:]), style, ground, seed) for style, concept, _, ground in words
+        ]
+
+
+def noise(concept, style, background, seed):
+    values = np.random.default_rng([concept, seed]).integers(0, 256, (32, 32, 3), np.uint8)
+    return Image.fromarray(values)
+
+
+NETWORKS = {
+    "copier-seed-0": Network(
+        lambda concept, style, background, _: drawing(concept, style, "white")
+    ),
+    "honest-seed-0": Network(
+        lambda concept, style, background, _: drawing(concept, style, background)
+    ),
+    "noise-seed-1": Network(noise),
+}
+
+
+@pytest.fixture
+def measured(store, tmp_path, monkeypatch):
+    """Results of three networks by pixels."""
+    networks = {name: tmp_path / name / "images-16.safetensors" for name in NETWORKS}
+    for name, path in networks.items():
+        path.parent.mkdir()
+        path.write_text(name)
+    monkeypatch.setattr(memorisation, "ENCODERS", {"pixels": _copies.pixels})
+    monkeypatch.setattr(memorisation, "SHOWN_BY", "pixels")
+    monkeypatch.setattr(memorisation, "load", lambda path: NETWORKS[path.parent.name])
+    monkeypatch.setattr(memorisation, "snapshots", lambda *_: networks)
+    shards, heldout = store
+    arguments = ["--shards", shards, "--heldout", heldout, "--out", tmp_path / "out"]
+    arguments += ["--results", tmp_path / "results", "--images", tmp_path]
+    assert memorisation.main(["run", *map(str, arguments)]) == 0
+    return tmp_path, arguments
+
+
+def shares(folder, name, split):
+    content = json.loads((folder / "results" / f"{name}.json").read_text())
+    found = content["splits"][split]["encoders"]["pixels"]
+    return {key: found[key][0] for key in ("near", "drawing", "own", "copying", "latents_near")}
+
+
+def test_who_copies_is_found_out_and_who_draws_what_was_asked_for_is_not(measured, capsys):
+    folder, _ = measured
+    copier, honest = (
+        shares(folder, f"{name}-seed-0", "combination") for name in ("copier", "honest")
+    )
+    assert copier["near"] == copier["drawing"] == 1
+    assert copier["own"] == 0
+    assert honest["own"] == 1
+    assert copier["copying"] == 1 > honest["copying"] == 0.5
+    assert shares(folder, "copier-seed-0", "trained")["near"] == 1
+    assert shares(folder, "honest-seed-0", "trained")["own"] == 1
+    assert shares(folder, "honest-seed-0", "unseen")["copying"] == 0.5
+    for split in ("trained", "combination", "unseen"):
+        random = shares(folder, "noise-seed-1", split)
+        assert random["near"] == random["copying"] == random["latents_near"] == 0
+        assert random["own"] < 0.05  # of some forty training pictures one is the nearest
+
+
+def test_the_detector_is_checked_on_real_and_on_planted_pictures(measured):
+    folder, _ = measured
+    real = json.loads((folder / "results" / "real.json").read_text())["encoders"]["pixels"]
+    assert real["near"]["unseen"][0] < 0.3 < 0.9 < real["near"]["combination"][0]
+    assert real["planted"]["JPEG, quality 75"]["near"][0] == 1
+    assert real["planted"]["JPEG, quality 75"]["source"][0] > 0.9
+
+
+def test_what_has_a_record_is_measured_again_only_if_its_snapshot_is_another(measured, monkeypatch):
+    folder, arguments = measured
+    monkeypatch.setattr(memorisation, "load", lambda path: pytest.fail("it has a record"))
+    assert memorisation.main(["run", *map(str, arguments)]) == 0
+    drawn = []
+    monkeypatch.setattr(
+        memorisation, "load", lambda path: drawn.append(path.parent.name) or Network(noise)
+    )
+    (folder / "copier-seed-0" / "images-16.safetensors").write_text("trained anew")
+    assert memorisation.main(["run", *map(str, arguments)]) == 0
+    assert drawn == ["copier-seed-0"]
+
+
+def test_the_report_needs_the_records_alone_and_is_the_same_each_time(measured):
+    folder, _ = measured
+    images = folder / "again"
+    images.mkdir()
+    tables = memorisation.report(folder / "results", images)
+    assert tables == memorisation.report(folder / "results", images)
+    assert all(name.startswith("memorisation-") for name in tables)
+    copier = next(line for line in tables["memorisation-trained"].splitlines() if "copier" in line)
+    assert copier.startswith("| `copier`, seed 0, 16 images | 100 [81, 100] |")
+    assert "planted: JPEG, quality 75 | 100 [81, 100]" in tables["memorisation-detector"]
+    assert Image.open(images / "memorisation.png").width > 1000
+    assert Image.open(folder / "memorisation-sheet.png").width > 24 * 64
+
+
+def test_what_is_missing_is_named(store, tmp_path, capsys):
+    shards, heldout = store
+    with pytest.raises(SystemExit, match="2"):
+        memorisation.main(["run"])
+    given = ["run", "--shards", str(shards), "--heldout", str(heldout), "--results", str(tmp_path)]
+    assert memorisation.main(["report", "--results", str(tmp_path)]) == 1
+    assert "memorisation run` makes them" in capsys.readouterr().err
+    (shards.parent.parent / "kept.parquet").unlink()
+    assert memorisation.main(given) == 1
+    assert "kept.parquet: give shards of the stage filter" in capsys.readouterr().err
+    (heldout / "gallery.json").unlink()
+    assert memorisation.main(given) == 1
+    assert "has no gallery.json" in capsys.readouterr().err
+
+
+def test_shards_of_another_set_are_refused(store, capsys):
+    shards, heldout = store
+    kept = shards.parent.parent / "kept.parquet"
+    rows = [
+        {**row, "url": f"http://site/{row['key']}.png"} for row in pq.read_table(kept).to_pylist()
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), kept)
+    assert memorisation.main(["run", "--shards", str(shards), "--heldout", str(heldout)]) == 1
+    assert "0 of the 48 pictures" in capsys.readouterr().err
