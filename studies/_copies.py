@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ def lpips(pictures: Pictures) -> np.ndarray:
     LPIPS is a weighted sum of squared differences of activations at length 1, hence a squared
     distance itself, and neighbours by it need no network a pair.
     """
-    network = pretrained.lpips("alex")
+    network: Any = pretrained.lpips("alex")
     weights = [head.model[-1].weight.clamp(min=0).sqrt() for head in network.lins]
     parts = []
     for start in range(0, len(pictures), _BATCH):

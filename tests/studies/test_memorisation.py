@@ -12,7 +12,7 @@ from PIL import Image
 
 from gigagan.evaluation.judges.features import square
 from gigagan.models import pretrained
-from studies import _copies, memorisation
+from studies import _copies, _near, memorisation
 
 STYLES, BACKGROUNDS = ("flat", "outlined"), ("white", "teal")
 RANDOM = np.random.default_rng(0)
@@ -53,19 +53,19 @@ def test_planted_copies_differ_from_their_source_and_keep_its_size():
 
 def test_intervals_know_that_pictures_of_a_concept_are_alike():
     values = np.repeat([0.0, 1.0], 20).repeat(5)
-    alone = memorisation.mean(values, np.arange(200))
-    together = memorisation.mean(values, np.arange(200) // 20)
+    alone = _near.mean(values, np.arange(200))
+    together = _near.mean(values, np.arange(200) // 20)
     assert alone[0] == together[0] == 0.5
     assert alone[1] < 0.5 < alone[2]
     assert together[2] - together[1] > 3 * (alone[2] - alone[1])
-    assert memorisation.mean(np.zeros(20), np.arange(20) // 2)[2] == pytest.approx(0.278, abs=0.01)
+    assert _near.mean(np.zeros(20), np.arange(20) // 2)[2] == pytest.approx(0.278, abs=0.01)
 
 
 def test_kappa_is_agreement_beyond_chance():
     one, other = np.array([1, 1, 1, 0, 0, 0, 0, 0, 0, 0]), np.array([1, 1, 0, 1, 0, 0, 0, 0, 0, 0])
-    assert memorisation.kappa(one == 1, other == 1) == pytest.approx((0.8 - 0.58) / 0.42)
-    assert memorisation.kappa(one == 1, one == 1) == 1
-    assert memorisation.kappa(one > 1, one > 1) is None
+    assert _near.kappa(one == 1, other == 1) == pytest.approx((0.8 - 0.58) / 0.42)
+    assert _near.kappa(one == 1, one == 1) == 1
+    assert _near.kappa(one > 1, one > 1) is None
 
 
 # ---- the whole of it, on a made-up set of drawings ----------------------------------------------
@@ -151,8 +151,8 @@ def measured(store, tmp_path, monkeypatch):
     for name, path in networks.items():
         path.parent.mkdir()
         path.write_text(name)
-    monkeypatch.setattr(memorisation, "ENCODERS", {"pixels": _copies.pixels})
-    monkeypatch.setattr(memorisation, "SHOWN_BY", "pixels")
+    for slow in ("LPIPS", "EfficientNet"):
+        monkeypatch.delitem(_copies.ENCODERS, slow)
     monkeypatch.setattr(memorisation, "load", lambda path: NETWORKS[path.parent.name])
     monkeypatch.setattr(memorisation, "snapshots", lambda *_: networks)
     shards, heldout = store

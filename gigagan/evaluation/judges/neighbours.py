@@ -83,7 +83,7 @@ def chance_limit(training_MD: np.ndarray, group_M: np.ndarray, share: float) -> 
 def copying(drawn_N: np.ndarray, real_M: np.ndarray) -> np.ndarray:
     """For the distance of each drawn picture to training, the share [N] of real ones' above it.
 
-    Equal ones count half. The mean is 1 − Δ of Meehan et al. 2020 (equation 1): more than 0.5 where
+    Equal ones count half. The mean is 1 − Δ of Meehan et al. 2020: more than 0.5 where
     data are copied, as drawn pictures are nearer to training than independent real ones.
     """
     real_M = np.sort(real_M)
