@@ -113,13 +113,21 @@ def measured(
 
 
 def snapshots(ladder: Path | None, rows: Sequence[str], seeds: int) -> dict[str, Path]:
-    """The package's base, and what the ladder has trained so far, at equal images."""
+    """The package's base, and what the ladder has trained so far of these rows, at equal images.
+
+    Raises:
+        ValueError: the ladder has trained none of them.
+    """
     found = {"package-seed-0": PUBLISHED / "emoji-32.safetensors"}
-    for row in rows if ladder is not None else ():
-        for seed in range(seeds):
-            path = Path(ladder or "", f"{row}-seed-{seed}", "images.safetensors")
-            if path.is_file():
-                found[path.parent.name] = path
+    if ladder is not None:
+        names = [f"{row}-seed-{seed}" for row in rows for seed in range(seeds)]
+        files = {name: ladder / name / "images.safetensors" for name in names}
+        found |= {name: file for name, file in files.items() if file.is_file()}
+        if len(found) == 1:
+            raise ValueError(
+                f"there is no {files[names[0]]}, nor another row's: give --out of "
+                "`python -m studies.ladder run`"
+            )
     return found
 
 

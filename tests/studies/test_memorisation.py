@@ -236,6 +236,18 @@ def test_what_is_missing_is_named(store, tmp_path, capsys):
     assert "has no gallery.json" in capsys.readouterr().err
 
 
+def test_snapshots_are_the_packages_and_those_that_the_ladder_has(tmp_path):
+    for name in ("vision-seed-1", "vision-seed-7", "tuned-seed-0"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "images.safetensors").touch()
+    found = memorisation.snapshots(tmp_path, ["stylegan2", "vision"], 2)
+    assert list(found) == ["package-seed-0", "vision-seed-1"]
+    assert all(path.is_file() for path in found.values())
+    assert list(memorisation.snapshots(None, ["vision"], 2)) == ["package-seed-0"]
+    with pytest.raises(ValueError, match=r"no .*stylegan2-seed-0.*studies.ladder run"):
+        memorisation.snapshots(tmp_path, ["stylegan2"], 2)
+
+
 def test_shards_of_another_set_are_refused(store, capsys):
     shards, heldout = store
     kept = shards.parent.parent / "kept.parquet"
