@@ -24,8 +24,8 @@ from studies._queue import Record
 SHARE = 0.05
 """Of training pictures that are as near to one of another concept: what chance finds."""
 LATENTS = 2
-SHOWN, CELL_PX = 4, 70
-"""Captions of each kind in the sheet, and the side of their pictures there."""
+SHOWN, CELL_PX = (0, 0.05, 0.1, 0.25), 70
+"""Captions of each kind in the sheet, by which share is nearer, and the side of pictures there."""
 
 
 @dataclass(frozen=True)
@@ -195,11 +195,14 @@ class Found:
         }
 
     def strip(self, pictures: Pictures, trained: Trained) -> Image.Image:
-        """Captions drawn nearest to training beside their neighbours, near-copies in frames."""
+        """Some captions beside their neighbours, the nearest first; near-copies have frames."""
+        num_captions = len(self.between_P)
         order = np.argsort(self.far_N, kind="stable")
-        _, firsts = np.unique(order % len(self.between_P), return_index=True)
-        strip = Image.new("RGB", (2 * SHOWN * CELL_PX, CELL_PX), "white")
-        for place, i in enumerate(order[np.sort(firsts)[:SHOWN]]):
+        _, firsts = np.unique(order % num_captions, return_index=True)
+        nearest_P = order[np.sort(firsts)]  # of a caption's pictures the nearer one
+        strip = Image.new("RGB", (2 * len(SHOWN) * CELL_PX, CELL_PX), "white")
+        for place, share in enumerate(SHOWN):
+            i = nearest_P[int(share * num_captions)]
             colour = "#d55e00" if self.is_near_N[i] else "white"
             pair = (pictures[i], trained.pictures[self.row_N[i]])
             for left, picture in enumerate(pair, start=2 * place):

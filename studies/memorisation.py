@@ -192,15 +192,18 @@ def draw_sheet(path: Path, strips: Path, names: Sequence[str]) -> None:
     for name in names:
         files = [strips / f"{name}-{split}.png" for split in SPLITS]
         if all(file.is_file() for file in files):
-            whole = [Image.open(file) for file in files]
-            cells = [
-                strip.crop((left, 0, left + CELL_PX, CELL_PX))
-                for strip in whole
-                for left in range(0, strip.width, CELL_PX)
-            ]
-            rows.append((name, cells))
-    title = f"drawn beside the nearest training picture: {SHOWN} of captions trained, of "
-    title += "never-trained combinations, of concepts never trained; framed: near-copies"
+            blank = Image.new("RGB", (CELL_PX, CELL_PX), "white")
+            cells: list[Image.Image] = []
+            for file in files:
+                strip = Image.open(file)
+                lefts = range(0, strip.width, CELL_PX)
+                cells += [strip.crop((left, 0, left + CELL_PX, CELL_PX)) for left in lefts]
+                cells.append(blank)
+            rows.append((name, cells[:-1]))
+    shares = ", ".join(f"{share:.0%}" for share in SHOWN[1:])
+    title = "drawn beside the nearest training picture: captions trained, never-trained "
+    title += f"combinations, concepts never trained; the nearest, and at {shares} of captions; "
+    title += "framed: near-copies"
     caption_grid(rows, title=title, cell_px=CELL_PX).save(path, optimize=True)
 
 
