@@ -19,7 +19,7 @@ from gigagan.evaluation.judges.neighbours import chance_limit, closest, copying
 from gigagan.evaluation.judges.statistics import bootstrap, share_interval
 from studies import _memorisation
 from studies._copies import ENCODERS, PX, Pictures
-from studies._queue import Record
+from studies._queue import Record, rounded
 
 SHARE = 0.05
 """Of training pictures that are as near to one of another concept: what chance finds."""
@@ -40,8 +40,12 @@ class Trained:
     """Squared distance by encoder, below which a picture is a near-copy."""
 
     @classmethod
-    def read(cls, shards: Path, works: Sequence[Work]) -> Trained:
+    def read(
+        cls, shards: Path, works: Sequence[Work], limits: Mapping[str, float] | None
+    ) -> Trained:
         """All of a folder such as shards/032; kept.parquet of its filter tells what each shows.
+
+        Without `limits` these are found out, which is most of the work.
 
         Raises:
             ValueError: there are none, or some are not among these works.
@@ -62,7 +66,9 @@ class Trained:
         pictures = [square(picture, PX) for _, picture in pairs]
         features = {name: encode(pictures) for name, encode in ENCODERS.items()}
         concept_M = concepts(found)
-        limits = {name: chance_limit(x_MD, concept_M, SHARE) for name, x_MD in features.items()}
+        limits = limits or rounded(
+            {name: chance_limit(x_MD, concept_M, SHARE) for name, x_MD in features.items()}
+        )
         return cls(pictures, found, features, limits)
 
     def find(self, encoder: str, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -134,7 +134,7 @@ def snapshots(ladder: Path | None, rows: Sequence[str], seeds: int) -> dict[str,
 def run(
     shards: Path, heldout: Path, networks: Mapping[str, Path], results: Path, strips: Path
 ) -> None:
-    """Measure each network that has no file among the results yet, and real pictures for it.
+    """Measure each network that has no file among the results yet, and first real pictures.
 
     Raises:
         ValueError: pictures or snapshots are not there, or do not belong together.
@@ -146,7 +146,11 @@ def run(
     left = {name: path for name, path in networks.items() if not _is_measured(name, path, results)}
     if not left:
         return
-    trained = Trained.read(shards, gallery.works)
+    index = json.loads((shards / "index.json").read_text())
+    data = {"index_sha256": sha256_of(shards / "index.json"), "pictures": index["samples"]}
+    about = {"data": data, "share": SHARE, "latents": LATENTS, **_queue.circumstances()}
+    limits = _known_limits(results, about)
+    trained = Trained.read(shards, gallery.works, limits)
     among = {
         "trained": {gallery.places[work.caption] for work in trained.works},
         "combination": {gallery.places[caption] for caption in everything.captions},
@@ -163,10 +167,9 @@ def run(
     real = {split: Real.of(some, trained) for split, some in never.items()}
     results.mkdir(parents=True, exist_ok=True)
     strips.mkdir(parents=True, exist_ok=True)
-    data = {"index_sha256": sha256_of(shards / "index.json"), "pictures": len(trained.works)}
-    about = {"data": data, "share": SHARE, "latents": LATENTS, **_queue.circumstances()}
-    content = {"encoders": calibrated(trained, real), **about}
-    write_json(results / "real.json", _queue.rounded(content))
+    if limits is None:
+        content = {"encoders": calibrated(trained, real), **about}
+        write_json(results / "real.json", _queue.rounded(content))
     for name, path in left.items():
         sampler, splits = load(path), {}
         for split in SPLITS:
@@ -178,6 +181,16 @@ def run(
         content = {"about": {**seen, "sha256": sha256_of(path)}, "splits": splits, **about}
         write_json(results / f"{name}.json", _queue.rounded(content))
         print(f"{name}: measured", flush=True)
+
+
+def _known_limits(results: Path, about: Record) -> dict[str, float] | None:
+    """Of near-copies by encoder, if real pictures of this very training set were measured."""
+    file = results / "real.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    if [known.get(part) for part in ("data", "share")] != [about["data"], about["share"]]:
+        return None
+    found = {name: one["limit"] for name, one in known["encoders"].items()}
+    return found if found.keys() == ENCODERS.keys() else None
 
 
 def _is_measured(name: str, path: Path, results: Path) -> bool:

@@ -109,7 +109,7 @@ def store(tmp_path):
     for name, some in {"gallery": notes, "captions": held}.items():
         content = {"images": images, "annotations": some}
         (heldout / f"{name}.json").write_text(json.dumps(content))
-    (shards / "index.json").write_text("{}")
+    (shards / "index.json").write_text(json.dumps({"samples": len(kept)}))
     pq.write_table(pa.Table.from_pylist(kept), tmp_path / "filter" / "kept.parquet")
     return shards, heldout
 
@@ -205,6 +205,15 @@ def test_what_has_a_record_is_measured_again_only_if_its_snapshot_is_another(mea
     (folder / "copier-seed-0" / "images-16.safetensors").write_text("trained anew")
     assert memorisation.main(["run", *map(str, arguments)]) == 0
     assert drawn == ["copier-seed-0"]
+
+
+def test_a_network_that_comes_later_is_held_to_the_same_limits(measured, monkeypatch):
+    folder, arguments = measured
+    before = (folder / "results" / "honest-seed-0.json").read_bytes()
+    (folder / "results" / "honest-seed-0.json").unlink()
+    monkeypatch.setattr(_near, "chance_limit", lambda *_: pytest.fail("they are known"))
+    assert memorisation.main(["run", *map(str, arguments)]) == 0
+    assert (folder / "results" / "honest-seed-0.json").read_bytes() == before
 
 
 def test_the_report_needs_the_records_alone_and_is_the_same_each_time(measured):
