@@ -200,19 +200,26 @@ def _is_measured(name: str, path: Path, results: Path) -> bool:
 
 
 def draw_sheet(path: Path, strips: Path, names: Sequence[str]) -> None:
-    """Every network's pictures nearest to training ones, a row each, three kinds of captions."""
+    """Every network's pictures nearest to training ones, a row each, three kinds of captions.
+
+    Raises:
+        ValueError: strips of a network were left elsewhere.
+    """
     rows = []
+    blank = Image.new("RGB", (CELL_PX, CELL_PX), "white")
     for name in names:
-        files = [strips / f"{name}-{split}.png" for split in SPLITS]
-        if all(file.is_file() for file in files):
-            blank = Image.new("RGB", (CELL_PX, CELL_PX), "white")
-            cells: list[Image.Image] = []
-            for file in files:
-                strip = Image.open(file)
-                lefts = range(0, strip.width, CELL_PX)
-                cells += [strip.crop((left, 0, left + CELL_PX, CELL_PX)) for left in lefts]
-                cells.append(blank)
-            rows.append((name, cells[:-1]))
+        cells: list[Image.Image] = []
+        for file in (strips / f"{name}-{split}.png" for split in SPLITS):
+            if not file.is_file():
+                raise ValueError(
+                    f"there is no {file} for the sheet, which stays as it was: give --out of the "
+                    f"run that measured {name}, or remove its record"
+                )
+            strip = Image.open(file)
+            lefts = range(0, strip.width, CELL_PX)
+            cells += [strip.crop((left, 0, left + CELL_PX, CELL_PX)) for left in lefts]
+            cells.append(blank)
+        rows.append((name, cells[:-1]))
     shares = ", ".join(f"{share:.0%}" for share in SHOWN[1:])
     title = "drawn beside the nearest training picture: captions trained, never-trained "
     title += f"combinations, concepts never trained; the nearest, and at {shares} of captions; "

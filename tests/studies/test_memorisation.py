@@ -257,12 +257,22 @@ def test_snapshots_are_the_packages_and_those_that_the_ladder_has(tmp_path):
         memorisation.snapshots(tmp_path, ["stylegan2"], 2)
 
 
-def test_shards_of_another_set_are_refused(store, capsys):
+def test_shards_of_another_set_are_refused(store, tmp_path, capsys):
     shards, heldout = store
     kept = shards.parent.parent / "kept.parquet"
     rows = [
         {**row, "url": f"http://site/{row['key']}.png"} for row in pq.read_table(kept).to_pylist()
     ]
     pq.write_table(pa.Table.from_pylist(rows), kept)
-    assert memorisation.main(["run", "--shards", str(shards), "--heldout", str(heldout)]) == 1
+    given = ["--shards", str(shards), "--heldout", str(heldout), "--results", str(tmp_path)]
+    assert memorisation.main(["run", *given]) == 1
     assert "0 of the 48 pictures" in capsys.readouterr().err
+
+
+def test_a_sheet_without_the_strips_of_a_network_is_not_drawn(measured, capsys):
+    folder, arguments = measured
+    sheet = (folder / "memorisation-sheet.png").read_bytes()
+    (folder / "out" / "honest-seed-0-unseen.png").unlink()
+    assert memorisation.main(["run", *map(str, arguments)]) == 1
+    assert "honest-seed-0-unseen.png for the sheet, which stays" in capsys.readouterr().err
+    assert (folder / "memorisation-sheet.png").read_bytes() == sheet
