@@ -5,6 +5,7 @@ Shape letters: N drawn pictures, M training pictures, R real pictures, P caption
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,12 +57,12 @@ class Trained:
         rows = pq.read_table(kept, columns=["key", "url"]).to_pylist()
         work_of = {work.picture.stem: work for work in works}
         named = {row["key"]: work_of.get(Path(row["url"]).stem) for row in rows}
-        pairs = training_pictures(shards, len(rows))
+        pairs = training_pictures(shards, sys.maxsize)  # with a count it thins out full shards
         found = [work for key, _ in pairs if (work := named.get(key)) is not None]
-        if not found or len(found) < len(pairs):
+        if not len(found) == len(pairs) == len(rows) > 0:
             raise ValueError(
-                f"{len(found)} of the {len(pairs)} pictures in {shards} are in the gallery: give "
-                "the held-out pictures of the same download"
+                f"{kept} lists {len(rows)} pictures, {shards} has {len(pairs)}, of which the "
+                f"gallery knows {len(found)}: give the shards and the held-out pictures of one run"
             )
         pictures = [square(picture, PX) for _, picture in pairs]
         features = {name: encode(pictures) for name, encode in ENCODERS.items()}

@@ -1,4 +1,3 @@
-import io
 import json
 import tarfile
 
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from gigagan.evaluation.heldout import read_heldout
 from gigagan.evaluation.judges.features import square
 from gigagan.models import pretrained
 from studies import _copies, _near, memorisation
@@ -87,24 +87,23 @@ def store(tmp_path):
     (heldout / "images").mkdir(parents=True)
     shards.mkdir(parents=True)
     images, notes, kept = [], [], []
-    with tarfile.open(shards / "train-00000.tar", "w") as tar:
-        for number in range(24 * 4):
-            concept, look = divmod(number, 4)
-            style, background = STYLES[look // 2], BACKGROUNDS[look % 2]
-            split = "unseen" if concept % 3 == 0 else "combination" if look == 3 else "trained"
-            name = f"{concept}-{style}-{background}.png"
-            drawing(concept, style, background).save(heldout / "images" / name)
-            images.append({"id": number, "file_name": name})
-            work = {"concept": f"c{concept}", "style": style, "background": background}
-            caption = f"{style} c{concept} on {background}"
-            notes.append({"id": number, "image_id": number, "caption": caption, "split": split})
-            notes[-1] |= work
-            if split == "trained":
-                kept.append({"key": f"{number:05}", "url": f"http://site/pictures/{name}"})
-                data = (heldout / "images" / name).read_bytes()
-                member = tarfile.TarInfo(f"{number:05}.png")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+    for number in range(24 * 4):
+        concept, look = divmod(number, 4)
+        style, background = STYLES[look // 2], BACKGROUNDS[look % 2]
+        split = "unseen" if concept % 3 == 0 else "combination" if look == 3 else "trained"
+        name = f"{concept}-{style}-{background}.png"
+        drawing(concept, style, background).save(heldout / "images" / name)
+        images.append({"id": number, "file_name": name})
+        caption = f"{style} c{concept} on {background}"
+        note = {"id": number, "image_id": number, "caption": caption, "split": split}
+        notes.append(note | {"concept": f"c{concept}", "style": style, "background": background})
+        if split == "trained":
+            kept.append({"key": f"{number:05}", "url": f"http://site/pictures/{name}"})
+    for shard, rows in enumerate((kept[:40], kept[40:])):  # the last one is not full
+        with tarfile.open(shards / f"train-{shard:05}.tar", "w") as tar:
+            for row in rows:
+                file = heldout / "images" / row["url"].rsplit("/", 1)[1]
+                tar.add(file, arcname=f"{row['key']}.png")
     held = [note for note in notes if note["split"] == "combination"]
     for name, some in {"gallery": notes, "captions": held}.items():
         content = {"images": images, "annotations": some}
@@ -194,6 +193,17 @@ def test_the_detector_is_checked_on_real_and_on_planted_pictures(measured):
     assert real["planted"]["JPEG, quality 75"]["source"][0] > 0.9
 
 
+def test_all_training_pictures_are_looked_at(store):
+    shards, heldout = store
+    works = read_heldout(heldout).gallery.works
+    trained = _near.Trained.read(shards, works, {})
+    assert sorted(work.caption for work in trained.works) == sorted(
+        work.caption for work in works if work.split == "trained"
+    )
+    for work, picture in zip(trained.works, trained.pictures, strict=True):
+        assert np.array_equal(np.asarray(picture), np.asarray(Image.open(work.picture)))
+
+
 def test_what_has_a_record_is_measured_again_only_if_its_snapshot_is_another(measured, monkeypatch):
     folder, arguments = measured
     monkeypatch.setattr(memorisation, "load", lambda path: pytest.fail("it has a record"))
@@ -266,7 +276,7 @@ def test_shards_of_another_set_are_refused(store, tmp_path, capsys):
     pq.write_table(pa.Table.from_pylist(rows), kept)
     given = ["--shards", str(shards), "--heldout", str(heldout), "--results", str(tmp_path)]
     assert memorisation.main(["run", *given]) == 1
-    assert "0 of the 48 pictures" in capsys.readouterr().err
+    assert "has 48, of which the gallery knows 0: give" in capsys.readouterr().err
 
 
 def test_a_sheet_without_the_strips_of_a_network_is_not_drawn(measured, capsys):
