@@ -292,5 +292,5 @@ def draw_grid(path: Path, heldout: Path, evaluations: Path, reading: str) -> Non
     captions = captions[:: max(len(captions) // NUM_COLUMNS, 1)][:NUM_COLUMNS]
     sets = [*drawn.items(), ("real", real)]
     rows = [(row, [Image.open(files[c]) for c in captions]) for row, files in sets]
-    title = "; ".join(caption.removeprefix("flat emoji of ") for caption in captions)
+    title = "the same captions, never trained, by every row; the last row is real"
     caption_grid(rows, title=title, cell_px=CELL_PX, columns=2, font_px=11).save(path)
