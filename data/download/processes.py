@@ -156,7 +156,8 @@ class Session:
             with suppress(ProcessLookupError, PermissionError, psutil.NoSuchProcess):
                 if os.getsid(pid) == self.process.pid:
                     process = psutil.Process(pid)
-                    if process.status() != psutil.STATUS_ZOMBIE:
+                    # A zombie's first thread has ended; others may still be busy with a write.
+                    if process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1:
                         found.append(process)
         return found
 

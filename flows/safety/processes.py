@@ -17,12 +17,15 @@ STARTTIME = 19
 
 
 def is_alive(pid: int, ticks: int | None = None) -> bool:
-    """Whether a process of this machine is running.
+    """Whether a process of this machine is running, or any thread of it.
 
-    `ticks`, its `start_ticks`, tell it from a later one with the same number.
+    `ticks`, its `start_ticks`, tell it from a later one with the same number. A process that was
+    killed shows as a zombie when its first thread has ended; until its last one has, files are
+    open, locks are held and a write that was under way may still be done.
     """
     try:
-        if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1:
             return False
     except psutil.NoSuchProcess:
         return False

@@ -4,8 +4,12 @@ import os
 import subprocess
 import sys
 
+import psutil
+import pytest
+
 from flows.record import owners
 from flows.safety.processes import is_alive, start_ticks
+from tests.flows.conftest import wait_for
 
 
 def test_a_process_is_known_by_its_number_and_its_start():
@@ -20,6 +24,29 @@ def test_a_process_is_known_by_its_number_and_its_start():
         child.wait()
     assert not is_alive(child.pid, ticks)
     assert start_ticks(child.pid) is None
+
+
+THREADS = """
+import ctypes, platform, sys, threading
+
+threading.Thread(target=input).start()
+print("up", flush=True)
+number = 60 if platform.machine() == "x86_64" else 93
+ctypes.CDLL(None).syscall(number, 0)  # exit: of this thread alone
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are seen in Linux's /proc")
+def test_a_process_lives_as_long_as_any_of_its_threads():
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", THREADS], **pipes) as child:
+        assert child.stdout.readline() == "up\n"
+        wait_for(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE, 20)
+        assert is_alive(child.pid)
+        assert is_alive(child.pid, start_ticks(child.pid))
+        child.kill()
+        wait_for(lambda: not is_alive(child.pid), 20)
+        assert psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE  # nobody waited
 
 
 def test_a_process_may_be_called_anything(tmp_path):
