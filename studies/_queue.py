@@ -24,15 +24,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
 
 from gigagan.common.exits import PREEMPTED
-from gigagan.common.files import sha256_of
 from gigagan.config import EvaluateConfig, TrainBaseConfig
 from gigagan.evaluation.report.results import write_json
 from gigagan.training import __main__ as training
@@ -181,21 +182,31 @@ def rounded(tree: Any) -> Any:
 
 
 def _record(one: Training, place: Place, found: Mapping[str, Any]) -> Record:
-    shards = one.shards or place.shards
-    index = json.loads((shards / "index.json").read_text())
     return {
         "about": dict(one.about),
         "readings": found,
         "settings": one.config.model_dump(mode="json", exclude_defaults=True),
-        "data": {
-            "pictures": index["samples"],
-            "resolution": index["resolution"],
-            "index_sha256": sha256_of(shards / "index.json"),
-        },
+        "data": data_of(one.shards or place.shards),
         "parameters": _parameters(place.folder(one.name)),
         "milliseconds": _pace(place.folder(one.name)),
         **circumstances(),
     }
+
+
+def data_of(shards: Path) -> Record:
+    """Which pictures were trained on: their number, and one hash over them and their captions.
+
+    Shards themselves differ from download to download, for they say when it was.
+    """
+    tables = [
+        pq.read_table(file, columns=["caption", "sha256"]) for file in shards.glob("*.parquet")
+    ]
+    rows = sorted(
+        f"{row['sha256']} {row['caption']}\n" for table in tables for row in table.to_pylist()
+    )
+    resolution = json.loads((shards / "index.json").read_text())["resolution"]
+    digest = sha256("".join(rows).encode()).hexdigest()
+    return {"pictures": len(rows), "resolution": resolution, "pictures_sha256": digest}
 
 
 def circumstances() -> Record:

@@ -146,9 +146,8 @@ def run(
     left = {name: path for name, path in networks.items() if not _is_measured(name, path, results)}
     if not left:
         return
-    index = json.loads((shards / "index.json").read_text())
-    data = {"index_sha256": sha256_of(shards / "index.json"), "pictures": index["samples"]}
-    about = {"data": data, "share": SHARE, "latents": LATENTS, **_queue.circumstances()}
+    about = {"data": _queue.data_of(shards), "share": SHARE, "latents": LATENTS}
+    about |= _queue.circumstances()
     limits = _known_limits(results, about)
     trained = Trained.read(shards, gallery.works, limits)
     among = {

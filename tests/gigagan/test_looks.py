@@ -103,6 +103,7 @@ def test_copying_is_the_share_of_pairs_in_which_the_drawn_one_is_nearer():
     naive = [[(d < r) + (d == r) / 2 for r in real] for d in drawn]
     assert copying(drawn, real).tolist() == np.mean(naive, axis=1).tolist()
     assert copying(real, real).mean() == 0.5
+    assert copying(real * (1 + 1e-7), real).tolist() == copying(real, real).tolist()
 
 
 def test_every_caption_has_a_kind_and_may_have_several():

@@ -104,11 +104,13 @@ def store(tmp_path):
             for row in rows:
                 file = heldout / "images" / row["url"].rsplit("/", 1)[1]
                 tar.add(file, arcname=f"{row['key']}.png")
+        told = [{"caption": row["url"], "sha256": row["key"]} for row in rows]
+        pq.write_table(pa.Table.from_pylist(told), shards / f"train-{shard:05}.parquet")
     held = [note for note in notes if note["split"] == "combination"]
     for name, some in {"gallery": notes, "captions": held}.items():
         content = {"images": images, "annotations": some}
         (heldout / f"{name}.json").write_text(json.dumps(content))
-    (shards / "index.json").write_text(json.dumps({"samples": len(kept)}))
+    (shards / "index.json").write_text(json.dumps({"resolution": 32}))
     pq.write_table(pa.Table.from_pylist(kept), tmp_path / "filter" / "kept.parquet")
     return shards, heldout
 

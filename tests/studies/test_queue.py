@@ -1,6 +1,8 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -18,11 +20,20 @@ SECONDS = (1.0, 1.2, 9.0, 9.2, 0.5, 0.7)
 fourth."""
 
 
+def write_shards(folder, pictures, told="today"):
+    """What is said of pictures beside them, in shards of three."""
+    folder.mkdir()
+    (folder / "index.json").write_text(json.dumps({"told": told, "resolution": 32}))
+    rows = [{"caption": f"picture {p}", "sha256": f"hash {p}", "told": told} for p in pictures]
+    for start in range(0, len(rows), 3):
+        table = pa.Table.from_pylist(rows[start : start + 3])
+        pq.write_table(table, folder / f"train-{start:05}.parquet")
+
+
 @pytest.fixture
 def place(tmp_path):
     place = Place(tmp_path / "shards", tmp_path / "heldout", tmp_path / "out", tmp_path / "results")
-    place.shards.mkdir()
-    (place.shards / "index.json").write_text(json.dumps({"samples": 7, "resolution": 32}))
+    write_shards(place.shards, range(7))
     return place
 
 
@@ -99,11 +110,21 @@ def test_processor_time_adds_up_over_attempts(tmp_path):
 
 def test_pictures_of_its_own_are_a_trainings_own(place, trained, tmp_path):
     own = tmp_path / "half"
-    own.mkdir()
-    (own / "index.json").write_text(json.dumps({"samples": 4, "resolution": 32}))
+    write_shards(own, range(4))
     _queue.train(one(shards=own), place, lambda: False)
     assert {shards for _, _, shards in trained} == {own}
     assert json.loads(place.record("row-seed-3").read_text())["data"]["pictures"] == 4
+
+
+def test_pictures_are_known_by_themselves_and_their_captions_not_by_their_shards(tmp_path):
+    for name, pictures, told in [("a", [0, 1, 2, 3], "today"), ("b", [3, 1, 0, 2], "tomorrow")]:
+        write_shards(tmp_path / name, pictures, told)
+    write_shards(tmp_path / "c", [0, 1, 2, 4])
+    a, b, c = (_queue.data_of(tmp_path / name) for name in "abc")
+    assert a == b
+    assert a["pictures"] == c["pictures"] == 4
+    assert a["resolution"] == 32
+    assert a["pictures_sha256"] != c["pictures_sha256"]
 
 
 def test_captions_are_encoded_once_a_study(place, trained):

@@ -12,6 +12,8 @@ import numpy as np
 _CHUNK = 2**24
 """Values of training features that are held at a time."""
 _USUAL = 0.99
+_ROUNDING = 1e-5
+"""By which share of a usual distance two may differ that are the same but for float32."""
 
 
 def closest(
@@ -83,11 +85,12 @@ def chance_limit(training_MD: np.ndarray, group_M: np.ndarray, share: float) -> 
 def copying(drawn_N: np.ndarray, real_M: np.ndarray) -> np.ndarray:
     """For the distance of each drawn picture to training, the share [N] of real ones' above it.
 
-    Equal ones count half. The mean is 1 − Δ of Meehan et al. 2020: more than 0.5 where
+    Equal ones, but for rounding, count half. The mean is 1 − Δ of Meehan et al. 2020: more than 0.5 where
     data are copied, as drawn pictures are nearer to training than independent real ones.
     """
-    real_M = np.sort(real_M)
-    below, up_to = (np.searchsorted(real_M, drawn_N, side) for side in ("left", "right"))
+    real_M, slack = np.sort(real_M), _ROUNDING * np.median(real_M)
+    below = np.searchsorted(real_M, drawn_N - slack, "left")
+    up_to = np.searchsorted(real_M, drawn_N + slack, "right")
     shares_N: np.ndarray = 1 - (below + up_to) / (2 * len(real_M))
     return shares_N
 
