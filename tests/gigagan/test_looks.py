@@ -98,6 +98,14 @@ def test_independent_draws_are_near_copies_as_often_as_chance_says_and_copies_al
     assert rate(mixed) == pytest.approx(0.3 + 0.7 * 0.05, abs=0.015)
 
 
+def test_small_distances_of_large_features_are_not_lost_to_rounding():
+    training = 30 + np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32)
+    samples = training + np.float32(0.01)
+    far, rows = closest(samples, training)
+    assert rows[:, 0].tolist() == list(range(20))
+    assert far[:, 0] == pytest.approx(np.square(samples - training).sum(axis=1))
+
+
 def test_copying_is_the_share_of_pairs_in_which_the_drawn_one_is_nearer():
     drawn, real = np.array([1.0, 2, 5]), np.array([2.0, 3, 2, 7])
     naive = [[(d < r) + (d == r) / 2 for r in real] for d in drawn]

@@ -12,7 +12,7 @@ import numpy as np
 _CHUNK = 2**24
 """Values of training features that are held at a time."""
 _USUAL = 0.99
-_ROUNDING = 1e-5
+_ROUNDING = 1e-6
 """By which share of a usual distance two may differ that are the same but for float32."""
 
 
@@ -26,10 +26,10 @@ def closest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Squared distances [N, k] to the k nearest training pictures, nearest first, and their rows.
 
-    By ‖a‖² + ‖b‖² − 2 a·b, in the precision of the features; with `cosine` of both as float64 at
-    length 1, which is 2 (1 − cosine). `apart` has the groups of samples [N] and of training
-    pictures [M]: those of a sample's own group are infinitely far. Training rows are read a part at
-    a time: they may be a file.
+    Found by ‖a‖² + ‖b‖² − 2 a·b in the precision of the features, then measured by ‖a − b‖²; with
+    `cosine` of both as float64 at length 1, which is 2 (1 − cosine). `apart` has the groups of
+    samples [N] and of training pictures [M]: those of a sample's own group are infinitely far.
+    Training rows are read a part at a time: they may be a file.
     """
     if not 1 <= k <= len(training_MD):
         raise ValueError(f"k={k} neighbours of {len(training_MD)} training pictures")
@@ -51,6 +51,11 @@ def closest(
         order_NK = np.argsort(best_NK, axis=1, kind="stable")[:, :k]
         best_NK = np.take_along_axis(best_NK, order_NK, axis=1)
         row_NK = np.take_along_axis(row_NK, order_NK, axis=1)
+    for far_K, row_K, sample_D in zip(best_NK, row_NK, samples_ND, strict=True):
+        exact_K = np.square(sample_D - read(training_MD[row_K])).sum(axis=1)
+        exact_K[np.isinf(far_K)] = np.inf
+        order_K = np.argsort(exact_K, kind="stable")
+        far_K[:], row_K[:] = exact_K[order_K], row_K[order_K]
     return best_NK, row_NK
 
 
@@ -85,8 +90,8 @@ def chance_limit(training_MD: np.ndarray, group_M: np.ndarray, share: float) -> 
 def copying(drawn_N: np.ndarray, real_M: np.ndarray) -> np.ndarray:
     """For the distance of each drawn picture to training, the share [N] of real ones' above it.
 
-    Equal ones, but for rounding, count half. The mean is 1 − Δ of Meehan et al. 2020: more than 0.5 where
-    data are copied, as drawn pictures are nearer to training than independent real ones.
+    Equal ones, but for rounding, count half. The mean is 1 − Δ of Meehan et al. 2020: more than 0.5
+    where data are copied, as drawn pictures are nearer to training than independent real ones.
     """
     real_M, slack = np.sort(real_M), _ROUNDING * np.median(real_M)
     below = np.searchsorted(real_M, drawn_N - slack, "left")
