@@ -78,6 +78,17 @@ ON_LOG_SCALE = ("kid", "fid")
 """With an interval: seeds move these by a share of their size."""
 Found = dict[str, dict[str, dict[int, Any]]]
 """Reading → row → seed → what was measured then."""
+LONGER = "longer"
+"""Of the results: some rows again, with terms of their own."""
+
+
+class Looks(NamedTuple):
+    """What a row is like, whatever it draws."""
+
+    parameters: int
+    ms: str
+    """Milliseconds of an image."""
+    peak_mb: float
 
 
 def report(results: Path, images: Path) -> dict[str, str]:
@@ -86,23 +97,38 @@ def report(results: Path, images: Path) -> dict[str, str]:
     Raises:
         ValueError: nothing was measured yet.
     """
+    found, looks = _read(results)
+    draw(images / "ladder.png", found)
+    tables = {f"ladder-{reading}": _table(reading, found, looks) for reading in READINGS}
+    tables |= {"ladder-steps": _steps(found), "ladder-agreement": _agreement(found)}
+    if (results / LONGER).is_dir():
+        found, looks = _read(results / LONGER)
+        tables |= {
+            f"ladder-longer-{reading}": _table(reading, found, looks) for reading in READINGS
+        }
+    return tables
+
+
+def _read(results: Path) -> tuple[Found, dict[str, Looks]]:
     records = _queue.records(results)
     if not records:
         raise ValueError(f"no records in {results}: `python -m studies.ladder run` makes them")
     found: Found = {reading: defaultdict(dict) for reading in READINGS}
+    peaks: dict[str, list[float]] = defaultdict(list)
     for record in records:
+        row, seed = record["about"]["row"], record["about"]["seed"]
         for reading in READINGS:
-            about = record["about"]
-            found[reading][about["row"]][about["seed"]] = record["readings"][reading]
-    parameters = {record["about"]["row"]: record["parameters"] for record in records}
+            one = record["readings"][reading]
+            found[reading][row][seed] = one
+            if "peak_mb" in one:  # of the reading that came first
+                peaks[row].append(one["peak_mb"])
     cost = json.loads((results / "cost.json").read_text())["milliseconds"]
-    draw(images / "ladder.png", found)
-    return {
-        "ladder-images": _table("images", found["images"], parameters, cost),
-        "ladder-time": _table("time", found["time"], parameters, cost),
-        "ladder-steps": _steps(found),
-        "ladder-agreement": _agreement(found),
-    }
+    ms = {row: f"{cost[row]:.0f}" for row in peaks}
+    if "warm-start" in ms:
+        ms["warm-start"] += f", {cost['vision']:.0f}"
+    parameters = {record["about"]["row"]: record["parameters"] for record in records}
+    looks = {r: Looks(parameters[r], ms[r], float(np.mean(peak))) for r, peak in peaks.items()}
+    return found, looks
 
 
 def values(
@@ -121,45 +147,38 @@ def _order(rows: Mapping[str, Any]) -> list[str]:
 
 
 def _with_interval(row: str, rows: Mapping[str, Mapping[int, Any]], metric: str) -> str:
-    logs = values(rows, metric, log=True)
-    middle = _compare.mean_of(logs[row], _compare.spread(logs))
-    show = METRICS[metric].show
-    value, low, high = (show(math.exp(x)) for x in middle)
+    """Over seeds; over the pictures of one network where no row has a second seed."""
+    if all(len(seeds) == 1 for seeds in rows.values()):
+        (only,) = rows[row].values()
+        numbers = (only["metrics"][metric], *only["intervals"][metric])
+    else:
+        logs = values(rows, metric, log=True)
+        middle = _compare.mean_of(logs[row], _compare.spread(logs))
+        numbers = tuple(math.exp(x) for x in middle)
+    value, low, high = (METRICS[metric].show(x) for x in numbers)
     return f"{value} [{low}, {high}]"
 
 
-def _table(
-    reading: str,
-    rows: Mapping[str, Mapping[int, Any]],
-    parameters: Mapping[str, int],
-    cost: Mapping[str, float],
-) -> str:
+def _table(reading: str, found: Found, looks: Mapping[str, Looks]) -> str:
+    rows = found[reading]
     heads = ["", "seeds", "images", *(metric.title for metric in METRICS.values())]
     if reading == "images":
         heads[2:3] = ["G, M", "ms an image", "peak MB"]
     lines = [_line(heads), "|---|" + "---:|" * (len(heads) - 1)]
     for row in _order(rows):
-        seeds = rows[row]
+        seeds, look = rows[row], looks[row]
         some = next(iter(seeds.values()))
         cells = [OURS.get(row, f"`{row}`"), str(len(seeds))]
         if reading == "images":
-            peak = [s["peak_mb"] for s in seeds.values() if "peak_mb" in s]
-            ms = (
-                f"{cost[row]:.0f}"
-                if row != "warm-start"
-                else f"{cost[row]:.0f}, {cost['vision']:.0f}"
-            )
-            cells += [f"{parameters[row] / 1e6:.1f}", ms]
-            cells.append(f"{np.mean(peak):,.0f}" if peak else "–")
+            cells += [f"{look.parameters / 1e6:.1f}", look.ms, f"{look.peak_mb:,.0f}"]
         else:
             cells.append(f"{some['images']:,}")
         for name, metric in METRICS.items():
             if name in ON_LOG_SCALE:
                 cells.append(_with_interval(row, rows, name))
             else:
-                cells.append(
-                    metric.show(float(np.mean([s["metrics"][name] for s in seeds.values()])))
-                )
+                mean = float(np.mean([s["metrics"][name] for s in seeds.values()]))
+                cells.append(metric.show(mean))
         lines.append(_line(cells))
     for kind in ("real", "chance"):
         cells = [kind, *[""] * (heads.index("KID × 10³") - 1)]
@@ -212,8 +231,10 @@ def verdict(ours: _compare.Interval, theirs: float) -> str:
     return "yes" if (ours.value > 0) == (theirs > 0) else "no"
 
 
-_RANKED = ("kid", "fid", "background_colour_accuracy", "pixel_probe_median_rank", "shape_rank")
-_RANKED += ("naming_pixels_rank_combination", "aligner_recall_at_10")
+_RANKED = (
+    *("kid", "fid", "background_colour_accuracy", "pixel_probe_median_rank", "shape_rank"),
+    *("naming_pixels_rank_combination", "aligner_recall_at_10"),
+)
 
 
 def _agreement(found: Found) -> str:
@@ -248,6 +269,7 @@ def draw(path: Path, found: Found) -> None:
     """KID of every row, a point a seed, a bar the interval of the mean; the paper's FID above."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     rows = _order(found["images"])
     figure = Figure(figsize=(12, 8), layout="constrained")
@@ -270,8 +292,9 @@ def draw(path: Path, found: Found) -> None:
         span = f"{min(images):,}" if len(images) == 1 else f"{min(images):,} to {max(images):,}"
         axes.set_title(f"ours at {title}: KID × 10³, 32 px, {span} images a row", fontsize=11)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 6)))
         axes.yaxis.set_major_formatter("{x:.0f}")
-        axes.yaxis.set_minor_formatter("{x:.0f}")
+        axes.yaxis.set_minor_formatter("")
     for axes in (top, *panels):
         axes.grid(alpha=0.25)
     panels[-1].set_xticks(range(len(rows)), rows, rotation=30, ha="right")

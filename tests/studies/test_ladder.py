@@ -101,6 +101,23 @@ def test_tables_have_means_over_seeds_and_intervals_around_them(results, tmp_pat
     assert all(len(set(map(len, _cells(table)))) == 1 for table in tables.values())
 
 
+def test_rows_that_were_trained_longer_have_tables_of_their_own(results, tmp_path):
+    longer = results / _ladder.LONGER
+    longer.mkdir()
+    (longer / "cost.json").write_text((results / "cost.json").read_text())
+    record = json.loads((results / "tuned-seed-0.json").read_text())
+    for reading in record["readings"].values():
+        reading["images"] = 40_000
+        reading["intervals"] = {"kid": [0.1, 0.3], "fid": [50.0, 70.0]}
+    del record["readings"]["images"]["peak_mb"]  # it was measured where the other reading was
+    (longer / "tuned-seed-0.json").write_text(json.dumps(record))
+    tables = ladder.report(results, tmp_path)
+    (line,) = (x for x in tables["ladder-longer-images"].splitlines() if "`tuned`" in x)
+    assert "| 900 | 200 [100, 300] | 60 [50, 70] |" in line  # over the pictures of one network
+    assert "| 40,000 | 200 [100, 300] |" in tables["ladder-longer-time"]
+    assert "40,000" not in tables["ladder-time"]
+
+
 def _cells(table):
     return [line.split("|") for line in table.splitlines()]
 
