@@ -102,10 +102,8 @@ def report(results: Path, images: Path) -> dict[str, str]:
     tables = {f"ladder-{reading}": _table(reading, found, looks) for reading in READINGS}
     tables |= {"ladder-steps": _steps(found), "ladder-agreement": _agreement(found)}
     if (results / LONGER).is_dir():
-        found, looks = _read(results / LONGER)
-        tables |= {
-            f"ladder-longer-{reading}": _table(reading, found, looks) for reading in READINGS
-        }
+        longer, looks = _read(results / LONGER)
+        tables |= {f"ladder-longer-{reading}": _table(reading, longer, looks) for reading in longer}
     return tables
 
 
@@ -113,11 +111,13 @@ def _read(results: Path) -> tuple[Found, dict[str, Looks]]:
     records = _queue.records(results)
     if not records:
         raise ValueError(f"no records in {results}: `python -m studies.ladder run` makes them")
-    found: Found = {reading: defaultdict(dict) for reading in READINGS}
+    found: Found = {
+        reading: defaultdict(dict) for reading in READINGS if reading in records[0]["readings"]
+    }
     peaks: dict[str, list[float]] = defaultdict(list)
     for record in records:
         row, seed = record["about"]["row"], record["about"]["seed"]
-        for reading in READINGS:
+        for reading in found:
             one = record["readings"][reading]
             found[reading][row][seed] = one
             if "peak_mb" in one:  # of the reading that came first

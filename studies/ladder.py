@@ -67,7 +67,7 @@ class Terms(NamedTuple):
     images: int
     """Equal images: so many."""
     minutes: float
-    """Equal time: so many minutes of a core, or of a GPU."""
+    """Equal time: so many minutes of a core, or of a GPU; 0: only equal images are compared."""
     milliseconds: Mapping[str, float]
     """What an image takes, by row; of the row with a warm start, in that."""
 
@@ -130,7 +130,7 @@ def trainings(results: Path, rows: Sequence[str] = ROWS, seeds: int = SEEDS) -> 
             f"{row}-seed-{seed}",
             {"row": row, "seed": seed},
             config_of(row, terms.images).model_copy(update={"seed": seed}),
-            {"images": terms.images, "time": terms.in_time(row)},
+            {"images": terms.images, **({"time": terms.in_time(row)} if terms.minutes else {})},
         )
         for row, seed in queue
     ]
@@ -183,7 +183,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument(
         "--at-images", type=int, default=IMAGES, help="for cost: where rows are compared"
     )
-    p.add_argument("--at-minutes", type=float, default=MINUTES, help="for cost: and at which time")
+    p.add_argument(
+        "--at-minutes", type=float, default=MINUTES, help="… and at which time; 0: not at all"
+    )
     p.add_argument("--cores", type=int, nargs="+", default=[0], help="one training each")
     p.add_argument("--minutes", type=float, help="then stop, with checkpoints (when all is done)")
     p.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
