@@ -28,7 +28,7 @@ _OWN = {
 }
 _NETWORKS = {
     "stylegan2": "#999999",
-    "multi-scale": "#56b4e9",
+    "matching-gd": "#56b4e9",
     "vision": "#0072b2",
     "warm-start": "#009e73",
     "projected": "#d55e00",

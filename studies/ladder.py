@@ -207,7 +207,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.command == "grid":
         pictures = args.out / "evaluations"
-        _ladder.draw_grid(args.images / "ladder-grid.png", args.heldout, pictures, "time")
+        reading = "time" if terms_of(args.results).minutes else "images"
+        path = args.images / ("ladder-grid.png" if reading == "time" else "ladder-grid-images.png")
+        _ladder.draw_grid(path, args.heldout, pictures, reading)
         return 0
     command = ["studies.ladder", "run", "--shards", str(args.shards), "--heldout"]
     command += [str(args.heldout), "--out", str(args.out), "--results", str(args.results)]

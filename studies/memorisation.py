@@ -48,7 +48,7 @@ from studies._queue import Record
 from studies.learning import Snapshot
 
 RESULTS, IMAGES = Path("docs/paper/memorisation"), Path("docs/images")
-ROWS = ("stylegan2", "multi-scale", "vision", "warm-start", "projected")
+ROWS = ("stylegan2", "matching-gd", "vision", "warm-start", "projected")
 """Of the ladder."""
 PLANTED = 256
 """Training pictures of which changed copies must be found."""
