@@ -104,6 +104,7 @@ def report(results: Path, images: Path) -> dict[str, str]:
     if (results / LONGER).is_dir():
         longer, looks = _read(results / LONGER)
         tables |= {f"ladder-longer-{reading}": _table(reading, longer, looks) for reading in longer}
+        tables["ladder-longer-agreement"] = _agreement(longer)
     return tables
 
 
@@ -240,8 +241,8 @@ _RANKED = (
 def _agreement(found: Found) -> str:
     """Spearman's ρ beside both columns of the paper; 1 is the paper's order."""
     heads = ["", "rows"]
-    for title in READINGS.values():
-        heads += [f"paper's FID, {title}", f"paper's CLIP score, {title}"]
+    for reading in found:
+        heads += [f"paper's {column}, {READINGS[reading]}" for column in ("FID", "CLIP score")]
     lines = [_line(heads), "|---|" + "---:|" * (len(heads) - 1)]
     for name in _RANKED:
         metric, cells = METRICS[name], []

@@ -111,15 +111,19 @@ def test_rows_that_were_trained_longer_have_tables_of_their_own(results, tmp_pat
     longer = results / _ladder.LONGER
     longer.mkdir()
     (longer / "cost.json").write_text((results / "cost.json").read_text())
-    record = json.loads((results / "tuned-seed-0.json").read_text())
-    reading = record["readings"].pop("images")
-    reading |= {"images": 40_000, "intervals": {"kid": [0.1, 0.3], "fid": [50.0, 70.0]}}
-    record["readings"] = {"images": reading}
-    (longer / "tuned-seed-0.json").write_text(json.dumps(record))
+    for file in results.glob("*-seed-0.json"):
+        record = json.loads(file.read_text())
+        reading = record["readings"].pop("images")
+        reading |= {"images": 40_000, "intervals": {"kid": [0.1, 0.3], "fid": [50.0, 70.0]}}
+        record["readings"] = {"images": reading}
+        (longer / file.name).write_text(json.dumps(record))
     tables = ladder.report(results, tmp_path)
     (line,) = (x for x in tables["ladder-longer-images"].splitlines() if "`tuned`" in x)
     assert "| 900 | 200 [100, 300] | 60 [50, 70] |" in line  # over the pictures of one network
     assert "ladder-longer-time" not in tables
+    assert "equal images |" in tables["ladder-longer-agreement"]
+    assert "equal time" not in tables["ladder-longer-agreement"]
+    assert "equal time" in tables["ladder-agreement"]
 
 
 def _cells(table):
