@@ -19,7 +19,7 @@ help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
 	@echo 'Arguments: make demo ARGS="--set filter.min_similarity=0.2"; make run PRESET=smoke'
 
-demo: setup  ## the whole pipeline on real pictures, six to twelve minutes on two cores
+demo: setup  ## the whole pipeline on real pictures, six to eight minutes on two cores
 	@$(PY) -m flows run --preset $(PRESET) $(ARGS)
 
 test: setup  ## all tests but the slow ones
