@@ -15,6 +15,18 @@ context.set_forkserver_preload(
 )
 
 
+HEADLESS = """
+import ctypes, platform, threading
+
+threading.Thread(target=input).start()
+print("up", flush=True)
+number = 60 if platform.machine() == "x86_64" else 93
+ctypes.CDLL(None).syscall(number, 0)  # exit: of this thread alone
+"""
+"""A Linux process whose first thread has ended and another waits for input, as while it is killed:
+a zombie that lives."""
+
+
 def kill(process) -> None:
     """End a process and all its descendants by SIGKILL."""
     with contextlib.suppress(psutil.NoSuchProcess):

@@ -32,6 +32,7 @@ from data.download import parts, processes
 from data.download import run as download
 from data.layout import ImageShard, image_shards
 from data.lists import metadata
+from tests import forks
 
 ROOT = Path(__file__).resolve().parents[2]
 FATES = {
@@ -279,6 +280,21 @@ def test_memory_and_end_of_a_session_reach_its_grandchildren():
     finally:
         session.end()
     assert session.members() == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are seen in Linux's /proc")
+def test_a_session_has_a_member_until_the_last_of_its_threads_has_ended():
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    command = [sys.executable, "-c", forks.HEADLESS]
+    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
+        session = processes.Session(process)
+        assert process.stdout.readline() == b"up\n"
+        while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        assert [member.pid for member in session.members()] == [process.pid]
+        assert session.memory() >= 0  # what it has is not told any more
+        session.end()
+        assert session.members() == []
 
 
 def test_only_a_busy_worker_that_falls_silent_stands_still(tmp_path):

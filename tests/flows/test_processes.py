@@ -9,6 +9,7 @@ import pytest
 
 from flows.record import owners
 from flows.safety.processes import is_alive, start_ticks
+from tests import forks
 from tests.flows.conftest import wait_for
 
 
@@ -26,20 +27,10 @@ def test_a_process_is_known_by_its_number_and_its_start():
     assert start_ticks(child.pid) is None
 
 
-THREADS = """
-import ctypes, platform, sys, threading
-
-threading.Thread(target=input).start()
-print("up", flush=True)
-number = 60 if platform.machine() == "x86_64" else 93
-ctypes.CDLL(None).syscall(number, 0)  # exit: of this thread alone
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are seen in Linux's /proc")
 def test_a_process_lives_as_long_as_any_of_its_threads():
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", THREADS], **pipes) as child:
+    with subprocess.Popen([sys.executable, "-c", forks.HEADLESS], **pipes) as child:
         assert child.stdout.readline() == "up\n"
         wait_for(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE, 20)
         assert is_alive(child.pid)
